@@ -1,0 +1,1 @@
+// masked forward kernels: generic

@@ -1,0 +1,49 @@
+"""Every error that onp raises on purpose. The command line maps each class to an exit code."""
+
+from __future__ import annotations
+
+
+class OnpError(Exception):
+    """Base of all errors raised by onp; the message is one line that says what to do."""
+
+    exit_code = 2
+
+
+class UnsafeOrCorruptModel(OnpError):
+    """The suspect file or its weights cannot be used: unsafe, damaged, or not of that network."""
+
+
+class UntraceableModel(OnpError):
+    """The network holds an operation that cannot be turned into sites; the message names it."""
+
+
+class BadData(OnpError):
+    """The clean images or labels cannot be used."""
+
+
+class UnsupportedInput(OnpError):
+    """No reader takes this kind of input."""
+
+    exit_code = 3
+
+
+class UsageError(OnpError):
+    """The call's options contradict each other or are out of range."""
+
+    exit_code = 4
+
+
+class ResourceError(OnpError):
+    """Memory, disk or another resource ran out; the same call may succeed elsewhere."""
+
+    exit_code = 5
+
+
+class NotBuiltError(OnpError):
+    """The native part that was asked for is not in this build."""
+
+    exit_code = 5
+
+
+class NativeError(OnpError):
+    """The native core refused its arguments."""
