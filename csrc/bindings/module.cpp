@@ -4,10 +4,61 @@
 #include <pybind11/stl.h>
 
 #include "core/check.h"
+#include "core/csr.h"
+#include "core/message_passing.h"
 
 namespace py = pybind11;
 
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
 // ---- message passing ---------------------------------------------------------------------------
+
+onp::CsrView csr_view(Address indptr, Address indices, std::int64_t nodes) {
+  return {at<const std::int64_t>(indptr), at<const std::int64_t>(indices), nodes};
+}
+
+void csr_check(Address indptr, Address indices, std::int64_t nodes, std::int64_t edges) {
+  py::gil_scoped_release release;
+  onp::csr_check(csr_view(indptr, indices, nodes), edges);
+}
+
+void csr_transpose(Address indptr, Address indices, std::int64_t nodes, Address t_indptr,
+                   Address t_indices, Address t_edge) {
+  py::gil_scoped_release release;
+  onp::csr_transpose(csr_view(indptr, indices, nodes), at<std::int64_t>(t_indptr),
+                     at<std::int64_t>(t_indices), at<std::int64_t>(t_edge));
+}
+
+void message_passing(bool float64, Address x, Address weight, Address indptr, Address indices,
+                     Address out, std::int64_t batch, std::int64_t nodes, std::int64_t features,
+                     int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    onp::message_passing<T>({csr_view(indptr, indices, nodes), batch, features, at<const T>(x),
+                             at<const T>(weight), at<T>(out)},
+                            threads);
+  };
+  py::gil_scoped_release release;
+  float64 ? run(0.0) : run(0.0f);
+}
+
+void message_passing_weight_grad(bool float64, Address grad, Address x, Address indptr,
+                                 Address indices, Address weight_grad, std::int64_t batch,
+                                 std::int64_t nodes, std::int64_t features, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    onp::message_passing_weight_grad<T>({csr_view(indptr, indices, nodes), batch, features,
+                                         at<const T>(grad), at<const T>(x), at<T>(weight_grad)},
+                                        threads);
+  };
+  py::gil_scoped_release release;
+  float64 ? run(0.0) : run(0.0f);
+}
 
 // ---- neuron graph ------------------------------------------------------------------------------
 
@@ -31,6 +82,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
 
   // ---- message passing
+  m.def("csr_check", &csr_check);
+  m.def("csr_transpose", &csr_transpose);
+  m.def("message_passing", &message_passing);
+  m.def("message_passing_weight_grad", &message_passing_weight_grad);
 
   // ---- neuron graph
 
