@@ -36,7 +36,7 @@ def inputs(shape: str) -> tuple[Tensor, Tensor, CsrGraph]:
     return torch.randn(batch, nodes, features), torch.randn(edges), graph
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support is in beta")
+@pytest.mark.filterwarnings("ignore:Sparse")
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_forward(benchmark: BenchmarkFixture, backend: str, shape: str) -> None:

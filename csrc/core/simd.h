@@ -33,11 +33,14 @@ struct Lanes {
     return lanes;
   }
   ONP_INLINE void store(T* to) const { std::memcpy(to, &v, sizeof v); }
-  // Always in the same order, so that equal inputs give equal sums.
+  // By halves, always in the same order, so that equal inputs give equal sums.
   ONP_INLINE T sum() const {
-    T total = 0;
-    for (int lane = 0; lane < count; ++lane) total += v[lane];
-    return total;
+    T parts[count];
+    std::memcpy(parts, &v, sizeof v);
+    for (int half = count / 2; half > 0; half /= 2) {
+      for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
+    }
+    return parts[0];
   }
 };
 

@@ -36,5 +36,49 @@ def message_passing_weight_grad(
 ) -> None: ...
 
 # ---- neuron graph
+def connection_strength(
+    weight: int, pairs: int, kernel: int, out: int, threads: int, /
+) -> None: ...
+def connection_strength_cuda(
+    device: int, stream: int, weight: int, pairs: int, kernel: int, out: int, /
+) -> None:
+    """Exists where ``with_cuda`` is True."""
+
+def strongest_edges(
+    strength: int,
+    rows: int,
+    cols: int,
+    k: int,
+    out_rows: int,
+    out_cols: int,
+    out_values: int,
+    capacity: int,
+    threads: int,
+    /,
+) -> int: ...
+def similarity_edges(
+    vectors: int,
+    count: int,
+    size: int,
+    threshold: float,
+    max_neighbours: int,
+    out_rows: int,
+    out_cols: int,
+    out_values: int,
+    capacity: int,
+    threads: int,
+    /,
+) -> int: ...
+def csr_from_edges(
+    nodes: int,
+    edges: int,
+    rows: int,
+    cols: int,
+    values: int,
+    out_indptr: int,
+    out_indices: int,
+    out_values: int,
+    /,
+) -> int: ...
 
 # ---- masked forward

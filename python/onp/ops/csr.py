@@ -143,3 +143,52 @@ def block_diagonal(graphs: Sequence[CsrGraph]) -> CsrGraph:
         nodes += graph.nodes
         edges += graph.edges
     return CsrGraph(*(torch.cat(parts) for parts in (indptr, indices, t_indptr, t_indices, t_edge)))
+
+
+def csr_from_edges(
+    rows: Tensor, cols: Tensor, values: Tensor, nodes: int
+) -> tuple[CsrGraph, Tensor]:
+    """Sort edges by (row, column) into a graph of ``nodes`` nodes and its transpose.
+
+    An edge given several times becomes one whose values are added in the order given.
+
+    Args:
+        rows: int64 ``[M]`` in ``[0, nodes)``, host memory: the node that reads.
+        cols: int64 ``[M]`` in ``[0, nodes)``: the node that is read.
+        values: float32 ``[M]``.
+        nodes: number of nodes.
+
+    Returns:
+        The graph, its indices ascending and unique in each row, and its values ``[E]``, E <= M.
+        ``values[graph.t_edge]`` are those of the transpose.
+
+    Raises:
+        ValueError: wrong dtypes, shapes or devices, or negative ``nodes``.
+        NativeError: a row or column out of range.
+    """
+    if nodes < 0:
+        raise ValueError(f"csr_from_edges: nodes must be at least 0, got {nodes}")
+    rows, cols, values = rows.contiguous(), cols.contiguous(), values.detach().contiguous()
+    check_index_vector("csr_from_edges: rows", rows)
+    check_index_vector("csr_from_edges: cols", cols)
+    if values.dtype != torch.float32 or not rows.shape == cols.shape == values.shape:
+        raise ValueError(
+            "csr_from_edges: rows, cols and values must be [M] with float32 values, got "
+            f"{tuple(rows.shape)}, {tuple(cols.shape)} and {values.dtype} {tuple(values.shape)}"
+        )
+    devices = {tensor.device.type for tensor in (rows, cols, values)}
+    if devices != {"cpu"}:
+        raise ValueError(f"csr_from_edges: edges must be on the CPU, got {sorted(devices)}")
+    indptr = torch.empty(nodes + 1, dtype=torch.int64)
+    indices, summed = torch.empty_like(cols), torch.empty_like(values)
+    count = _C.csr_from_edges(
+        nodes,
+        rows.numel(),
+        rows.data_ptr(),
+        cols.data_ptr(),
+        values.data_ptr(),
+        indptr.data_ptr(),
+        indices.data_ptr(),
+        summed.data_ptr(),
+    )
+    return CsrGraph.from_csr(indptr, indices[:count].clone()), summed[:count].clone()

@@ -159,7 +159,7 @@ def _x_grad(grad: Tensor, weight: Tensor, *rest: Any) -> Tensor:
     _check("message_passing_x_grad", grad, weight, *graph)
     _check_kernels("message_passing_x_grad", grad, kernels)
     _, _, t_indptr, t_indices, t_edge = graph
-    return _sum(grad, weight[t_edge], t_indptr, t_indices, kernels)
+    return _sum(grad, weight.index_select(0, t_edge), t_indptr, t_indices, kernels)
 
 
 def _weight_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
