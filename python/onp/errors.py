@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 
+def quoted(text: object, limit: int = 80) -> str:
+    """Untrusted text for a one-line message: quoted, printable ASCII, cut at ``limit``."""
+    shown = str(text)
+    return ascii(shown if len(shown) <= limit else shown[:limit] + "...")
+
+
 class OnpError(Exception):
     """Base of all errors raised by onp; the message is one line that says what to do."""
 
