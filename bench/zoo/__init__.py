@@ -1,0 +1,1 @@
+"""Backdoored and clean networks to measure on: attacks, training, and their records."""

@@ -1,0 +1,283 @@
+"""Clean images in: read from a folder, zip, .npz or CIFAR batches; drawn; split; normalised."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from onp.errors import BadData, UnsupportedInput, UsageError
+
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".ppm", ".webp", ".gif", ".tif", ".tiff"}
+MAX_PIXELS = 4096 * 4096
+"""Larger images are refused before they are decoded."""
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Labelled images of one size."""
+
+    images: Tensor
+    """uint8 [N, H, W, 3]."""
+    labels: Tensor
+    """int64 [N]."""
+    class_names: tuple[str, ...] = ()
+    """Names of the classes where the source had them; label l is class_names[l]."""
+
+    def __post_init__(self) -> None:
+        if self.images.dtype != torch.uint8 or self.images.ndim != 4 or self.images.shape[3] != 3:
+            raise BadData(
+                f"images must be uint8 [N, H, W, 3], got {self.images.dtype} "
+                f"{tuple(self.images.shape)}"
+            )
+        if self.labels.dtype != torch.int64 or self.labels.shape != self.images.shape[:1]:
+            raise BadData(
+                f"labels must be int64 [{len(self.images)}], got {self.labels.dtype} "
+                f"{tuple(self.labels.shape)}"
+            )
+        if len(self.labels) and int(self.labels.min()) < 0:
+            raise BadData(f"labels must not be negative, got {int(self.labels.min())}")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: Tensor) -> ImageSet:
+        return ImageSet(self.images[index], self.labels[index], self.class_names)
+
+    def floats(self) -> Tensor:
+        """The images as float32 [N, 3, H, W] in [0, 1]."""
+        return self.images.permute(0, 3, 1, 2).float().div_(255.0).contiguous()
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def load_dataset(path: str | Path, split: str | None = None) -> ImageSet:
+    """Read labelled images.
+
+    path: a folder or zip of class folders (classes numbered by sorted folder name), an ``.npz``
+    with ``images`` uint8 [N, H, W, 3] and ``labels`` [N], or a CIFAR-10/100 binary or python batch
+    (file or folder). ``split`` picks ``train/`` or ``test/`` where the source has such folders.
+    Raises BadData or UnsupportedInput, naming the path.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise BadData(f"clean data not found: {path}")
+    try:
+        if path.is_dir():
+            return _read_folder(path, split)
+        if path.suffix == ".npz":
+            return _read_npz(path)
+        if path.suffix == ".bin":
+            return _read_cifar_binary([path])
+        if zipfile.is_zipfile(path):
+            return _read_zip(path, split)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise BadData(f"cannot read clean data from {path}: {error}") from error
+    raise UnsupportedInput(
+        f"cannot tell what {path} is: expected a folder or zip of class folders, an .npz with "
+        "images and labels, or CIFAR binary batches (.bin)"
+    )
+
+
+def _read_folder(root: Path, split: str | None) -> ImageSet:
+    batches = sorted(root.glob("*.bin"))
+    if batches:
+        wanted = [b for b in batches if ("test" in b.name) == (split == "test")]
+        return _read_cifar_binary([b for b in wanted if not b.name.startswith("batches.meta")])
+    names = [
+        str(file.relative_to(root).as_posix())
+        for file in sorted(root.rglob("*"))
+        if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
+    ]
+    return _read_class_folders(names, split, lambda name: (root / name).read_bytes(), str(root))
+
+
+def _read_zip(path: Path, split: str | None) -> ImageSet:
+    with zipfile.ZipFile(path) as archive:
+        names = sorted(
+            name
+            for name in archive.namelist()
+            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+        )
+        return _read_class_folders(names, split, archive.read, str(path))
+
+
+def _read_class_folders(
+    names: Sequence[str], split: str | None, read: object, source: str
+) -> ImageSet:
+    """``names`` are slash-separated ``[.../][split/]class/file`` paths; ``read(name)`` -> bytes."""
+    assert callable(read)
+    paths = [PurePosixPath(name) for name in names]
+    paths = [path for path in paths if len(path.parts) >= 2]
+    splits = {path.parts[-3] for path in paths if len(path.parts) >= 3}
+    if splits & {"train", "test", "val"}:
+        chosen = split or "train"
+        if chosen not in splits:
+            raise BadData(f"{source} has no {chosen!r} folder, only {', '.join(sorted(splits))}")
+        paths = [p for p in paths if len(p.parts) >= 3 and p.parts[-3] == chosen]
+    if not paths:
+        raise BadData(f"{source} holds no images in class folders (<class>/<image>.png)")
+    class_names = tuple(sorted({path.parts[-2] for path in paths}))
+    number = {name: index for index, name in enumerate(class_names)}
+    images = np.stack(list(_decoded(paths, read, source)))
+    labels = torch.tensor([number[path.parts[-2]] for path in paths])
+    return ImageSet(torch.from_numpy(images), labels, class_names)
+
+
+def _decoded(paths: Sequence[PurePosixPath], read: object, source: str) -> Iterator[np.ndarray]:
+    assert callable(read)
+    size: tuple[int, int] | None = None
+    for path in paths:
+        try:
+            with Image.open(io.BytesIO(read(str(path)))) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    raise BadData(f"{source}: {path} has {image.width}x{image.height} pixels")
+                pixels = np.asarray(image.convert("RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise BadData(f"{source}: cannot decode {path}: {error}") from error
+        size = size or pixels.shape[:2]
+        if pixels.shape[:2] != size:
+            raise BadData(
+                f"{source}: images must have one size, got {size[1]}x{size[0]} and "
+                f"{pixels.shape[1]}x{pixels.shape[0]} ({path}); resize them first"
+            )
+        yield pixels
+
+
+def _read_npz(path: Path) -> ImageSet:
+    with np.load(path, allow_pickle=False) as arrays:
+        missing = {"images", "labels"} - set(arrays.files)
+        if missing:
+            raise BadData(f"{path} lacks {', '.join(sorted(missing))}; it has {arrays.files}")
+        images, labels = arrays["images"], arrays["labels"]
+    if not np.issubdtype(labels.dtype, np.integer):
+        raise BadData(f"{path}: labels must be integers, got {labels.dtype}")
+    if images.dtype != np.uint8:
+        raise BadData(f"{path}: images must be uint8 [N, H, W, 3], got {images.dtype}")
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels.astype(np.int64)))
+
+
+def _read_cifar_binary(paths: Sequence[Path]) -> ImageSet:
+    """CIFAR-10 records are 1 label byte + 3072 pixels; CIFAR-100's have a coarse label in front."""
+    raw = [np.fromfile(path, np.uint8) for path in paths]
+    if not raw or not all(len(part) for part in raw):
+        raise BadData(f"no CIFAR records in {', '.join(map(str, paths)) or 'the folder'}")
+    coarse = all(len(part) % 3074 == 0 for part in raw)
+    if coarse and all(len(part) % 3073 == 0 for part in raw):
+        coarse = any(part[::3073].max() > 9 for part in raw)  # CIFAR-10's labels are below 10
+    record = 3074 if coarse else 3073
+    if any(len(part) % record for part in raw):
+        raise BadData(f"{paths[0]}: not CIFAR-10 (3073-byte) or CIFAR-100 (3074-byte) records")
+    rows = np.concatenate([part.reshape(-1, record) for part in raw])
+    pixels = rows[:, record - 3072 :].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+    labels = rows[:, record - 3073].astype(np.int64)
+    return ImageSet(torch.from_numpy(np.ascontiguousarray(pixels)), torch.from_numpy(labels))
+
+
+# ---- drawing and splitting ----------------------------------------------------------------------
+
+
+def draw_balanced(dataset: ImageSet, count: int, seed: int) -> ImageSet:
+    """A seeded draw of ``count`` images, as even over the classes as the data allow.
+
+    Classes give one image each in turn until ``count`` are drawn. Raises BadData if the set is
+    smaller than ``count``.
+    """
+    if count < 1:
+        raise UsageError(f"the number of clean images must be positive, got {count}")
+    if count > len(dataset):
+        raise BadData(f"asked for {count} clean images, but the data hold {len(dataset)}")
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(dataset), generator=generator)
+    labels = dataset.labels[order]
+    rank = torch.empty_like(labels)  # an image's place among those of its class
+    for label in labels.unique():
+        of_class = (labels == label).nonzero().squeeze(1)
+        rank[of_class] = torch.arange(len(of_class))
+    chosen = torch.argsort(rank, stable=True)[:count]
+    return dataset[order[chosen]]
+
+
+def gather(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None) -> tuple[Tensor, Tensor]:
+    """Collect (images, labels) batches into float32 [N, C, H, W] and int64 [N] on the CPU.
+
+    Images may be float (any range) or uint8 (then divided by 255), tensors or numpy arrays;
+    single items (image [C, H, W], integer label) are taken as well. Stops after ``limit`` images.
+    """
+    images: list[Tensor] = []
+    labels: list[Tensor] = []
+    seen = 0
+    for item in batches:
+        if not isinstance(item, tuple | list) or len(item) < 2:
+            raise BadData(f"clean data must yield (images, labels) pairs, got {type(item).__name__}")
+        batch, target = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        if batch.ndim == 3:
+            batch, target = batch[None], target.reshape(1)
+        if batch.ndim != 4 or target.shape != batch.shape[:1]:
+            raise BadData(
+                f"clean images must be [N, C, H, W] with labels [N], got {tuple(batch.shape)} "
+                f"and {tuple(target.shape)}"
+            )
+        if batch.dtype == torch.uint8:
+            batch = batch.float() / 255.0
+        if target.is_floating_point():
+            raise BadData(f"labels must be integers, got {target.dtype}")
+        images.append(batch.detach().to("cpu", torch.float32))
+        labels.append(target.detach().to("cpu", torch.int64))
+        seen += len(batch)
+        if limit is not None and seen >= limit:
+            break
+    if not images:
+        raise BadData("the clean data are empty: no (images, labels) batch came")
+    try:
+        return torch.cat(images)[:limit].contiguous(), torch.cat(labels)[:limit]
+    except RuntimeError as error:
+        raise BadData(f"clean images must have one shape: {error}") from error
+
+
+# ---- normalisation ------------------------------------------------------------------------------
+
+
+class Normalize(nn.Module):
+    """(x - mean) / std per channel, for images [N, C, H, W]."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Sequence[float], std: Sequence[float]) -> None:
+        super().__init__()
+        if len(mean) != len(std) or not all(s > 0 for s in std):
+            raise UsageError(f"--mean and --std must have one length and std > 0: {mean}, {std}")
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - self.mean) / self.std
+
+
+@dataclass(frozen=True)
+class Preprocess:
+    """What the network expects of pixels in [0, 1]: (x - mean) / std."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def module(self) -> Normalize:
+        return Normalize(self.mean, self.std)
+
+
+PRESETS: dict[str, Preprocess | None] = {
+    "cifar10": Preprocess((0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)),
+    "gtsrb": None,
+    "imagenet": Preprocess((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+    "none": None,
+}
+"""Usual normalisations by data set; BackdoorBench trains GTSRB on plain pixels."""

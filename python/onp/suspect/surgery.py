@@ -1,0 +1,137 @@
+"""Write a mask into a network: *applied* (same shapes) or *removed* (a smaller dense network)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from onp.suspect.trace import SiteLayer, Trace
+
+
+@torch.no_grad()
+def apply_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> nn.Module:
+    """A copy of ``model`` that computes what the mask says, with every shape as it was.
+
+    pruned: bool [S]. Where a norm belongs to the site alone its scale and shift are zeroed,
+    elsewhere the consumers' weights that read the channel.
+    """
+    repaired = copy.deepcopy(model).eval()
+    for layer in trace.layers:
+        cut = pruned[layer.sites]
+        if not bool(cut.any()):
+            continue
+        if layer.norm is not None and _zero_norm(repaired, trace, layer, cut):
+            continue
+        for consumer in layer.consumers:
+            _zero_columns(repaired, trace, layer, consumer, cut)
+    return repaired
+
+
+def _zero_norm(model: nn.Module, trace: Trace, layer: SiteLayer, cut: Tensor) -> bool:
+    assert layer.norm is not None
+    norm = model.get_submodule(str(trace.ops[layer.norm].module))
+    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+    if norm.weight is None or norm.bias is None:
+        return False
+    cut = cut.to(norm.weight.device)
+    norm.weight[cut] = 0
+    norm.bias[cut] = 0
+    return True
+
+
+def _zero_columns(
+    model: nn.Module, trace: Trace, layer: SiteLayer, consumer: int, cut: Tensor
+) -> None:
+    module = model.get_submodule(str(trace.ops[consumer].module))
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    weight = module.weight
+    columns = cut.repeat_interleave(trace.consumer_span(layer, consumer)).to(weight.device)
+    if isinstance(module, nn.Conv2d) and module.groups > 1:
+        # weight is [O, I / groups, ...]: output o reads the inputs of its own group
+        per_group = module.out_channels // module.groups
+        of_group = columns.view(module.groups, -1)  # [groups, I / groups]
+        weight[of_group.repeat_interleave(per_group, 0)] = 0
+    else:
+        weight[:, columns] = 0
+
+
+@torch.no_grad()
+def remove_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> tuple[nn.Module, int]:
+    """A smaller network with the same logits as ``apply_mask``, and how many sites stayed.
+
+    A channel can be cut out when every site of its group is pruned; a lone site on a residual
+    stream stays as zeroed weights and is counted. Every layer keeps at least one channel.
+    """
+    cut = _cuttable(trace, pruned)
+    smaller = apply_mask(model, trace, pruned)
+    for index, op in enumerate(trace.ops):
+        if op.kind not in ("conv", "linear", "norm", "subsample_pad"):
+            continue
+        module = smaller.get_submodule(str(op.module))
+        keep_out = ~torch.isin(trace.channels.of_value[index], cut)
+        keep_in = ~torch.isin(trace.channels.of_value[op.inputs[0]], cut)
+        if bool(keep_out.all()) and bool(keep_in.all()):
+            continue
+        if op.kind == "subsample_pad":
+            _shrink_subsample_pad(module, keep_in, keep_out)
+        elif op.kind == "norm":
+            _shrink_norm(module, keep_out)
+        else:
+            _shrink_weighted(module, keep_in, keep_out)
+    sites = torch.cat([trace.channels.of_value[layer.value] for layer in trace.layers])
+    stayed = int((pruned & ~torch.isin(sites, cut)).sum())
+    return smaller, stayed
+
+
+def _cuttable(trace: Trace, pruned: Tensor) -> Tensor:
+    """Channel numbers (see Channels) that no unpruned site reads and that may go."""
+    sites = torch.cat([trace.channels.of_value[layer.value] for layer in trace.layers])
+    alive = set(sites[~pruned].tolist()) | trace.channels.fixed
+    cut = {channel for channel in sites[pruned].tolist() if channel not in alive}
+    for value in trace.channels.of_value:
+        if cut.issuperset(value.tolist()):
+            cut.discard(int(value[0]))
+    return torch.tensor(sorted(cut), dtype=torch.int64)
+
+
+def _index(parameter: nn.Parameter, dim: int, keep: Tensor) -> nn.Parameter:
+    rows = keep.nonzero().squeeze(1).to(parameter.device)
+    return nn.Parameter(parameter.index_select(dim, rows), parameter.requires_grad)
+
+
+def _shrink_weighted(module: nn.Module, keep_in: Tensor, keep_out: Tensor) -> None:
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    weight = _index(module.weight, 0, keep_out)
+    if isinstance(module, nn.Linear):
+        module.in_features, module.out_features = int(keep_in.sum()), int(keep_out.sum())
+        weight = _index(weight, 1, keep_in)
+    else:
+        module.in_channels, module.out_channels = int(keep_in.sum()), int(keep_out.sum())
+        if module.groups > 1 and module.groups == len(keep_in):  # depthwise: a group a channel
+            module.groups = module.in_channels
+        else:  # grouped convolutions' channels are never cut, so groups is 1 here
+            weight = _index(weight, 1, keep_in)
+    module.weight = weight
+    if module.bias is not None:
+        module.bias = _index(module.bias, 0, keep_out)
+
+
+def _shrink_norm(module: nn.Module, keep: Tensor) -> None:
+    assert isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
+    module.num_features = int(keep.sum())
+    if module.weight is not None:
+        module.weight = _index(module.weight, 0, keep)
+        module.bias = _index(module.bias, 0, keep)
+    assert module.running_mean is not None
+    assert module.running_var is not None
+    module.running_mean = module.running_mean[keep.to(module.running_mean.device)]
+    module.running_var = module.running_var[keep.to(module.running_var.device)]
+
+
+def _shrink_subsample_pad(module: nn.Module, keep_in: Tensor, keep_out: Tensor) -> None:
+    place = keep_out.cumsum(0) - 1  # old output channel -> new
+    kept = [p for p, keep in zip(module.positions, keep_in.tolist(), strict=True) if keep]  # type: ignore[arg-type]
+    module.positions = [int(place[p]) for p in kept]
+    module.channels = int(keep_out.sum())  # type: ignore[assignment]

@@ -1,0 +1,70 @@
+"""Masking as the executor, as weights and as a smaller network is one and the same."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from onp.suspect.network import FrozenNetwork
+from onp.suspect.surgery import apply_mask, remove_mask
+from onp.suspect.trace import Trace, trace
+from tests.networks import BUILDERS, hooked_logits, network
+
+TOLERANCE = 1e-4
+
+
+def random_mask(traced: Trace, seed: int) -> Tensor:
+    """Scattered sites and some whole groups, so that both kinds of pruning happen."""
+    random = torch.Generator().manual_seed(seed)
+    pruned = torch.rand(traced.sites, generator=random) < 0.1
+    groups = int(traced.group_of_site.max()) + 1
+    cut = torch.rand(groups, generator=random) < 0.2
+    return pruned | cut[traced.group_of_site]
+
+
+@pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 33)], ids=str)
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_form_of_a_mask_gives_the_same_logits(name: str, size: tuple[int, int]) -> None:
+    model = network(name)
+    traced = trace(model, (3, *size))
+    pruned = random_mask(traced, seed=1)
+    images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0))
+    expected = hooked_logits(model, traced, pruned, images)
+    with torch.no_grad():
+        plain = model(images)
+        gated = FrozenNetwork(traced, model)(images, (~pruned).float())
+        applied = apply_mask(model, traced, pruned)(images)
+        smaller, stayed = remove_mask(model, traced, pruned)
+        removed = smaller(images)
+    assert (expected - plain).abs().max() > 10 * TOLERANCE  # the mask matters
+    torch.testing.assert_close(gated, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(applied, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(removed, expected, rtol=0, atol=TOLERANCE)
+    count = sum(p.numel() for p in smaller.parameters())
+    assert count < sum(p.numel() for p in model.parameters())
+    assert 0 <= stayed < int(pruned.sum())
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_removing_everything_keeps_a_channel_per_layer(name: str) -> None:
+    model = network(name)
+    traced = trace(model, (3, 32, 32))
+    smaller, stayed = remove_mask(model, traced, torch.ones(traced.sites, dtype=torch.bool))
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            smaller(images), apply_mask(model, traced, torch.ones(traced.sites).bool())(images)
+        )
+    assert stayed > 0
+
+
+def test_an_empty_mask_changes_nothing() -> None:
+    model = network("resnet18")
+    traced = trace(model, (3, 32, 32))
+    nothing = torch.zeros(traced.sites, dtype=torch.bool)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    smaller, stayed = remove_mask(model, traced, nothing)
+    assert stayed == 0
+    for key, value in smaller.state_dict().items():
+        assert torch.equal(value, before[key])

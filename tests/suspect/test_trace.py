@@ -1,0 +1,107 @@
+"""The traced graph: what is paired with what, and what is refused by name."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onp.data import Normalize
+from onp.errors import UntraceableModel
+from onp.suspect.network import FrozenNetwork
+from onp.suspect.trace import trace
+from tests.networks import BUILDERS, network
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_frozen_network_computes_what_the_module_does(name: str) -> None:
+    model = network(name)
+    images = torch.rand(5, 3, 40, 40)
+    with torch.no_grad():
+        got = FrozenNetwork(trace(model, (3, 40, 40)), model)(images)
+        torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-5)
+
+
+def test_a_pre_activation_norm_reads_the_residual_sum() -> None:
+    traced = trace(network("preactresnet18"), (3, 32, 32))
+    layers = {layer.name: layer for layer in traced.layers}
+    second = layers["layer1.1.bn1"]
+    assert [traced.ops[p].module for p in second.producers] == ["layer1.0.conv2", "conv1"]
+    assert [traced.ops[c].module for c in second.consumers] == ["layer1.1.conv1"]
+    last = traced.layers[-1]  # nothing normalises what the linear layer reads
+    assert last.norm is None
+    assert [traced.ops[c].module for c in last.consumers] == ["linear"]
+
+
+def test_residual_channels_share_a_group_and_inner_ones_do_not() -> None:
+    traced = trace(network("preactresnet18"), (3, 32, 32))
+    groups = {layer.name: traced.group_of_site[layer.sites] for layer in traced.layers}
+    assert torch.equal(groups["layer1.0.bn1"], groups["layer1.1.bn1"])
+    assert not torch.isin(groups["layer1.0.bn2"], groups["layer1.0.bn1"]).any()
+
+
+def test_depthwise_input_and_output_are_one_group() -> None:
+    traced = trace(network("mobilenetv2"), (3, 32, 32))
+    groups = {layer.name: traced.group_of_site[layer.sites] for layer in traced.layers}
+    assert torch.equal(groups["layers.1.bn1"], groups["layers.1.bn2"])
+
+
+def test_normalisation_inside_the_network_is_traced() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Normalize((0.4, 0.5, 0.6), (0.2, 0.3, 0.4)), network("vgg11_bn"))
+    images = torch.rand(2, 3, 32, 32)
+    traced = trace(model.eval(), (3, 32, 32))
+    with torch.no_grad():
+        torch.testing.assert_close(
+            FrozenNetwork(traced, model)(images), model(images), rtol=1e-4, atol=1e-5
+        )
+
+
+class _Functional(nn.Module):
+    """The same operations in other clothes: view, mean, max_pool2d, relu as a method."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Conv2d(3, 6, 5, 2, 2)
+        self.two = nn.Conv2d(6, 6, 3, 1, 1, groups=2)
+        self.three = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(self.one(2 * x - 1).relu(), 2)
+        x = torch.add(x, F.relu6(self.two(x)))
+        return self.three(x.mean((2, 3)).view(x.size(0), -1))
+
+
+def test_functional_forms_are_traced() -> None:
+    torch.manual_seed(0)
+    model = _Functional().eval()
+    images = torch.rand(3, 3, 16, 20)
+    with torch.no_grad():
+        got = FrozenNetwork(trace(model, (3, 16, 20)), model)(images)
+        torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-5)
+
+
+class _Branching(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x) if x.sum() > 0 else x
+
+
+@pytest.mark.parametrize(
+    ("model", "named"),
+    [
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.PixelShuffle(2)), "1: modules of type PixelShuffle"),
+        (_Branching(), "_Branching"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "logits"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)), "no prunable channels"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), "does not accept images"),
+    ],
+    ids=["unknown module", "control flow", "no logits", "no channels", "wrong size"],
+)
+def test_what_cannot_be_traced_is_named(model: nn.Module, named: str) -> None:
+    with pytest.raises(UntraceableModel, match=named):
+        trace(model.eval(), (3, 32, 32))
