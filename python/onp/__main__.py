@@ -1,0 +1,59 @@
+"""The ``onp`` command: runs the command line and turns every ending into an exit code."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from typing import cast
+
+import typer
+
+from onp.cli import app
+from onp.errors import OnpError, ResourceError, UsageError
+
+# typer carries click inside or beside it, depending on its version: ask it for the class.
+_ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
+
+_INTERNAL = 2
+_INTERRUPTED = 130
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run ``onp`` with ``arguments`` (default: the process's own) and return the exit code.
+
+    0 done, 1 a finding named by --fail-on, 2 could not process, 3 no supported input, 4 wrong
+    usage, 5 a resource ran out, 130 interrupted. Errors are one line on stderr; only an error
+    that onp did not foresee shows its traceback.
+    """
+    try:
+        code = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        if code == _INTERRUPTED:  # some versions of typer turn KeyboardInterrupt into this
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except OnpError as error:
+        return _fail(str(error), error.exit_code)
+    except _ClickException as error:
+        message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
+        return _fail(f"{message} (see onp --help)", UsageError.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted", _INTERRUPTED)
+    except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+            return _fail("memory ran out; try fewer clean samples", ResourceError.exit_code)
+        traceback.print_exc()
+        return _fail(f"internal: {type(error).__name__}: {error}", _INTERNAL)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"onp: error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,255 @@
+"""The command line. Each command imports what it needs, so that --help and --version are quick."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from onp import __version__
+from onp.errors import UsageError
+
+app = typer.Typer(
+    name="onp",
+    help="Repair backdoored image classifiers with a few hundred clean images.",
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+class Budget(StrEnum):
+    """How much work a repair may cost."""
+
+    quick = "quick"
+    standard = "standard"
+    thorough = "thorough"
+
+
+class Preset(StrEnum):
+    """Usual normalisations of the pixels, by data set."""
+
+    cifar10 = "cifar10"
+    gtsrb = "gtsrb"
+    imagenet = "imagenet"
+    none = "none"
+
+
+class Finding(StrEnum):
+    """Verdicts that can fail a run."""
+
+    backdoor = "backdoor"
+
+
+Model = Annotated[
+    Path, typer.Argument(help="Checkpoint: .safetensors, or a torch.save state dict.")
+]
+Arch = Annotated[
+    str | None,
+    typer.Option(help="Network: a known name, or package.module:factory with --trust."),
+]
+Data = Annotated[
+    Path, typer.Option(help="Clean labelled images: folder or zip of class folders, npz, CIFAR.")
+]
+PresetOption = Annotated[
+    Preset | None, typer.Option(help="Normalisation that the network was trained with.")
+]
+Mean = Annotated[
+    str | None, typer.Option(help="Instead of --preset: a mean a channel, as .5,.5,.5.")
+]
+Std = Annotated[str | None, typer.Option(help="Goes with --mean: a deviation a channel.")]
+Seed = Annotated[int, typer.Option(min=0, help="Same seed, same threads, same result.")]
+Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
+Trust = Annotated[bool, typer.Option("--trust", help="Allow code named by --arch or --trigger.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"onp {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _onp(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version and stop."
+        ),
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def sanitize(
+    model: Model,
+    data: Data,
+    out: Annotated[Path, typer.Option(help="Where the repaired weights go (.safetensors).")],
+    arch: Arch = None,
+    report: Annotated[Path | None, typer.Option(help="Also write the report here (JSON).")] = None,
+    split: Annotated[str | None, typer.Option(help="Folder of the data to draw from.")] = None,
+    clean_samples: Annotated[int, typer.Option(min=1, help="Images drawn from the data.")] = 500,
+    preset: PresetOption = None,
+    mean: Mean = None,
+    std: Std = None,
+    budget: Annotated[Budget, typer.Option(help="How much work to spend.")] = Budget.standard,
+    seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1.")] = "cpu",
+    threads: Threads = None,
+    as_json: AsJson = False,
+    fail_on: Annotated[
+        Finding | None, typer.Option(help="Exit with 1 if this is the verdict.")
+    ] = None,
+    compact: Annotated[
+        bool, typer.Option("--compact", help="Cut pruned channels out: a smaller network.")
+    ] = False,
+    trust: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find and prune the neurons that carry a backdoor; write the repaired weights and say why."""
+    from onp.files import check_writable, write_json
+
+    if out.suffix != ".safetensors":
+        raise UsageError(f"--out must end in .safetensors, the format that is written, got {out}")
+    _check_distinct(model=model, out=out, report=report)
+    for path in filter(None, (out, report)):
+        check_writable(path)
+
+    from onp.data import draw_balanced, load_dataset
+    from onp.report import console
+    from onp.report.progress import progress_on_stderr
+    from onp.sanitize import sanitize as repair
+    from onp.suspect.files import read_weights, save_weights
+    from onp.suspect.load import load_suspect
+
+    preprocess = _preprocess(preset, mean, std)
+    suspect = load_suspect(model, arch, trust)
+    dataset = load_dataset(str(data), split)
+    clean = draw_balanced(dataset, min(clean_samples, len(dataset)), seed)
+    with progress_on_stderr(quiet) as progress:
+        result = repair(
+            suspect.model,
+            clean,
+            seed=seed,
+            budget=budget.value,
+            device=device,
+            preprocess=preprocess,
+            threads=threads,
+            progress=progress,
+        )
+
+    repaired = result.compact() if compact else result.model
+    origin = {"path": str(model), "sha256": suspect.file.sha256, "loader": suspect.file.loader}
+    metadata = {"onp": __version__, "arch": suspect.arch, "suspect_sha256": suspect.file.sha256}
+    save_weights(out, repaired.state_dict(), metadata)
+    written = {"path": str(out), "sha256": read_weights(out).sha256, "compact": compact}
+    full_report = result.report | {"arch": suspect.arch, "suspect": origin, "repaired": written}
+    if report is not None:
+        write_json(report, full_report)
+    _show(full_report, console.repair_text, as_json)
+    if fail_on is not None and result.verdict == fail_on.value:
+        raise typer.Exit(1)
+
+
+@app.command()
+def evaluate(
+    model: Model,
+    data: Data,
+    arch: Arch = None,
+    split: Annotated[str, typer.Option(help="Folder of the data to score on.")] = "test",
+    trigger: Annotated[
+        str | None,
+        typer.Option(help="Known trigger: .npz, or package.module:function with --trust."),
+    ] = None,
+    target: Annotated[int | None, typer.Option(min=0, help="The trigger's class.")] = None,
+    preset: PresetOption = None,
+    mean: Mean = None,
+    std: Std = None,
+    threads: Threads = None,
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Score a classifier: accuracy on clean images and, with a known trigger, attack success."""
+    if (trigger is None) != (target is None):
+        raise UsageError("--trigger and --target go together")
+
+    import torch
+
+    from onp.data import load_dataset
+    from onp.evaluate import score
+    from onp.report import console
+    from onp.suspect.load import load_suspect
+    from onp.triggers import load_trigger
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    preprocess = _preprocess(preset, mean, std)
+    put_trigger = None if trigger is None else load_trigger(trigger, trust)
+    suspect = load_suspect(model, arch, trust)
+    dataset = load_dataset(str(data), split)
+    scores = score(suspect.model, dataset, put_trigger, target, preprocess)
+    _show(scores | {"sha256": suspect.file.sha256}, console.scores_text, as_json)
+
+
+@app.command()
+def demo(seed: Seed = 0, as_json: AsJson = False, quiet: Quiet = False) -> None:
+    """Repair a small backdoored network that comes with onp, and score it before and after."""
+    from onp.demo import run
+    from onp.report import console
+    from onp.report.progress import progress_on_stderr
+
+    with progress_on_stderr(quiet) as progress:
+        outcome = run(seed=seed, progress=progress)
+    _show(outcome, console.demo_text, as_json)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Print versions and what this build and this machine can do."""
+    from onp.environment import describe
+    from onp.report import console
+
+    _show(describe(), console.environment_text, as_json)
+
+
+def _check_distinct(**paths: Path | None) -> None:
+    """Raise UsageError where two of the options name one file."""
+    seen: dict[Path, str] = {}
+    for option, path in paths.items():
+        if path is None:
+            continue
+        other = seen.setdefault(path.resolve(), option)
+        if other != option:
+            raise UsageError(f"{option} and {other} are the same file: {path}")
+
+
+def _preprocess(preset: Preset | None, mean: str | None, std: str | None) -> Any:
+    """The ``onp.data.Preprocess`` that the options ask for, or None for plain pixels in [0, 1]."""
+    from onp.data import PRESETS, Preprocess
+
+    if mean is None and std is None:
+        return None if preset is None else PRESETS[preset.value]
+    if mean is None or std is None:
+        raise UsageError("--mean and --std go together")
+    if preset is not None:
+        raise UsageError("--preset and --mean exclude each other")
+    means, deviations = _numbers("--mean", mean), _numbers("--std", std)
+    if len(means) != len(deviations) or min(deviations) <= 0:
+        raise UsageError(f"--std must be {len(means)} positive numbers, got {std}")
+    return Preprocess(means, deviations)
+
+
+def _numbers(option: str, text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise UsageError(f"{option} must be numbers such as 0.5,0.5,0.5, got {text!r}") from None
+
+
+def _show(result: dict[str, Any], as_text: Any, as_json: bool) -> None:
+    print(json.dumps(result, allow_nan=False) if as_json else as_text(result))

@@ -1,0 +1,105 @@
+"""Reports as text for people. Each function takes the dict that --json prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+_VERDICTS = {
+    "backdoor": "backdoor found and pruned",
+    "clean": "no backdoor found",
+}
+
+
+def repair_text(report: Mapping[str, Any]) -> str:
+    """A repair: the verdict and why, what was pruned, what it cost, where the result is.
+
+    Reads ``verdict``, ``reason``, ``target_classes`` (list of int), ``accuracy`` (``before``,
+    ``after``, ``images``), ``sites`` (``total``, ``pruned``), ``layers`` (list of ``name``,
+    ``sites``, ``pruned``: channel numbers), ``seconds`` (stage -> float, ``total`` among them);
+    ``suspect`` and ``repaired`` (``path``, ``sha256``) where the command line added them.
+    """
+    verdict = str(report["verdict"])
+    accuracy, sites = report["accuracy"], report["sites"]
+    rows = [
+        ("verdict", f"{_VERDICTS.get(verdict, verdict)} ({report['reason']})"),
+        ("target class", ", ".join(map(str, report["target_classes"])) or "none"),
+        ("pruned", f"{sites['pruned']} of {sites['total']} sites"),
+        *_pruned_rows(report["layers"]),
+        (
+            "accuracy",
+            f"{_percent(accuracy['before'])} -> {_percent(accuracy['after'])} "
+            f"on {accuracy['images']:,} clean images",
+        ),
+        ("time", f"{report['seconds']['total']:.1f} s"),
+    ]
+    for role in ("suspect", "repaired"):
+        if role in report:
+            file = report[role]
+            rows.append((role, f"{file['path']} (sha256 {file['sha256'][:16]}...)"))
+    return _aligned(rows)
+
+
+def scores_text(scores: Mapping[str, Any]) -> str:
+    """Scores: ``clean_accuracy`` and ``images``; with a trigger also ``attack_success_rate``,
+    ``robust_accuracy``, ``triggered_images`` and ``target``. A rate of None is undefined."""
+    rows = [("clean accuracy", _rate(scores["clean_accuracy"], scores["images"], "images"))]
+    if "attack_success_rate" in scores:
+        images, kind = scores["triggered_images"], f"triggered images, target {scores['target']}"
+        rows.append(("attack success", _rate(scores["attack_success_rate"], images, kind)))
+        rows.append(("robust accuracy", _rate(scores["robust_accuracy"], images, kind)))
+    return _aligned(rows)
+
+
+def demo_text(outcome: Mapping[str, Any]) -> str:
+    """The demo: ``report`` for ``repair_text``, ``before`` and ``after`` for ``scores_text``."""
+    parts = [
+        "Repair, from clean images alone",
+        repair_text(outcome["report"]),
+        "",
+        "Scores before, with the true trigger",
+        scores_text(outcome["before"]),
+        "",
+        "Scores after",
+        scores_text(outcome["after"]),
+    ]
+    return "\n".join(parts)
+
+
+def environment_text(environment: Mapping[str, Any]) -> str:
+    """The facts of ``onp.environment.describe``, one a line."""
+    return _aligned((name.replace("_", " "), _plain(value)) for name, value in environment.items())
+
+
+def _pruned_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:
+    """A row for each layer that lost channels."""
+    return [
+        ("", f"{layer['name']}: {len(layer['pruned'])} of {layer['sites']}")
+        for layer in layers
+        if layer["pruned"]
+    ]
+
+
+def _rate(value: float | None, count: int, kind: str) -> str:
+    return f"{'undefined' if value is None else _percent(value)} of {count:,} {kind}"
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.2f}%"
+
+
+def _plain(value: Any) -> str:
+    if value is None:
+        return "not installed"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value)) or "none"
+    return str(value)
+
+
+def _aligned(rows: Iterable[tuple[str, str]]) -> str:
+    """Two columns."""
+    all_rows = list(rows)
+    width = max(len(name) for name, _ in all_rows)
+    return "\n".join(f"{name:<{width}}  {text}".rstrip() for name, text in all_rows)

@@ -1,0 +1,202 @@
+"""Untrusted bytes -> weights, safely; and repaired weights -> bytes.
+
+A checkpoint may be a program. ``read_weights`` is the only door: it reads the file once, decides by
+content (never by suffix) what it is, and never unpickles anything but tensors and plain containers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import re
+import stat
+import warnings
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from onp.errors import OnpError, UnsafeOrCorruptModel, UnsupportedInput, UsageError, quoted
+from onp.files import file_error, write_atomically
+from onp.suspect.state_dict import MAX_TENSORS, flat_state_dict
+
+MAX_BYTES = 4 << 30
+"""Largest file read, and largest sum of its tensors, unless the caller says otherwise."""
+
+_MAX_HEADER = 16 << 20
+"""Largest safetensors header in bytes: ``MAX_TENSORS`` entries with long names fit."""
+
+_ZIP_START = b"PK\x03\x04"
+_LISTED = 8
+
+
+@dataclass(frozen=True)
+class SuspectFile:
+    """The weights of one file, and what is needed to name that file again."""
+
+    path: Path
+    sha256: str
+    """Of the bytes that were parsed."""
+    loader: str
+    """``safetensors``, ``torch-zip`` or ``torch-legacy``."""
+    state_dict: dict[str, Tensor]
+    """Flat, contiguous, on the CPU, in the file's dtypes; wrappers' prefixes are stripped."""
+
+
+def read_weights(path: str | Path, max_bytes: int = MAX_BYTES) -> SuspectFile:
+    """Read the state dict in ``path``: safetensors, or a torch.save file of either format.
+
+    Raises UsageError if ``path`` cannot be opened as a file, UnsupportedInput if its content is of
+    no kind read here, UnsafeOrCorruptModel for everything wrong with the content, ResourceError if
+    reading fails. No other exception leaves, whatever the bytes.
+    """
+    path = Path(path)
+    data, digest = _read_once(path, max_bytes)
+    loader, parse = _sniff(data, path)
+    try:
+        state_dict = flat_state_dict(parse(data), max_bytes)
+    except OnpError as error:
+        raise type(error)(f"{path}: {error}") from None
+    except Exception as error:  # parsers of hostile bytes raise anything
+        raise UnsafeOrCorruptModel(
+            f"{path}: damaged {loader} file: {quoted(f'{type(error).__name__}: {error}', 200)}"
+        ) from error
+    return SuspectFile(path, digest, loader, state_dict)
+
+
+def save_weights(
+    path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write ``state_dict`` as safetensors, atomically, with ``metadata`` in its header.
+
+    Tensors that share memory are written once for each name.
+    """
+    tensors = {key: _copied(tensor) for key, tensor in state_dict.items()}
+    data = safetensors.torch.save(tensors, dict(metadata or {}))
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(data)
+
+    write_atomically(Path(path), write)
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+
+
+def _read_once(path: Path, max_bytes: int) -> tuple[bytes, str]:
+    """The bytes of the regular file ``path`` and their sha256."""
+    try:
+        # Non-blocking, so that a named pipe is refused below instead of waited for.
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except ValueError as error:  # a NUL in the name
+        raise UsageError(f"cannot read {quoted(path)}: {error}") from None
+    except OSError as error:
+        raise file_error("read", path, error) from None
+    try:
+        facts = os.fstat(handle)
+        if stat.S_ISDIR(facts.st_mode):
+            raise UsageError(f"cannot read {path}: it is a directory")
+        if not stat.S_ISREG(facts.st_mode):
+            raise UsageError(f"cannot read {path}: it is not a regular file")
+        if facts.st_size > max_bytes:
+            raise UnsafeOrCorruptModel(
+                f"{path}: {facts.st_size} bytes are more than the limit of {max_bytes}"
+            )
+        with os.fdopen(handle, "rb", closefd=False) as file:
+            data = file.read(facts.st_size)  # what is appended meanwhile stays unread
+    except OSError as error:
+        raise file_error("read", path, error) from None
+    finally:
+        os.close(handle)
+    if not data:
+        raise UnsafeOrCorruptModel(f"{path}: the file is empty")
+    return data, hashlib.sha256(data).hexdigest()
+
+
+def _sniff(data: bytes, path: Path) -> tuple[str, Callable[[bytes], object]]:
+    """The loader's name and its function, by the first bytes."""
+    if data[:4] == _ZIP_START:
+        return "torch-zip", _parse_zip
+    if data[0] == 0x80 and data[1:2] and 2 <= data[1] <= 5:
+        return "torch-legacy", _parse_pickle
+    if data[8:9] == b"{":
+        return "safetensors", _parse_safetensors
+    raise UnsupportedInput(f"{path}: neither safetensors nor a torch.save file")
+
+
+def _parse_safetensors(data: bytes) -> object:
+    header = int.from_bytes(data[:8], "little")
+    if header > min(_MAX_HEADER, len(data) - 8):
+        raise UnsafeOrCorruptModel(f"damaged safetensors file: a header of {header} bytes")
+    return safetensors.torch.load(data)
+
+
+def _parse_zip(data: bytes) -> object:
+    _check_archive(data)
+    return _parse_pickle(data)
+
+
+def _check_archive(data: bytes) -> None:
+    """Refuse what torch.save never writes: compression, doubled or outside names, overlaps."""
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        members = archive.infolist()
+        names = {member.filename for member in members}
+        if len(members) > MAX_TENSORS:
+            raise UnsafeOrCorruptModel(f"{len(members)} members are more than {MAX_TENSORS}")
+        if len(names) != len(members):
+            raise UnsafeOrCorruptModel("two members of the archive have the same name")
+        for member in members:
+            _check_member(member)
+        if sum(member.file_size for member in members) > len(data):
+            raise UnsafeOrCorruptModel("members of the archive overlap")
+        if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
+            raise UnsafeOrCorruptModel(
+                "a TorchScript file is a program; save the network's state_dict() instead"
+            )
+        damaged = archive.testzip()  # also compares each local name with the directory's
+        if damaged is not None:
+            raise UnsafeOrCorruptModel(f"member {quoted(damaged)} is damaged (CRC-32 differs)")
+
+
+def _check_member(member: zipfile.ZipInfo) -> None:
+    stored = member.compress_type == zipfile.ZIP_STORED and member.flag_bits & 0x1 == 0
+    if not stored or member.compress_size != member.file_size:
+        raise UnsafeOrCorruptModel(
+            f"member {quoted(member.filename)} is compressed or encrypted; torch.save stores it"
+        )
+    parts = member.orig_filename.replace("\\", "/").split("/")
+    if ".." in parts or parts[0] == "" or "\0" in member.orig_filename:
+        raise UnsafeOrCorruptModel(f"member {quoted(member.orig_filename)} points outside")
+
+
+def _parse_pickle(data: bytes) -> object:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about old storage types; the caller cannot act on it
+            return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except Exception as error:
+        wanted = _refused_globals(data, error)
+        if not wanted:
+            raise
+        more = f" and {len(wanted) - _LISTED} more" if len(wanted) > _LISTED else ""
+        names = ", ".join(quoted(name) for name in wanted[:_LISTED])
+        raise UnsafeOrCorruptModel(
+            f"refused, loading it would run code of the file's choice: it wants {names}{more}; "
+            "save the network's state_dict() instead"
+        ) from None
+
+
+def _refused_globals(data: bytes, error: Exception) -> list[str]:
+    """Names of the functions and classes that an unsafe pickle asks for; nothing is loaded."""
+    try:
+        wanted = torch.serialization.get_unsafe_globals_in_checkpoint(io.BytesIO(data))
+    except Exception:  # not a zip, or too damaged to list
+        wanted = []
+    named = re.search(r"GLOBAL (\S+) (?:was not an allowed|whose module)", str(error))
+    return sorted(wanted) or ([named.group(1)] if named else [])
