@@ -34,6 +34,13 @@ class SynthesisConfig:
     """How many of the classes that unlearning names are probed."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
+    counted_margin: float = 0.1
+    """A probe of the target counts if its best mask is worth at most this less than the best's."""
+    through_strength: float = 0.7
+    """A renewed probe gets through if it is this much stronger than another class needs to be
+    (binary logarithm), and"""
+    through_success: float = 0.5
+    """if it makes at least this share of the images answer its class."""
 
 
 @dataclass(frozen=True)
@@ -76,6 +83,19 @@ class AgentConfig:
 
 
 @dataclass(frozen=True)
+class ChoiceConfig:
+    """The last choice among masks: see ``onp.agent.choice``."""
+
+    finalists: int = 8
+    images: int = 160
+    """Images (and as many triggered ones per counted probe) that restoring sites is judged on."""
+    rounds: int = 4
+    """Rounds of restoring pruned sites."""
+    success_weight: float = 3.0
+    """Nats of clean cross-entropy that probe success left (of 1) is worth."""
+
+
+@dataclass(frozen=True)
 class ScoreConfig:
     """What a mask is worth: see ``onp.agent.objective``."""
 
@@ -90,6 +110,12 @@ class VerdictConfig:
     """When a backdoor is called: see ``onp.verdict``."""
 
     threshold: float = 0.5
+    concentration: tuple[float, float] = (0.35, 0.9)
+    """Share of the images on the commonest answer after unlearning: none and full evidence."""
+    repairability: tuple[float, float] = (0.75, 0.93)
+    """Worth of the best probe's best mask (1 is a free and complete repair)."""
+    advantage: tuple[float, float] = (0.0, 1.5)
+    """Binary logarithm of the best probe's strength over the same family's for another class."""
 
 
 @dataclass(frozen=True)
@@ -115,6 +141,7 @@ class Config:
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    choice: ChoiceConfig = field(default_factory=ChoiceConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)

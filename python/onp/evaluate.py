@@ -9,9 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from onp import masks
-from onp.errors import UsageError
+from onp.errors import UnsupportedOperation, UsageError
 from onp.ledger import Ledger
-from onp.ops.masked_forward import MaskedForwardPlan, UnsupportedOperation, lower
+from onp.ops.masked_forward import MaskedForwardPlan, lower
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onp.data import ImageSet, Preprocess
-from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
+from onp.errors import BadData, UnsafeOrCorruptModel
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -21,13 +21,6 @@ def interval(right: int, count: int) -> tuple[float, float]:
     half = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5
     scale = 1 + z * z / count
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
-
-
-def rate(right: int, count: int) -> dict[str, Any]:
-    """A share as the reports hold it: value, sample size, 95% interval."""
-    low, high = interval(right, count)
-    value = right / count if count else None
-    return {"value": value, "n": count, "interval": [round(low, 4), round(high, 4)]}
 
 
 @torch.no_grad()
@@ -47,7 +40,7 @@ def score(
     model: nn.Module,
     dataset: ImageSet,
     trigger: Callable[[Tensor], Tensor] | None = None,
-    target: int = 0,
+    target: int | None = None,
     preprocess: Preprocess | None = None,
 ) -> dict[str, Any]:
     """CA on all images; with a trigger also ASR and RA over the images of other classes.
@@ -57,18 +50,22 @@ def score(
     network = nn.Sequential(preprocess.module(), model) if preprocess else model
     network.eval()
     images, labels = dataset.floats(), dataset.labels
-    right = predict(network, images) == labels
-    result: dict[str, Any] = {"ca": rate(int(right.sum()), len(labels))}
-    if trigger is None:
+    right = int((predict(network, images) == labels).sum())
+    result: dict[str, Any] = {"images": len(labels)} | _rate("clean_accuracy", right, len(labels))
+    if trigger is None or target is None:
         return result
     others = labels != target
-    if target < 0:
-        raise UsageError(f"--target must be a class number, got {target}")
     if not bool(others.any()):
         raise BadData(f"every image is of the target class {target}: ASR is undefined")
     answers = predict(network, trigger(images[others]))
     count = int(others.sum())
-    result["asr"] = rate(int((answers == target).sum()), count)
-    result["ra"] = rate(int((answers == labels[others]).sum()), count)
-    result["target"] = target
+    result |= {"target": target, "triggered_images": count}
+    result |= _rate("attack_success_rate", int((answers == target).sum()), count)
+    result |= _rate("robust_accuracy", int((answers == labels[others]).sum()), count)
     return result
+
+
+def _rate(name: str, right: int, count: int) -> dict[str, Any]:
+    """A share and its 95% interval, as reports hold them."""
+    bounds = [round(bound, 4) for bound in interval(right, count)]
+    return {name: right / count if count else None, f"{name}_interval": bounds}

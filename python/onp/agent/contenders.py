@@ -1,0 +1,89 @@
+"""Which probes count: judged against what the same family needs for another class.
+
+A probe that does not match the attack finds a natural adversarial direction. Those exist for every
+class alike, so a probe speaks of a backdoor only where it is stronger than its sisters.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from onp.agent.race import Contender
+from onp.config import Config, SynthesisConfig
+from onp.evaluate import MaskEvaluator
+from onp.probes.synthesis import Probe
+
+SMALLEST = 0.05
+"""Sizes below this share of the reference count as this: smaller ones are equally suspicious."""
+
+
+def strength(success: float, size: float) -> float:
+    """Success per size: what a probe achieves for how much of its bound it uses."""
+    return max(success, 1e-2) / max(size, SMALLEST)
+
+
+def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
+    """Binary logarithm of the contender's strength over the strongest of its family for another
+    class; 0 if no other class was probed."""
+    rivals = [
+        strength(other.success, other.probe.size)
+        for other in contenders
+        if other.probe.family.name == contender.probe.family.name
+        and other.probe.target != contender.probe.target
+    ]
+    if not rivals:
+        return 0.0
+    return math.log2(strength(contender.success, contender.probe.size) / max(rivals))
+
+
+def counted_contenders(
+    contenders: Sequence[Contender], target: int, config: SynthesisConfig
+) -> list[Contender]:
+    """The best contender, and those of its target that are nearly as repairable and no weaker
+    than their sisters."""
+    best = contenders[0]
+    return [
+        contender
+        for contender in contenders
+        if contender is best
+        or (
+            contender.probe.target == target
+            and contender.score >= best.score - config.counted_margin
+            and advantage(contender, contenders) > 0
+        )
+    ]
+
+
+def getting_through(
+    probes: Sequence[Probe],
+    evaluator: MaskEvaluator,
+    mask: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    contenders: Sequence[Contender],
+    config: Config,
+) -> list[Probe]:
+    """The probes that still work on the network pruned by ``mask`` bool [S] and are stronger than
+    what another class needs on the suspect."""
+    count = min(config.race.second_images, len(images))
+    found = []
+    for probe in probes:
+        others = labels[:count] != probe.target
+        clean = images[:count][others]
+        both = torch.cat([clean, probe(clean)])
+        chance = evaluator.run(mask[None], both)[0].softmax(1)[:, probe.target]
+        own, hit = chance.chunk(2)
+        success = float((hit - own).clamp_min(0).mean())
+        rivals = [
+            strength(other.success, other.probe.size)
+            for other in contenders
+            if other.probe.family.name == probe.family.name and other.probe.target != probe.target
+        ]
+        bar = max(rivals, default=0.0) * 2**config.synthesis.through_strength
+        if success >= config.synthesis.through_success and strength(success, probe.size) > bar:
+            found.append(probe)
+    return found

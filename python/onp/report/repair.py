@@ -1,0 +1,120 @@
+"""The JSON report of a repair. ``docs/report.md`` describes the schema."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import Tensor
+
+from onp.agent.choice import Choice
+from onp.agent.ppo import UpdateLog
+from onp.agent.race import Contender
+from onp.config import Config
+from onp.environment import describe
+from onp.ledger import Ledger
+from onp.metrics import interval
+from onp.probes.unlearning import Unlearned
+from onp.suspect.trace import Trace
+from onp.verdict import Verdict
+
+SCHEMA = "onp.repair/1"
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """What a run was asked for and what it cost."""
+
+    config: Config
+    seed: int
+    input_range: tuple[float, float]
+    backend: str
+    device: str
+    ledger: Ledger
+
+
+def repair_report(
+    run: RunFacts,
+    trace: Trace,
+    verdict: Verdict,
+    unlearned: Unlearned,
+    contenders: Sequence[Contender],
+    counted: Sequence[Contender],
+    renewed: Sequence[Contender],
+    curve: Sequence[UpdateLog],
+    choice: Choice | None,
+    mask: Tensor,
+    right: Tensor,
+) -> dict[str, Any]:
+    """Everything a reader needs to see why; JSON-able. right: bool [2, N], answers before and
+    after that are the label's."""
+    count = right.shape[1]
+    before, after = (int(row.sum()) for row in right)
+    return {
+        "schema": SCHEMA,
+        "verdict": verdict.finding,
+        "reason": verdict.reason,
+        "score": round(verdict.score, 4),
+        "evidence": {
+            "concentration": round(verdict.concentration, 4),
+            "repairability": round(verdict.repairability, 4),
+            "advantage": round(verdict.advantage, 4),
+        },
+        "target_classes": [] if verdict.target is None else [verdict.target],
+        "accuracy": {
+            "before": before / count,
+            "after": after / count,
+            "images": count,
+            "interval_before": [round(x, 4) for x in interval(before, count)],
+            "interval_after": [round(x, 4) for x in interval(after, count)],
+        },
+        "sites": {"total": trace.sites, "pruned": int(mask.sum())},
+        "layers": [
+            {
+                "name": layer.name,
+                "sites": layer.channels,
+                "pruned": mask[layer.sites].nonzero().squeeze(1).tolist(),
+            }
+            for layer in trace.layers
+        ],
+        "unlearned_answers": unlearned.answers.tolist(),
+        "probes": [_probe(c, c in counted) for c in contenders],
+        "renewed_probes": [_probe(c, True) for c in renewed],
+        "choice": None if choice is None else _choice(choice),
+        "learning_curve": [{k: round(v, 5) for k, v in asdict(log).items()} for log in curve],
+        "image_forwards": {**run.ledger.forwards, "total": run.ledger.total},
+        "seconds": {
+            **{stage: round(seconds, 3) for stage, seconds in run.ledger.seconds.items()},
+            "total": round(sum(run.ledger.seconds.values()), 3),
+        },
+        "seed": run.seed,
+        "input_range": list(run.input_range),
+        "backend": run.backend,
+        "device": run.device,
+        "config": asdict(run.config),
+        "environment": describe(),
+    }
+
+
+def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
+    return {
+        "family": contender.probe.family.name,
+        "target": contender.probe.target,
+        "size": round(contender.probe.size, 4),
+        "success_before": round(contender.success, 4),
+        "success_after_its_own_mask": round(contender.success * (1 - contender.removed), 4),
+        "worth": round(contender.score, 4),
+        "sites": contender.size,
+        "counted": counted,
+    }
+
+
+def _choice(choice: Choice) -> dict[str, Any]:
+    return {
+        "cost": round(choice.cost, 5),
+        "crossfitted_cost": round(choice.crossfit, 5),
+        "interval": [round(x, 5) for x in choice.interval],
+        "probe_success_before": [round(x, 4) for x in choice.success_before],
+        "probe_success_after": [round(x, 4) for x in choice.success_after],
+    }
