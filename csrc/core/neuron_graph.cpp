@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <functional>
 #include <limits>
 #include <numeric>
 #include <vector>
@@ -61,59 +63,76 @@ ONP_TARGET_AVX2 void strengths_avx2(const float* weight, std::int64_t pairs, std
 
 // ---- choosing the strongest entries of a matrix --------------------------------------------------
 
-// The k strongest of the values offered; among equals the ones offered first.
+// The k >= 1 strongest of the values above a bar, among equals the ones of lower index; indices
+// must be offered in ascending order. Values and indices are joined into integers that sort by
+// both. They gather in a buffer which, once full, is cut back to k and raises the bar.
 class Strongest {
  public:
-  explicit Strongest(std::int64_t k) : k_(k) { kept_.reserve(k); }
+  Strongest(std::int64_t k, float bar)
+      : k_(k), first_bar_(bar), bar_(bar), keys_(k + std::max<std::int64_t>(k, 32)) {}
 
   void offer(float value, std::int64_t index) {
-    if (static_cast<std::int64_t>(kept_.size()) < k_) {
-      kept_.push_back({value, index});
-      std::push_heap(kept_.begin(), kept_.end(), stronger);
-    } else if (k_ > 0 && value > kept_.front().value) {
-      std::pop_heap(kept_.begin(), kept_.end(), stronger);
-      kept_.back() = {value, index};
-      std::push_heap(kept_.begin(), kept_.end(), stronger);
-    }
+    if (!(value > bar_)) return;  // NaN is not above the bar
+    keys_[size_++] = key(value, index);
+    if (size_ == static_cast<std::int64_t>(keys_.size())) cut();
   }
 
   // Calls use(index) for each kept value, then forgets them.
   template <typename Use>
   void drain(const Use& use) {
-    for (const Entry& entry : kept_) use(entry.index);
-    kept_.clear();
+    if (size_ > k_) cut();
+    for (std::int64_t i = 0; i < size_; ++i) use(static_cast<std::uint32_t>(~keys_[i]));
+    size_ = 0;
+    bar_ = first_bar_;
   }
 
  private:
-  struct Entry {
-    float value;
-    std::int64_t index;
-  };
-
-  // As the heap's "less": its front is the weakest, of equals the one offered last.
-  static bool stronger(const Entry& a, const Entry& b) {
-    return a.value > b.value || (a.value == b.value && a.index < b.index);
+  static std::uint64_t key(float value, std::int64_t index) {
+    value += 0.0f;  // -0 and 0 are equal
+    std::uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    bits = bits & kSign ? ~bits : bits | kSign;
+    return static_cast<std::uint64_t>(bits) << 32 | static_cast<std::uint32_t>(~index);
   }
 
-  std::int64_t k_;
-  std::vector<Entry> kept_;
+  static float value_of(std::uint64_t key) {
+    std::uint32_t bits = static_cast<std::uint32_t>(key >> 32);
+    bits = bits & kSign ? bits & ~kSign : ~bits;
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+  }
+
+  void cut() {
+    const auto begin = keys_.begin();
+    std::nth_element(begin, begin + (k_ - 1), begin + size_, std::greater<std::uint64_t>());
+    size_ = k_;
+    bar_ = value_of(keys_[k_ - 1]);
+  }
+
+  static constexpr std::uint32_t kSign = 0x80000000u;
+
+  std::int64_t k_, size_ = 0;
+  float first_bar_, bar_;
+  std::vector<std::uint64_t> keys_;
 };
 
 constexpr std::int64_t kRowsPerItem = 16;
 constexpr std::int64_t kColsPerItem = 16;  // one cache line of a row
 
-// Entries >= floor among the k strongest of their row or of their column. NaN is not >= floor.
+// Entries above the bar among the k strongest of their row or of their column.
 std::int64_t select_edges(const float* matrix, std::int64_t rows, std::int64_t cols,
-                          std::int64_t k, float floor, const EdgeSink& edges, int threads) {
+                          std::int64_t k, float bar, const EdgeSink& edges, int threads) {
+  ONP_CHECK(std::max(rows, cols) < std::int64_t{1} << 32,
+            "select_edges: sizes must be below 2^32, got [", rows, ", ", cols, "]");
+  if (rows == 0 || cols == 0 || k == 0) return 0;
   std::vector<std::uint8_t> keep(rows * cols, 0);
   parallel_for(blocks_of(rows, kRowsPerItem), threads, [&](std::int64_t item, int) {
-    Strongest strongest(std::min(k, cols));
+    Strongest strongest(std::min(k, cols), bar);
     const std::int64_t last = std::min((item + 1) * kRowsPerItem, rows);
     for (std::int64_t r = item * kRowsPerItem; r < last; ++r) {
       const float* row = matrix + r * cols;
-      for (std::int64_t c = 0; c < cols; ++c) {
-        if (row[c] >= floor) strongest.offer(row[c], c);
-      }
+      for (std::int64_t c = 0; c < cols; ++c) strongest.offer(row[c], c);
       strongest.drain([&](std::int64_t c) { keep[r * cols + c] = 1; });
     }
   });
@@ -121,12 +140,10 @@ std::int64_t select_edges(const float* matrix, std::int64_t rows, std::int64_t c
     const std::int64_t first = item * kColsPerItem;
     const std::int64_t last = std::min(first + kColsPerItem, cols);
     std::vector<Strongest> strongest;
-    for (std::int64_t c = first; c < last; ++c) strongest.emplace_back(std::min(k, rows));
+    for (std::int64_t c = first; c < last; ++c) strongest.emplace_back(std::min(k, rows), bar);
     for (std::int64_t r = 0; r < rows; ++r) {
       const float* row = matrix + r * cols;
-      for (std::int64_t c = first; c < last; ++c) {
-        if (row[c] >= floor) strongest[c - first].offer(row[c], r);
-      }
+      for (std::int64_t c = first; c < last; ++c) strongest[c - first].offer(row[c], r);
     }
     for (std::int64_t c = first; c < last; ++c)
       strongest[c - first].drain([&](std::int64_t r) { keep[r * cols + c] = 1; });
@@ -272,8 +289,7 @@ std::int64_t strongest_edges(const float* strength, std::int64_t rows, std::int6
             ", ", cols, "]");
   ONP_CHECK(k >= 0, "strongest_edges: k must not be negative, got ", k);
   ONP_CHECK(threads >= 1, "strongest_edges: threads must be at least 1, got ", threads);
-  const float above_zero = std::numeric_limits<float>::denorm_min();
-  return select_edges(strength, rows, cols, k, above_zero, edges, threads);
+  return select_edges(strength, rows, cols, k, 0.0f, edges, threads);
 }
 
 std::int64_t similarity_edges(const float* vectors, std::int64_t count, std::int64_t size,
@@ -295,7 +311,9 @@ std::int64_t similarity_edges(const float* vectors, std::int64_t count, std::int
   parallel_for(blocks_of(count, kPanel), threads, [&](std::int64_t item, int) {
     panel(units, item * kPanel, similarity.data());
   });
-  return select_edges(similarity.data(), count, count, max_neighbours, threshold, edges, threads);
+  const float below_threshold = std::nextafter(threshold, -2.0f);
+  return select_edges(similarity.data(), count, count, max_neighbours, below_threshold, edges,
+                      threads);
 }
 
 }  // namespace onp

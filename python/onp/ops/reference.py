@@ -22,6 +22,17 @@ def message_passing(x: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor) 
     return torch.zeros_like(x).index_add(1, csr_rows(indptr), messages)
 
 
+def message_passing_x_grad(grad: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    """``[B, N, D]``: the gradient of x, ``weight[e] * grad[b, row]`` added to each column."""
+    messages = weight[:, None] * grad[:, csr_rows(indptr)]
+    return torch.zeros_like(grad).index_add(1, indices, messages)
+
+
+def message_passing_weight_grad(grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor) -> Tensor:
+    """``[E]``: the gradient of each weight, the dot product of ``grad`` and x at its ends."""
+    return (grad[:, csr_rows(indptr)] * x[:, indices]).sum((0, 2))
+
+
 def csr_transpose(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(t_indptr, t_indices, t_edge)`` of a CSR graph, rows in ascending order."""
     t_edge = torch.argsort(indices, stable=True)

@@ -1,0 +1,102 @@
+"""Neuron graph kernels on the convolutions of PreActResNet-18, width 64 (11 million weights).
+
+Baseline: the same results with torch operations. The cosine baseline computes the whole matrix
+with one matrix product.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pytest_benchmark.fixture import BenchmarkFixture
+from torch import Tensor
+
+from onp.ops.neuron_graph import connection_strength, similarity_edges, strongest_edges
+
+NEIGHBOURS = 8
+THRESHOLD = 0.5
+
+
+def shapes() -> list[tuple[int, int, int, int]]:
+    found = [(64, 3, 3, 3)]
+    before = 64
+    for width in (64, 128, 256, 512):
+        found += [(width, before, 3, 3), *[(width, width, 3, 3)] * 3]
+        if width != before:
+            found.append((width, before, 1, 1))
+        before = width
+    return found
+
+
+@pytest.fixture(scope="module")
+def weights() -> list[Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape) for shape in shapes()]
+
+
+@pytest.fixture(scope="module")
+def strengths(weights: list[Tensor]) -> list[Tensor]:
+    return [connection_strength(weight) for weight in weights]
+
+
+def torch_strength(weight: Tensor) -> Tensor:
+    return weight.abs().sum((2, 3))
+
+
+def torch_choose(matrix: Tensor, allowed: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    score = matrix.masked_fill(~allowed, -torch.inf)
+    keep = torch.zeros_like(allowed)
+    for dim in (0, 1):
+        top = score.topk(min(k, matrix.shape[dim]), dim).indices
+        keep.scatter_(dim, top, True)
+    rows, cols = (keep & allowed).nonzero(as_tuple=True)
+    return rows, cols, matrix[rows, cols]
+
+
+def torch_strongest(strength: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch_choose(strength, strength > 0, NEIGHBOURS)
+
+
+def torch_similar(vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    units = torch.nn.functional.normalize(vectors)
+    similarity = units @ units.T
+    allowed = similarity >= THRESHOLD
+    allowed.fill_diagonal_(False)
+    return torch_choose(similarity, allowed, NEIGHBOURS)
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_strength(benchmark: BenchmarkFixture, weights: list[Tensor], backend: str) -> None:
+    run = connection_strength if backend == "native" else torch_strength
+    for weight in weights:
+        torch.testing.assert_close(run(weight), weight.double().abs().sum((2, 3)).float())
+    benchmark(lambda: [run(weight) for weight in weights])
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_strongest(benchmark: BenchmarkFixture, strengths: list[Tensor], backend: str) -> None:
+    def native(strength: Tensor) -> tuple[Tensor, ...]:
+        return strongest_edges(strength, NEIGHBOURS)
+
+    run = native if backend == "native" else torch_strongest
+    for strength in strengths:
+        assert all(map(torch.equal, run(strength), native(strength)))
+    benchmark(lambda: [run(strength) for strength in strengths])
+
+
+@pytest.mark.parametrize("backend", ["native", "torch"])
+@pytest.mark.parametrize("case", ["layers", "n512-d1024"])
+def test_similar(
+    benchmark: BenchmarkFixture, strengths: list[Tensor], case: str, backend: str
+) -> None:
+    vectors = strengths if case == "layers" else [torch.rand(512, 1024)]
+
+    def native(vectors: Tensor) -> tuple[Tensor, ...]:
+        return similarity_edges(vectors, THRESHOLD, NEIGHBOURS)
+
+    run = native if backend == "native" else torch_similar
+    for matrix in vectors:
+        torch.testing.assert_close(
+            native(matrix)[2].sum(), torch_similar(matrix)[2].sum(), rtol=1e-5, atol=1e-5
+        )
+    benchmark(lambda: [run(matrix) for matrix in vectors])
