@@ -3,15 +3,180 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
 #include "core/check.h"
+#include "core/csr.h"
+#include "core/masked_forward.h"
+#include "core/message_passing.h"
+#include "core/neuron_graph.h"
+#ifdef ONP_WITH_CUDA
+#include "cuda/neuron_graph.h"
+#endif
 
 namespace py = pybind11;
 
+using Address = std::uintptr_t;
+
+template <typename T>
+T* at(Address address) {
+  return reinterpret_cast<T*>(address);
+}
+
 // ---- message passing ---------------------------------------------------------------------------
+
+onp::CsrView csr_view(Address indptr, Address indices, std::int64_t nodes) {
+  return {at<const std::int64_t>(indptr), at<const std::int64_t>(indices), nodes};
+}
+
+void csr_check(Address indptr, Address indices, std::int64_t nodes, std::int64_t edges) {
+  py::gil_scoped_release release;
+  onp::csr_check(csr_view(indptr, indices, nodes), edges);
+}
+
+void csr_transpose(Address indptr, Address indices, std::int64_t nodes, Address t_indptr,
+                   Address t_indices, Address t_edge) {
+  py::gil_scoped_release release;
+  onp::csr_transpose(csr_view(indptr, indices, nodes), at<std::int64_t>(t_indptr),
+                     at<std::int64_t>(t_indices), at<std::int64_t>(t_edge));
+}
+
+void message_passing(bool float64, Address x, Address weight, Address indptr, Address indices,
+                     Address out, std::int64_t batch, std::int64_t nodes, std::int64_t features,
+                     int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    onp::message_passing<T>({csr_view(indptr, indices, nodes), batch, features, at<const T>(x),
+                             at<const T>(weight), at<T>(out)},
+                            threads);
+  };
+  py::gil_scoped_release release;
+  float64 ? run(0.0) : run(0.0f);
+}
+
+void message_passing_weight_grad(bool float64, Address grad, Address x, Address indptr,
+                                 Address indices, Address weight_grad, std::int64_t batch,
+                                 std::int64_t nodes, std::int64_t features, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    onp::message_passing_weight_grad<T>({csr_view(indptr, indices, nodes), batch, features,
+                                         at<const T>(grad), at<const T>(x), at<T>(weight_grad)},
+                                        threads);
+  };
+  py::gil_scoped_release release;
+  float64 ? run(0.0) : run(0.0f);
+}
 
 // ---- neuron graph ------------------------------------------------------------------------------
 
+void connection_strength(Address weight, std::int64_t pairs, std::int64_t kernel, Address out,
+                         int threads) {
+  py::gil_scoped_release release;
+  onp::connection_strength(at<const float>(weight), pairs, kernel, at<float>(out), threads);
+}
+
+#ifdef ONP_WITH_CUDA
+void connection_strength_cuda(int device, Address stream, Address weight, std::int64_t pairs,
+                              std::int64_t kernel, Address out) {
+  py::gil_scoped_release release;
+  onp::connection_strength_cuda(device, at<void>(stream), at<const float>(weight), pairs, kernel,
+                                at<float>(out));
+}
+#endif
+
+onp::EdgeSink edge_sink(Address rows, Address cols, Address values, std::int64_t capacity) {
+  return {at<std::int64_t>(rows), at<std::int64_t>(cols), at<float>(values), capacity};
+}
+
+std::int64_t strongest_edges(Address strength, std::int64_t rows, std::int64_t cols,
+                             std::int64_t k, Address out_rows, Address out_cols,
+                             Address out_values, std::int64_t capacity, int threads) {
+  py::gil_scoped_release release;
+  return onp::strongest_edges(at<const float>(strength), rows, cols, k,
+                              edge_sink(out_rows, out_cols, out_values, capacity), threads);
+}
+
+std::int64_t similarity_edges(Address vectors, std::int64_t count, std::int64_t size,
+                              float threshold, std::int64_t max_neighbours, Address out_rows,
+                              Address out_cols, Address out_values, std::int64_t capacity,
+                              int threads) {
+  py::gil_scoped_release release;
+  return onp::similarity_edges(at<const float>(vectors), count, size, threshold, max_neighbours,
+                               edge_sink(out_rows, out_cols, out_values, capacity), threads);
+}
+
+std::int64_t csr_from_edges(std::int64_t nodes, std::int64_t edges, Address rows, Address cols,
+                            Address values, Address out_indptr, Address out_indices,
+                            Address out_values) {
+  py::gil_scoped_release release;
+  return onp::csr_from_edges(nodes, edges, at<const std::int64_t>(rows),
+                             at<const std::int64_t>(cols), at<const float>(values),
+                             at<std::int64_t>(out_indptr), at<std::int64_t>(out_indices),
+                             at<float>(out_values));
+}
+
 // ---- masked forward ----------------------------------------------------------------------------
+
+using Pair = std::pair<std::int64_t, std::int64_t>;
+
+const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
+
+std::unique_ptr<onp::MaskedForwardPlan> masked_forward_plan(
+    const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
+    const std::vector<onp::StepSpec>& steps, std::int64_t output, std::int64_t sites) {
+  std::vector<onp::BufferShape> shapes;
+  for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
+  return std::make_unique<onp::MaskedForwardPlan>(std::move(shapes), steps, output, sites);
+}
+
+onp::StepSpec masked_forward_step(int kind, std::int64_t input, Pair kernel, Pair stride,
+                                  Pair padding, std::int64_t groups, bool count_include_pad,
+                                  std::uintptr_t weight, std::uintptr_t bias,
+                                  std::int64_t residual, int first, std::int64_t plain,
+                                  std::uintptr_t scale, std::uintptr_t shift, int second,
+                                  std::int64_t site_start, std::int64_t final) {
+  onp::StepSpec step;
+  step.kind = static_cast<onp::StepKind>(kind);
+  step.input = input;
+  std::tie(step.kernel_height, step.kernel_width) = kernel;
+  std::tie(step.stride_height, step.stride_width) = stride;
+  std::tie(step.pad_height, step.pad_width) = padding;
+  step.groups = groups;
+  step.count_include_pad = count_include_pad;
+  step.weight = floats_at(weight);
+  step.bias = floats_at(bias);
+  step.residual = residual;
+  step.first = static_cast<onp::Activation>(first);
+  step.plain = plain;
+  step.scale = floats_at(scale);
+  step.shift = floats_at(shift);
+  step.second = static_cast<onp::Activation>(second);
+  step.site_start = site_start;
+  step.final = final;
+  return step;
+}
+
+void masked_forward_run(const onp::MaskedForwardPlan& plan, std::uintptr_t images,
+                        std::int64_t count, std::uintptr_t masks, std::int64_t batch,
+                        std::int64_t words, std::uintptr_t logits, bool share, int threads,
+                        std::int64_t max_bytes, const std::string& isa) {
+  onp::MaskedForwardRun run;
+  run.images = floats_at(images);
+  run.count = count;
+  run.masks = {reinterpret_cast<const std::uint64_t*>(masks), batch, words};
+  run.logits = reinterpret_cast<float*>(logits);
+  run.share = share;
+  run.threads = threads;
+  run.max_bytes = max_bytes;
+  run.isa = isa;
+  py::gil_scoped_release release;
+  plan.run(run);
+}
 
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::register_exception_translator([](std::exception_ptr error) {
@@ -31,8 +196,33 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
 #endif
 
   // ---- message passing
+  m.def("csr_check", &csr_check);
+  m.def("csr_transpose", &csr_transpose);
+  m.def("message_passing", &message_passing);
+  m.def("message_passing_weight_grad", &message_passing_weight_grad);
 
   // ---- neuron graph
+  m.def("connection_strength", &connection_strength);
+#ifdef ONP_WITH_CUDA
+  m.def("connection_strength_cuda", &connection_strength_cuda);
+#endif
+  m.def("strongest_edges", &strongest_edges);
+  m.def("similarity_edges", &similarity_edges);
+  m.def("csr_from_edges", &csr_from_edges);
 
   // ---- masked forward
+  m.def("instruction_sets", &onp::instruction_sets);
+  py::class_<onp::StepSpec>(m, "MaskedForwardStep")
+      .def(py::init(&masked_forward_step), py::kw_only(), py::arg("kind"), py::arg("input"),
+           py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("groups"),
+           py::arg("count_include_pad"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+           py::arg("first"), py::arg("plain"), py::arg("scale"), py::arg("shift"),
+           py::arg("second"), py::arg("site_start"), py::arg("final"));
+  py::class_<onp::MaskedForwardPlan>(m, "MaskedForwardPlan")
+      .def(py::init(&masked_forward_plan), py::arg("buffers"), py::arg("steps"), py::arg("output"),
+           py::arg("sites"))
+      .def("bytes_per_image", &onp::MaskedForwardPlan::bytes_per_image, py::arg("share"))
+      .def("run", &masked_forward_run, py::kw_only(), py::arg("images"), py::arg("count"),
+           py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("logits"),
+           py::arg("share"), py::arg("threads"), py::arg("max_bytes"), py::arg("isa"));
 }

@@ -1,1 +1,20 @@
-// masked forward kernels: generic
+// Masked forward kernels for any processor: vectors of four floats, no fused multiply-add.
+#include "core/masked_forward_tile.h"
+
+namespace onp {
+namespace {
+
+struct Simd {
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef std::int32_t IntVec __attribute__((vector_size(16)));
+  static constexpr int lanes = 4;
+  static constexpr int tile_pixels = 5;
+  static ONP_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
+  static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+};
+
+}  // namespace
+
+const Kernels kGenericKernels = Tile<Simd>::table("generic");
+
+}  // namespace onp

@@ -1,1 +1,164 @@
-// message_passing
+#include "core/message_passing.h"
+
+#include <algorithm>
+
+#include "core/check.h"
+#include "core/parallel.h"
+#include "core/simd.h"
+
+namespace onp {
+namespace {
+
+constexpr std::int64_t kRowsPerItem = 32;
+
+// out[d .. d + Vectors * lanes) of one row, held in registers over all its edges.
+template <typename T, int Vectors>
+ONP_INLINE void row_tile(const std::int64_t* indices, const T* weight, std::int64_t edges,
+                         const T* x, std::int64_t features, T* out) {
+  using Vec = Lanes<T>;
+  Vec sums[Vectors];
+#pragma GCC unroll 8
+  for (int k = 0; k < Vectors; ++k) sums[k].v = typename Vec::Vector{};
+  for (std::int64_t e = 0; e < edges; ++e) {
+    const T* from = x + indices[e] * features;
+    const T scale = weight[e];
+#pragma GCC unroll 8
+    for (int k = 0; k < Vectors; ++k) sums[k].v += Vec::load(from + k * Vec::count).v * scale;
+  }
+#pragma GCC unroll 8
+  for (int k = 0; k < Vectors; ++k) sums[k].store(out + k * Vec::count);
+}
+
+// Rows [first, last) of one batch entry: x and out point at that entry.
+template <typename T>
+ONP_INLINE void sum_rows(const MessagePassingParams<T>& p, const T* x, T* out, std::int64_t first,
+                         std::int64_t last) {
+  constexpr std::int64_t lanes = Lanes<T>::count;
+  const std::int64_t features = p.features;
+  for (std::int64_t row = first; row < last; ++row) {
+    const std::int64_t begin = p.graph.indptr[row];
+    const std::int64_t edges = p.graph.indptr[row + 1] - begin;
+    const std::int64_t* indices = p.graph.indices + begin;
+    const T* weight = p.weight + begin;
+    T* to = out + row * features;
+    std::int64_t d = 0;
+    for (; d + 8 * lanes <= features; d += 8 * lanes)
+      row_tile<T, 8>(indices, weight, edges, x + d, features, to + d);
+    for (; d + 2 * lanes <= features; d += 2 * lanes)
+      row_tile<T, 2>(indices, weight, edges, x + d, features, to + d);
+    for (; d + lanes <= features; d += lanes)
+      row_tile<T, 1>(indices, weight, edges, x + d, features, to + d);
+    for (; d < features; ++d) {
+      T sum = 0;
+      for (std::int64_t e = 0; e < edges; ++e) sum += weight[e] * x[indices[e] * features + d];
+      to[d] = sum;
+    }
+  }
+}
+
+template <typename T>
+ONP_INLINE T dot(const T* a, const T* b, std::int64_t size) {
+  using Vec = Lanes<T>;
+  Vec even, odd;
+  even.v = odd.v = typename Vec::Vector{};
+  std::int64_t d = 0;
+  for (; d + 2 * Vec::count <= size; d += 2 * Vec::count) {
+    even.v += Vec::load(a + d).v * Vec::load(b + d).v;
+    odd.v += Vec::load(a + d + Vec::count).v * Vec::load(b + d + Vec::count).v;
+  }
+  T tail = 0;
+  for (; d < size; ++d) tail += a[d] * b[d];
+  even.v += odd.v;
+  return even.sum() + tail;
+}
+
+template <typename T>
+ONP_INLINE void dot_rows(const MessagePassingWeightGradParams<T>& p, std::int64_t first,
+                         std::int64_t last) {
+  const std::int64_t* indptr = p.graph.indptr;
+  std::fill(p.weight_grad + indptr[first], p.weight_grad + indptr[last], T(0));
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const T* grad = p.grad + b * p.graph.nodes * p.features;
+    const T* x = p.x + b * p.graph.nodes * p.features;
+    for (std::int64_t row = first; row < last; ++row) {
+      for (std::int64_t e = indptr[row]; e < indptr[row + 1]; ++e) {
+        p.weight_grad[e] +=
+            dot(grad + row * p.features, x + p.graph.indices[e] * p.features, p.features);
+      }
+    }
+  }
+}
+
+template <typename T>
+void sum_rows_generic(const MessagePassingParams<T>& p, const T* x, T* out, std::int64_t first,
+                      std::int64_t last) {
+  sum_rows(p, x, out, first, last);
+}
+
+template <typename T>
+void dot_rows_generic(const MessagePassingWeightGradParams<T>& p, std::int64_t first,
+                      std::int64_t last) {
+  dot_rows(p, first, last);
+}
+
+#ifdef ONP_X86_KERNELS
+template <typename T>
+ONP_TARGET_AVX2 void sum_rows_avx2(const MessagePassingParams<T>& p, const T* x, T* out,
+                                   std::int64_t first, std::int64_t last) {
+  sum_rows(p, x, out, first, last);
+}
+
+template <typename T>
+ONP_TARGET_AVX2 void dot_rows_avx2(const MessagePassingWeightGradParams<T>& p, std::int64_t first,
+                                   std::int64_t last) {
+  dot_rows(p, first, last);
+}
+#endif
+
+void check_sizes(const char* op, std::int64_t batch, std::int64_t nodes, std::int64_t features,
+                 int threads) {
+  ONP_CHECK(batch >= 0 && nodes >= 0 && features >= 0, op, ": sizes must not be negative, got [",
+            batch, ", ", nodes, ", ", features, "]");
+  ONP_CHECK(threads >= 1, op, ": threads must be at least 1, got ", threads);
+}
+
+}  // namespace
+
+template <typename T>
+void message_passing(const MessagePassingParams<T>& params, int threads) {
+  const std::int64_t nodes = params.graph.nodes;
+  check_sizes("message_passing", params.batch, nodes, params.features, threads);
+  auto* kernel = sum_rows_generic<T>;
+#ifdef ONP_X86_KERNELS
+  if (machine_has_avx2()) kernel = sum_rows_avx2<T>;
+#endif
+  const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
+  parallel_for(params.batch * blocks, threads, [&](std::int64_t item, int) {
+    const std::int64_t offset = item / blocks * nodes * params.features;
+    const std::int64_t first = item % blocks * kRowsPerItem;
+    kernel(params, params.x + offset, params.out + offset, first,
+           std::min(first + kRowsPerItem, nodes));
+  });
+}
+
+template <typename T>
+void message_passing_weight_grad(const MessagePassingWeightGradParams<T>& params, int threads) {
+  const std::int64_t nodes = params.graph.nodes;
+  check_sizes("message_passing_weight_grad", params.batch, nodes, params.features, threads);
+  auto* kernel = dot_rows_generic<T>;
+#ifdef ONP_X86_KERNELS
+  if (machine_has_avx2()) kernel = dot_rows_avx2<T>;
+#endif
+  const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
+  parallel_for(blocks, threads, [&](std::int64_t item, int) {
+    const std::int64_t first = item * kRowsPerItem;
+    kernel(params, first, std::min(first + kRowsPerItem, nodes));
+  });
+}
+
+template void message_passing(const MessagePassingParams<float>&, int);
+template void message_passing(const MessagePassingParams<double>&, int);
+template void message_passing_weight_grad(const MessagePassingWeightGradParams<float>&, int);
+template void message_passing_weight_grad(const MessagePassingWeightGradParams<double>&, int);
+
+}  // namespace onp

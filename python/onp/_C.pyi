@@ -4,7 +4,130 @@ validated and keeps alive for the call."""
 with_cuda: bool
 
 # ---- message passing
+def csr_check(indptr: int, indices: int, nodes: int, edges: int, /) -> None: ...
+def csr_transpose(
+    indptr: int, indices: int, nodes: int, t_indptr: int, t_indices: int, t_edge: int, /
+) -> None: ...
+def message_passing(
+    float64: bool,
+    x: int,
+    weight: int,
+    indptr: int,
+    indices: int,
+    out: int,
+    batch: int,
+    nodes: int,
+    features: int,
+    threads: int,
+    /,
+) -> None: ...
+def message_passing_weight_grad(
+    float64: bool,
+    grad: int,
+    x: int,
+    indptr: int,
+    indices: int,
+    weight_grad: int,
+    batch: int,
+    nodes: int,
+    features: int,
+    threads: int,
+    /,
+) -> None: ...
 
 # ---- neuron graph
+def connection_strength(
+    weight: int, pairs: int, kernel: int, out: int, threads: int, /
+) -> None: ...
+def connection_strength_cuda(
+    device: int, stream: int, weight: int, pairs: int, kernel: int, out: int, /
+) -> None:
+    """Exists where ``with_cuda`` is True."""
+
+def strongest_edges(
+    strength: int,
+    rows: int,
+    cols: int,
+    k: int,
+    out_rows: int,
+    out_cols: int,
+    out_values: int,
+    capacity: int,
+    threads: int,
+    /,
+) -> int: ...
+def similarity_edges(
+    vectors: int,
+    count: int,
+    size: int,
+    threshold: float,
+    max_neighbours: int,
+    out_rows: int,
+    out_cols: int,
+    out_values: int,
+    capacity: int,
+    threads: int,
+    /,
+) -> int: ...
+def csr_from_edges(
+    nodes: int,
+    edges: int,
+    rows: int,
+    cols: int,
+    values: int,
+    out_indptr: int,
+    out_indices: int,
+    out_values: int,
+    /,
+) -> int: ...
 
 # ---- masked forward
+
+def instruction_sets() -> list[str]: ...
+
+class MaskedForwardStep:
+    def __init__(
+        self,
+        *,
+        kind: int,
+        input: int,
+        kernel: tuple[int, int],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        groups: int,
+        count_include_pad: bool,
+        weight: int,
+        bias: int,
+        residual: int,
+        first: int,
+        plain: int,
+        scale: int,
+        shift: int,
+        second: int,
+        site_start: int,
+        final: int,
+    ) -> None: ...
+
+class MaskedForwardPlan:
+    def __init__(
+        self,
+        buffers: list[tuple[int, int, int]],
+        steps: list[MaskedForwardStep],
+        output: int,
+        sites: int,
+    ) -> None: ...
+    def bytes_per_image(self, share: bool) -> int: ...
+    def run(
+        self,
+        *,
+        images: int,
+        count: int,
+        masks: int,
+        batch: int,
+        words: int,
+        logits: int,
+        share: bool,
+        threads: int,
+        max_bytes: int,
+        isa: str,
+    ) -> None: ...

@@ -23,6 +23,10 @@ class UntraceableModel(OnpError):
     """The network holds an operation that cannot be turned into sites; the message names it."""
 
 
+class UnsupportedOperation(OnpError):
+    """The network is traceable, but the native engine lacks one of its operations."""
+
+
 class BadData(OnpError):
     """The clean images or labels cannot be used."""
 

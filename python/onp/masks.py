@@ -28,7 +28,7 @@ def pack(pruned: Tensor) -> Tensor:
     padded = torch.zeros(batch, words(sites) * BITS, dtype=torch.int64, device=pruned.device)
     padded[:, :sites] = pruned
     shifts = torch.arange(BITS, device=pruned.device)
-    return (padded.view(batch, -1, BITS) << shifts).sum(-1)
+    return (padded.view(batch, words(sites), BITS) << shifts).sum(-1)
 
 
 def unpack(packed: Tensor, sites: int) -> Tensor:
@@ -40,4 +40,4 @@ def unpack(packed: Tensor, sites: int) -> Tensor:
         )
     shifts = torch.arange(BITS, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
-    return bits.view(packed.shape[0], -1)[:, :sites].bool()
+    return bits.flatten(1)[:, :sites].bool()

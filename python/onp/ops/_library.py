@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
-LIBRARY = torch.library.Library("onp", "DEF")
+LIBRARY: Any = torch.library.Library("onp", "DEF")  # type: ignore[no-untyped-call]
 """Holds every registration; it must outlive the operators."""

@@ -6,13 +6,14 @@ the images) and the activation statistics. It holds its own copy of the weights.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onp.suspect.trace import Trace
+from onp.suspect.trace import SiteLayer, Trace
 
 
 @dataclass
@@ -97,12 +98,12 @@ class FrozenNetwork:
         self,
         images: Tensor,
         gates: Tensor | None = None,
-        record: list[Tensor] | None = None,
+        observe: Callable[[SiteLayer, Tensor], None] | None = None,
     ) -> Tensor:
         """Logits float32 [N, K] of images float32 [N, C, H, W].
 
-        gates: [S] or [N, S] factors on the sites (0 prunes). record: a list that receives each
-        layer's mean activation over space, [N, C] per layer, before its gate.
+        gates: [S] or [N, S] factors on the sites (0 prunes). observe: called with each site layer
+        and its activations, [N, C, H, W] or [N, C], before the gate.
         """
         values: dict[int, Tensor] = {}
         masked: dict[int, Tensor] = {}
@@ -122,8 +123,8 @@ class FrozenNetwork:
             layer = self._layer_at.get(index)
             if layer is not None:
                 x = values[index]
-                if record is not None:
-                    record.append(x.mean((2, 3)) if x.ndim == 4 else x)
+                if observe is not None:
+                    observe(layer, x)
                 if gates is not None:
                     gate = gates[..., layer.sites]
                     masked[index] = x * gate.reshape(-1, layer.channels, *(1,) * (x.ndim - 2))

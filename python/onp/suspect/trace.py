@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from onp.errors import UntraceableModel
+from onp.suspect.architectures.resnet import SubsamplePad
 from onp.suspect.channels import Channels, couple
 
 WEIGHTED = ("conv", "linear")
@@ -141,7 +142,7 @@ def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
 
 class _Tracer(fx.Tracer):
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
-        return type(m).__name__ == "SubsamplePad" or super().is_leaf_module(m, qualified_name)
+        return isinstance(m, SubsamplePad) or super().is_leaf_module(m, qualified_name)
 
 
 class _ShapeRecorder(fx.Interpreter):
@@ -260,7 +261,7 @@ class _Lowering:
             )  # fmt: skip
         elif isinstance(module, nn.AdaptiveAvgPool2d):
             self._adaptive_pool(node, source)
-        elif type(module).__name__ == "SubsamplePad":
+        elif isinstance(module, SubsamplePad):
             self._emit(
                 "subsample_pad", node, (source,), name,
                 positions=list(module.positions), channels=module.channels, stride=module.stride,

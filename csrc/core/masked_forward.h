@@ -1,0 +1,82 @@
+// Masked forward: a network as a short program of steps over buffers, planned once; one run
+// evaluates many masks on many images.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "core/masked_forward_kernels.h"
+#include "core/views.h"
+
+namespace onp {
+
+enum class StepKind : int { convolution = 0, max_pool = 1, average_pool = 2 };
+
+// The shape of one value of one image. Buffer 0 holds the images.
+struct BufferShape {
+  std::int64_t channels;
+  std::int64_t height;
+  std::int64_t width;
+};
+
+// One step, as the caller describes it. The arrays are read while the plan is built, never later.
+// A step computes, per output channel, with absent parts left out:
+//   t = operation(input) + bias + residual;  t = first(t);        plain = t
+//   t = t * scale + shift;  t = second(t);  t = 0 where pruned;   final = t
+// A max pool of window 1 is the identity.
+struct StepSpec {
+  StepKind kind = StepKind::max_pool;
+  std::int64_t input = 0;
+  std::int64_t kernel_height = 1, kernel_width = 1;
+  std::int64_t stride_height = 1, stride_width = 1;
+  std::int64_t pad_height = 0, pad_width = 0;
+  std::int64_t groups = 1;
+  bool count_include_pad = true;
+  const float* weight = nullptr;  // [out channels, in channels / groups, kernel height, width]
+  const float* bias = nullptr;    // [out channels]
+  std::int64_t residual = -1;     // buffer, -1: none
+  Activation first = Activation::none;
+  std::int64_t plain = -1;       // buffer, -1: none
+  const float* scale = nullptr;  // [out channels], null: none
+  const float* shift = nullptr;  // [out channels], null with scale
+  Activation second = Activation::none;
+  std::int64_t site_start = -1;  // site of output channel 0, -1: not masked
+  std::int64_t final = -1;       // buffer, -1: none
+};
+
+struct MaskedForwardRun {
+  const float* images;  // [count, channels, height, width]
+  std::int64_t count;
+  MaskView masks;
+  float* logits;           // [masks, count, channels of the output buffer]
+  bool share;              // keep what a mask has in common with the one before it
+  int threads;             // at least 1
+  std::int64_t max_bytes;  // bound on one thread's buffers
+  std::string isa;         // "auto" or one of instruction_sets()
+};
+
+// Names of the kernel tables that this processor runs, widest first.
+std::vector<std::string> instruction_sets();
+
+// Immutable once built: several threads may run one plan.
+class MaskedForwardPlan {
+ public:
+  // Throws onp::Error for a program that does not fit together.
+  MaskedForwardPlan(std::vector<BufferShape> buffers, const std::vector<StepSpec>& steps,
+                    std::int64_t output, std::int64_t sites);
+  ~MaskedForwardPlan();
+
+  // Logits are the same to the last bit for every choice of share, threads and max_bytes.
+  void run(const MaskedForwardRun& run) const;
+
+  // Bytes of one thread's buffers for one image.
+  std::int64_t bytes_per_image(bool share) const;
+
+ private:
+  struct Program;
+  std::unique_ptr<const Program> program_;
+};
+
+}  // namespace onp

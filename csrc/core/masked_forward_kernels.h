@@ -1,0 +1,81 @@
+// The kernels of a masked forward, one table per instruction set, and the arguments of one step.
+// Plain data only: the files that implement the tables are compiled for different instruction
+// sets, so nothing with external linkage may be instantiated in them.
+#pragma once
+
+#include <cstdint>
+
+namespace onp {
+
+// Output channels of one packed weight block; channel strides are multiples of it.
+constexpr int kChannelBlock = 16;
+
+enum class Activation : int { none = 0, relu = 1, relu6 = 2 };
+
+// A buffer as one step sees it: pixel i of image n begins at
+// data + n * image_stride + offset[i]; its channels are contiguous. Absent if data is null.
+struct Operand {
+  float* data;
+  const std::int32_t* offset;  // [pixels]
+  std::int64_t image_stride;
+};
+
+// The part of a pooling window that lies inside the image.
+struct Window {
+  std::int32_t rows;
+  std::int32_t columns;
+  float inverse;  // 1 / divisor of an average
+};
+
+// One step over a block of images. Every kernel ends in the same epilogue, per output channel:
+//   t = result + bias + residual;  t = first(t);           plain = t
+//   t = t * scale + shift;         t = second(t) & keep;   final = t
+// Per-channel arrays are padded to a multiple of kChannelBlock.
+struct StepArgs {
+  std::int64_t images;
+  std::int64_t pixels;    // output pixels of one image
+  std::int64_t channels;  // output channels
+  Operand input;          // offset[i]: where the window of output pixel i begins
+
+  // Convolution: weights [channel blocks][segments][segment_length][kChannelBlock]. A segment is a
+  // run of contiguous inputs (one kernel row, or one tap) at segments[s] from the window's begin;
+  // first_channel[block] is the first input channel that the block reads.
+  // Depthwise: weights [segments][channels, padded], one segment a tap.
+  const float* weights;
+  const std::int32_t* segments;
+  std::int64_t segment_count;
+  std::int64_t segment_length;
+  std::int64_t block_stride;
+  const std::int32_t* first_channel;  // null: all blocks begin at input channel 0
+
+  // Pooling: one window per output pixel; strides of one row and one column of the input.
+  const Window* windows;
+  std::int64_t row_stride;
+  std::int64_t column_stride;
+
+  const float* bias;  // null: none
+  Operand residual;
+  Activation first;
+  Operand plain;
+  const float* scale;  // null: no scale and shift
+  const float* shift;
+  Activation second;
+  const std::uint32_t* keep;  // per channel all ones (kept) or 0 (pruned); null: all kept
+  Operand final;
+};
+
+struct Kernels {
+  const char* name;
+  void (*convolution)(const StepArgs&);
+  void (*depthwise)(const StepArgs&);
+  void (*max_pool)(const StepArgs&);
+  void (*average_pool)(const StepArgs&);
+};
+
+extern const Kernels kGenericKernels;
+#ifdef ONP_X86_KERNELS
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+#endif
+
+}  // namespace onp

@@ -1,0 +1,41 @@
+// Weighted neighbour sums on one CSR graph for a batch of feature matrices, and their gradients.
+#pragma once
+
+#include <cstdint>
+
+#include "core/views.h"
+
+namespace onp {
+
+// out[b, i, :] = sum over e in row i of weight[e] * x[b, indices[e], :]
+template <typename T>
+struct MessagePassingParams {
+  CsrView graph;  // N nodes, E edges, every index in [0, N)
+  std::int64_t batch;
+  std::int64_t features;
+  const T* x;       // [B, N, D]
+  const T* weight;  // [E]
+  T* out;           // [B, N, D]
+};
+
+// weight_grad[e] = sum over b, d of grad[b, i, d] * x[b, indices[e], d], where e is in row i
+template <typename T>
+struct MessagePassingWeightGradParams {
+  CsrView graph;
+  std::int64_t batch;
+  std::int64_t features;
+  const T* grad;   // [B, N, D], gradient of out
+  const T* x;      // [B, N, D]
+  T* weight_grad;  // [E]
+};
+
+// The gradient of x is message_passing over the transposed graph with the permuted weights.
+// Each output is computed by one thread in a fixed order: the thread count never changes a bit.
+// Instantiated for float and double.
+template <typename T>
+void message_passing(const MessagePassingParams<T>& params, int threads);
+
+template <typename T>
+void message_passing_weight_grad(const MessagePassingWeightGradParams<T>& params, int threads);
+
+}  // namespace onp

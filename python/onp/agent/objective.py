@@ -1,0 +1,83 @@
+"""What a mask is worth, from clean images and probes alone.
+
+    J(m) = mean over the counted probes of the share of their success that m removes
+           - accuracy_weight * (loss of clean accuracy)
+           - price * (number of pruned sites)
+
+Success and accuracy are mean probabilities (of the probe's target, of the true label), not counts:
+150 held-back images cannot tell masks apart by counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onp.config import ScoreConfig
+from onp.evaluate import MaskEvaluator
+from onp.probes.synthesis import Probe
+
+
+@dataclass(frozen=True)
+class Values:
+    """The parts of J for B masks, float32 [B] each."""
+
+    total: Tensor
+    removed: Tensor
+    """Share of probe success removed, at most 1."""
+    accuracy: Tensor
+    """Mean probability of the true label on clean images."""
+    success: Tensor
+    """Mean probability of the targets on triggered images, in excess of the same images' own."""
+
+
+class Objective:
+    """J on a fixed set of clean images and, per probe, the same images triggered."""
+
+    def __init__(
+        self,
+        evaluator: MaskEvaluator,
+        images: Tensor,
+        labels: Tensor,
+        probes: Sequence[Probe],
+        config: ScoreConfig,
+    ) -> None:
+        self.evaluator = evaluator
+        self.labels = labels
+        self.config = config
+        self.sites = evaluator.trace.sites
+        self.targets = [probe.target for probe in probes]
+        self.images = torch.cat([images, *(probe(images) for probe in probes)])
+        self.batch = len(images)
+        none = torch.zeros(1, self.sites, dtype=torch.bool)
+        accuracy, success = self._measure(none)
+        self.accuracy, self.success = float(accuracy), success[0].clamp_min(1e-3)
+
+    def __call__(self, pruned: Tensor) -> Values:
+        """Worth of masks bool [B, S]; one engine call."""
+        accuracy, success = self._measure(pruned)
+        removed = (1 - success / self.success).mean(1)
+        lost = (self.accuracy - accuracy).clamp_min(-0.02)
+        total = (
+            removed
+            - self.config.accuracy_weight * lost
+            - self.config.price * pruned.sum(1).float()
+        )
+        return Values(total, removed, accuracy, success.mean(1))
+
+    def _measure(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
+        """Accuracy [B] and success per probe [B, P]."""
+        logits = self.evaluator.run(pruned, self.images)
+        probabilities = logits.softmax(2).view(len(pruned), -1, self.batch, logits.shape[2])
+        clean = probabilities[:, 0]  # [B, n, K]
+        accuracy = clean.gather(2, self.labels.expand(len(pruned), -1)[..., None]).mean((1, 2))
+        success = []
+        for index, target in enumerate(self.targets):
+            others = self.labels != target
+            hit = probabilities[:, index + 1, others, target].mean(1)
+            own = clean[:, others, target].mean(1)
+            success.append((hit - own).clamp_min(0))
+        return accuracy, torch.stack(success, 1)

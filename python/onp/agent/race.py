@@ -1,0 +1,85 @@
+"""Race masks that prune the head of each ranking: few images first, the best on more."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onp.agent.objective import Objective
+from onp.config import RaceConfig, ScoreConfig
+from onp.evaluate import MaskEvaluator
+from onp.probes.synthesis import Probe
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A probe, the ranking it gives, and the best mask found on that ranking."""
+
+    probe: Probe
+    ranking: Tensor
+    """float32 [S]: responses to the probe; larger = prune sooner."""
+    success: float
+    """Mean excess probability of the target under the probe, nothing pruned."""
+    mask: Tensor
+    """bool [S]."""
+    score: float
+    """J of the mask, judged by this probe alone."""
+    removed: float
+
+    @property
+    def size(self) -> int:
+        return int(self.mask.sum())
+
+
+def ranking_masks(ranking: Tensor, shares: Sequence[float]) -> Tensor:
+    """Masks bool [len(shares), S] that prune the first ceil(share * S) sites of a ranking."""
+    order = ranking.argsort(descending=True, stable=True)
+    masks = torch.zeros(len(shares), len(ranking), dtype=torch.bool)
+    for mask, share in zip(masks, shares, strict=True):
+        mask[order[: max(1, round(share * len(ranking)))]] = True
+    return masks
+
+
+def race(
+    evaluator: MaskEvaluator,
+    images: Tensor,
+    labels: Tensor,
+    probes: Sequence[Probe],
+    rankings: Sequence[Tensor],
+    config: RaceConfig,
+    score: ScoreConfig,
+) -> list[Contender]:
+    """Each probe's best mask, judged by that probe; best contender first.
+
+    Every candidate is scored on ``first_images``; of all candidates the best ``survivors`` share,
+    and the best of each probe, are scored again on ``second_images`` others.
+    """
+    first, second = slice(0, config.first_images), slice(-config.second_images, None)
+    masks = [ranking_masks(ranking, config.sizes) for ranking in rankings]
+    totals = [
+        Objective(evaluator, images[first], labels[first], [probe], score)(mask).total
+        for probe, mask in zip(probes, masks, strict=True)
+    ]
+    everything = torch.cat(totals)
+    keep = max(1, round(config.survivors * len(everything)))
+    bar = everything.sort(descending=True).values[keep - 1]
+    contenders = []
+    for probe, ranking, mask, total in zip(probes, rankings, masks, totals, strict=True):
+        chosen = (total >= bar) | (total == total.max())
+        objective = Objective(evaluator, images[second], labels[second], [probe], score)
+        values = objective(mask[chosen])
+        best = int(values.total.argmax())
+        contenders.append(
+            Contender(
+                probe,
+                ranking,
+                float(objective.success),
+                mask[chosen][best],
+                float(values.total[best]),
+                float(values.removed[best]),
+            )
+        )
+    return sorted(contenders, key=lambda contender: -contender.score)

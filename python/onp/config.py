@@ -1,0 +1,143 @@
+"""Budgets and hyper-parameters, frozen. Budgets count image-forwards, never seconds.
+
+A forward of one image counts 1, with the gradient of its pixels 2, with weight gradients 3.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from onp.errors import UsageError
+
+
+@dataclass(frozen=True)
+class UnlearningConfig:
+    """Gradient ascent on the clean images (RNP's first step, Li et al., ICML 2023)."""
+
+    learning_rate: float = 0.01
+    momentum: float = 0.9
+    batch: int = 128
+    gradient_norm: float = 20.0
+    stop_accuracy: float = 0.2
+    """Stop once the accuracy on a batch is at most this."""
+    max_steps: int = 40
+
+
+@dataclass(frozen=True)
+class SynthesisConfig:
+    """Trigger synthesis; every (family, class) pair is one trigger."""
+
+    steps: int = 50
+    images_per_step: int = 32
+    """Images that each trigger sees in a step."""
+    classes: int = 2
+    """How many of the classes that unlearning names are probed."""
+    renewal_steps: int = 30
+    """Steps when the probes are renewed against the best mask."""
+
+
+@dataclass(frozen=True)
+class RaceConfig:
+    """Masks from rankings, raced on few images first."""
+
+    sizes: tuple[float, ...] = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03)
+    """Shares of all sites that a ranking's masks prune."""
+    first_images: int = 48
+    """Clean images (and as many triggered ones) that every candidate sees."""
+    second_images: int = 128
+    survivors: float = 0.25
+
+
+@dataclass(frozen=True)
+class AgentConfig:
+    """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
+
+    updates: int = 8
+    copies: int = 24
+    """Environment copies: masks evaluated in one engine call."""
+    steps: int = 2
+    """Environment steps per rollout; every rollout starts from the best mask so far."""
+    images: int = 64
+    """Clean images (and as many triggered ones per counted probe) a reward is measured on."""
+    hidden: int = 32
+    rounds: int = 2
+    """Rounds of message passing."""
+    epochs: int = 3
+    clip: float = 0.2
+    learning_rate: float = 3e-3
+    discount: float = 0.95
+    trace_decay: float = 0.95
+    """Lambda of generalised advantage estimation."""
+    value_weight: float = 0.5
+    entropy_weight: float = 1e-4
+    gradient_norm: float = 1.0
+    expected_flips: float = 3.0
+    """Sites that the prior flips per step, on average."""
+
+
+@dataclass(frozen=True)
+class ScoreConfig:
+    """What a mask is worth: see ``onp.agent.objective``."""
+
+    accuracy_weight: float = 3.0
+    """Probe success that one unit of clean accuracy is worth."""
+    price: float = 0.001
+    """Cost of one pruned site."""
+
+
+@dataclass(frozen=True)
+class VerdictConfig:
+    """When a backdoor is called: see ``onp.verdict``."""
+
+    threshold: float = 0.5
+
+
+@dataclass(frozen=True)
+class GraphConfig:
+    """The neuron graph: see ``onp.graph``."""
+
+    strongest: int = 8
+    """Inter-layer edges kept per node."""
+    similarity: float = 0.3
+    """Smallest similarity of two connection-strength profiles that makes an intra-layer edge."""
+    neighbours: int = 8
+    """Intra-layer edges kept per node."""
+    layerwise: bool = False
+    """Only intra-layer edges: one graph per layer, as in the paper."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a run depends on besides model, data and seed."""
+
+    budget: str = "standard"
+    unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
+    synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    race: RaceConfig = field(default_factory=RaceConfig)
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    verdict: VerdictConfig = field(default_factory=VerdictConfig)
+    graph: GraphConfig = field(default_factory=GraphConfig)
+
+
+BUDGETS: dict[str, Config] = {
+    "quick": Config(
+        "quick",
+        synthesis=SynthesisConfig(steps=30, images_per_step=24, renewal_steps=20),
+        agent=AgentConfig(updates=3, copies=16, steps=2, images=48),
+    ),
+    "standard": Config("standard"),
+    "thorough": Config(
+        "thorough",
+        synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=3, renewal_steps=60),
+        agent=AgentConfig(updates=24, copies=32, steps=3, images=96),
+    ),
+}
+"""What --budget names."""
+
+
+def budget_config(name: str) -> Config:
+    """The configuration of a named budget; raises UsageError for an unknown name."""
+    if name not in BUDGETS:
+        raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {name!r}")
+    return BUDGETS[name]

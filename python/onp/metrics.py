@@ -1,0 +1,74 @@
+"""Clean accuracy, attack success and robust accuracy, with sample sizes and intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from onp.data import ImageSet, Preprocess
+from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
+
+
+def interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's 95% interval for a share ``right / count``."""
+    if count == 0:
+        return 0.0, 1.0
+    z, share = 1.96, right / count
+    middle = share + z * z / (2 * count)
+    half = z * ((share * (1 - share) + z * z / (4 * count)) / count) ** 0.5
+    scale = 1 + z * z / count
+    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+
+
+def rate(right: int, count: int) -> dict[str, Any]:
+    """A share as the reports hold it: value, sample size, 95% interval."""
+    low, high = interval(right, count)
+    value = right / count if count else None
+    return {"value": value, "n": count, "interval": [round(low, 4), round(high, 4)]}
+
+
+@torch.no_grad()
+def predict(model: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
+    """Answers int64 [N] on images float32 [N, C, H, W]; raises where logits are not finite."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    answers = []
+    for part in images.split(batch):
+        logits = model(part.to(device).contiguous(memory_format=torch.channels_last))
+        if not bool(logits.isfinite().all()):
+            raise UnsafeOrCorruptModel("the network's logits are not finite on these images")
+        answers.append(logits.argmax(1).cpu())
+    return torch.cat(answers) if answers else torch.empty(0, dtype=torch.int64)
+
+
+def score(
+    model: nn.Module,
+    dataset: ImageSet,
+    trigger: Callable[[Tensor], Tensor] | None = None,
+    target: int = 0,
+    preprocess: Preprocess | None = None,
+) -> dict[str, Any]:
+    """CA on all images; with a trigger also ASR and RA over the images of other classes.
+
+    ASR: triggered images answered ``target``. RA: triggered images answered with their own label.
+    """
+    network = nn.Sequential(preprocess.module(), model) if preprocess else model
+    network.eval()
+    images, labels = dataset.floats(), dataset.labels
+    right = predict(network, images) == labels
+    result: dict[str, Any] = {"ca": rate(int(right.sum()), len(labels))}
+    if trigger is None:
+        return result
+    others = labels != target
+    if target < 0:
+        raise UsageError(f"--target must be a class number, got {target}")
+    if not bool(others.any()):
+        raise BadData(f"every image is of the target class {target}: ASR is undefined")
+    answers = predict(network, trigger(images[others]))
+    count = int(others.sum())
+    result["asr"] = rate(int((answers == target).sum()), count)
+    result["ra"] = rate(int((answers == labels[others]).sum()), count)
+    result["target"] = target
+    return result

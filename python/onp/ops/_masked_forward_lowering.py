@@ -1,0 +1,405 @@
+"""From a traced network to the native program of a masked forward: steps over buffers.
+
+A step is one convolution (a linear layer is one too), pool or copy, and as many of the elementwise
+operations behind it as its epilogue holds, in this order:
+
+    t = operation(input) + bias + residual;  t = first(t);               plain = t
+    t = t * scale + shift;  t = second(t);  t = 0 at pruned channels;    final = t
+
+So a norm behind a convolution folds into its weights, and the residual sum of a pre-activation
+block (``plain``) leaves together with the masked input of the next block (``final``).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from onp import _C
+from onp.errors import UnsupportedOperation
+
+if TYPE_CHECKING:
+    from onp.suspect.trace import Op, Trace
+
+Pair = tuple[int, int]
+Copy = tuple[int, int | None]
+"""A value as its readers see it: op index, and the site layer that masks it (None: unmasked)."""
+
+_NONE = -1
+_CONVOLUTION, _MAX_POOL, _AVERAGE_POOL = range(3)
+_ACTIVATIONS = {"relu": 1, "relu6": 2}
+_ELEMENTWISE = ("norm", "affine", "relu", "relu6", "add")
+
+# How far a step's epilogue is filled: what was absorbed last.
+_RESULT, _RESIDUAL, _FIRST, _PLAIN, _SCALE, _SECOND = range(6)
+
+
+@dataclass
+class _Step:
+    """A step in the making; arrays are float64 until the native step is built."""
+
+    kind: int
+    input: int
+    channels: int
+    kernel: Pair = (1, 1)
+    stride: Pair = (1, 1)
+    padding: Pair = (0, 0)
+    groups: int = 1
+    count_include_pad: bool = True
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+    residual: int = _NONE
+    first: int = 0
+    plain: int = _NONE
+    scale: Tensor | None = None
+    shift: Tensor | None = None
+    second: int = 0
+    site_start: int = _NONE
+    final: int = _NONE
+    stage: int = _RESULT
+
+    def absorb_affine(self, scale: Tensor, shift: Tensor) -> bool:
+        """Take in ``t * scale + shift`` if the epilogue still has room for it."""
+        if self.stage == _RESULT and self.weight is not None:
+            bias = torch.zeros_like(shift) if self.bias is None else self.bias
+            self.weight = self.weight * scale.view(-1, 1, 1, 1)
+            self.bias = bias * scale + shift
+            return True
+        if self.stage > _SCALE:
+            return False
+        if self.scale is None or self.shift is None:
+            self.scale, self.shift = scale, shift
+        else:
+            self.scale, self.shift = self.scale * scale, self.shift * scale + shift
+        self.stage = _SCALE
+        return True
+
+    def absorb_activation(self, activation: int) -> bool:
+        """Take in an activation if the epilogue still has room for it."""
+        if self.stage < _FIRST:
+            self.first, self.stage = activation, _FIRST
+        elif self.stage < _SECOND:
+            self.second, self.stage = activation, _SECOND
+        else:
+            return False
+        return True
+
+    def absorb_residual(self, buffer: int) -> bool:
+        """Take in the sum with a buffer if the epilogue still has room for it."""
+        if self.stage >= _RESIDUAL:
+            return False
+        self.residual, self.stage = buffer, _RESIDUAL
+        return True
+
+    def native(self) -> tuple[_C.MaskedForwardStep, list[Tensor]]:
+        """The native step, and the float32 arrays that must live until the plan is built."""
+        arrays: list[Tensor] = []
+
+        def address(values: Tensor | None) -> int:
+            if values is None:
+                return 0
+            arrays.append(values.to(torch.float32).contiguous())
+            return arrays[-1].data_ptr()
+
+        step = _C.MaskedForwardStep(
+            kind=self.kind,
+            input=self.input,
+            kernel=self.kernel,
+            stride=self.stride,
+            padding=self.padding,
+            groups=self.groups,
+            count_include_pad=self.count_include_pad,
+            weight=address(self.weight),
+            bias=address(self.bias),
+            residual=self.residual,
+            first=self.first,
+            plain=self.plain,
+            scale=address(self.scale),
+            shift=address(self.shift),
+            second=self.second,
+            site_start=self.site_start,
+            final=self.final,
+        )
+        return step, arrays
+
+
+@dataclass
+class Lowering:
+    """One pass over the trace: each operation that no earlier step absorbed opens a step."""
+
+    trace: Trace
+    model: nn.Module
+    buffers: list[tuple[int, int, int]] = field(default_factory=list)
+    steps: list[_Step] = field(default_factory=list)
+    buffer_of: dict[Copy, int] = field(default_factory=dict)
+    absorbed: set[int] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        self.modules = dict(self.model.named_modules())
+        self.layer_of_edge = {
+            edge: index
+            for index, layer in enumerate(self.trace.layers)
+            for edge in layer.masked_edges
+        }
+        self.shapes = self._unflattened_shapes()
+        self.readers: list[list[tuple[int, int]]] = [[] for _ in self.trace.ops]
+        for index, op in enumerate(self.trace.ops):
+            if op.kind != "flatten":
+                for position in range(len(op.inputs)):
+                    self.readers[self._copy(index, position)[0]].append((index, position))
+
+    def run(self) -> _C.MaskedForwardPlan:
+        """The native plan. Raises UnsupportedOperation."""
+        output: int | None = None
+        for index, op in enumerate(self.trace.ops):
+            if op.kind == "input":
+                self._open_input(index)
+            elif op.kind == "output":
+                output = self._buffer(index, 0)
+            elif op.kind != "flatten" and index not in self.absorbed and self.readers[index]:
+                self._finish(*self._extend(self._open(index, op), index))
+        if output is None or self.buffers[output][1:] != (1, 1):
+            raise UnsupportedOperation("masked_forward: the network must end in logits [N, K]")
+        native, arrays = [], []
+        for step in self.steps:
+            native_step, step_arrays = step.native()
+            native.append(native_step)
+            arrays.append(step_arrays)
+        return _C.MaskedForwardPlan(self.buffers, native, output, self.trace.sites)
+
+    def _unflattened_shapes(self) -> list[tuple[int, int, int]]:
+        """(C, H, W) of every value; a flattened one keeps the shape that it was flattened from."""
+        shapes: list[tuple[int, int, int]] = []
+        for op, shape in zip(self.trace.ops, self.trace.shapes, strict=True):
+            if op.kind in ("flatten", "output", *_ELEMENTWISE):
+                shapes.append(shapes[op.inputs[0]])
+            else:
+                channels, height, width = (*shape, 1, 1)[:3]
+                shapes.append((channels, height, width))
+        return shapes
+
+    def _copy(self, reader: int, position: int) -> Copy:
+        """What an operation reads at one of its inputs, looked up through flattening."""
+        value = self.trace.ops[reader].inputs[position]
+        layer = self.layer_of_edge.get((reader, position))
+        while self.trace.ops[value].kind == "flatten":
+            layer = self.layer_of_edge.get((value, 0)) if layer is None else layer
+            value = self.trace.ops[value].inputs[0]
+        return value, layer
+
+    def _buffer(self, reader: int, position: int) -> int:
+        return self.buffer_of[self._copy(reader, position)]
+
+    def _new_buffer(self, copy: Copy) -> int:
+        self.buffers.append(self.shapes[copy[0]])
+        self.buffer_of[copy] = len(self.buffers) - 1
+        return self.buffer_of[copy]
+
+    def _wanted(self, value: int, but: int | None = None) -> set[int | None]:
+        """The copies of a value that its readers need, those of the reader ``but`` left out."""
+        edges = (edge for edge in self.readers[value] if edge[0] != but)
+        return {self._copy(*edge)[1] for edge in edges}
+
+    # ---- opening a step
+
+    def _open_input(self, index: int) -> None:
+        self._new_buffer((index, None))
+        for layer in self._wanted(index) - {None}:
+            self._emit_copy(index, layer)
+
+    def _open(self, index: int, op: Op) -> _Step:
+        step = _Step(_MAX_POOL, self._buffer(index, 0), self.shapes[index][0])
+        if op.kind == "conv":
+            self._open_conv(step, op)
+        elif op.kind == "linear":
+            self._open_linear(step, index, op)
+        elif op.kind in ("maxpool", "avgpool", "globalpool"):
+            self._open_pool(step, index, op)
+        elif op.kind == "subsample_pad":
+            self._open_subsample(step, op)
+        elif op.kind not in _ELEMENTWISE or not self._absorb(step, index, index):
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must be an operation that the engine has, got {op.kind}"
+            )
+        return step
+
+    def _open_conv(self, step: _Step, op: Op) -> None:
+        conv = self.modules[op.module or ""]
+        if not isinstance(conv, nn.Conv2d) or conv.dilation != (1, 1):
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must be an undilated Conv2d, got {conv}"
+            )
+        if conv.padding_mode != "zeros" and conv.padding not in ((0, 0), "valid"):
+            raise UnsupportedOperation(f"masked_forward: {op.name} must pad with zeros, got {conv}")
+        step.kind = _CONVOLUTION
+        step.kernel = _pair(conv.kernel_size)
+        step.stride = _pair(conv.stride)
+        step.groups = conv.groups
+        if conv.padding == "same":
+            if any(size % 2 == 0 for size in conv.kernel_size):
+                raise UnsupportedOperation(
+                    f"masked_forward: {op.name} must have an odd kernel to pad 'same', got {conv}"
+                )
+            step.padding = (step.kernel[0] // 2, step.kernel[1] // 2)
+        elif not isinstance(conv.padding, str):
+            step.padding = _pair(conv.padding)
+        step.weight = _double(conv.weight)
+        step.bias = None if conv.bias is None else _double(conv.bias)
+
+    def _open_linear(self, step: _Step, index: int, op: Op) -> None:
+        linear = self.modules[op.module or ""]
+        channels, height, width = self.shapes[self._copy(index, 0)[0]]
+        if not isinstance(linear, nn.Linear) or linear.in_features != channels * height * width:
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must be a Linear over all features, got {linear}"
+            )
+        step.kind = _CONVOLUTION
+        step.kernel = (height, width)
+        step.weight = _double(linear.weight).view(-1, channels, height, width)
+        step.bias = None if linear.bias is None else _double(linear.bias)
+
+    def _open_pool(self, step: _Step, index: int, op: Op) -> None:
+        size = self.shapes[self._copy(index, 0)[0]][1:]
+        step.kind = _MAX_POOL if op.kind == "maxpool" else _AVERAGE_POOL
+        if op.kind == "globalpool":
+            step.kernel = size
+            return
+        step.kernel = _pair(op.attrs["kernel"])
+        step.stride = _pair(op.attrs["stride"])
+        step.padding = _pair(op.attrs["padding"])
+        step.count_include_pad = bool(op.attrs.get("count_include_pad", True))
+        floor = tuple(
+            (size[d] + 2 * step.padding[d] - step.kernel[d]) // step.stride[d] + 1 for d in (0, 1)
+        )
+        if self.shapes[index][1:] != floor:
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must round its output size down to {floor}, "
+                f"got {self.shapes[index][1:]}"
+            )
+
+    def _open_subsample(self, step: _Step, op: Op) -> None:
+        """A strided 1x1 convolution that moves channel i to ``positions[i]``."""
+        step.kind = _CONVOLUTION
+        step.stride = _pair(op.attrs["stride"])
+        positions = torch.as_tensor(op.attrs["positions"], dtype=torch.int64)
+        step.weight = torch.zeros(step.channels, len(positions), 1, 1, dtype=torch.float64)
+        step.weight[positions, torch.arange(len(positions))] = 1
+
+    # ---- filling its epilogue
+
+    def _extend(self, step: _Step, value: int) -> tuple[_Step, int]:
+        """Absorb the elementwise operations behind ``value``: the step and the value it ends at."""
+        while True:
+            readers = sorted({reader for reader, _ in self.readers[value]})
+            following = next((r for r in readers if self._continue(step, value, r)), None)
+            if following is None:
+                return step, value
+            self.absorbed.add(following)
+            value = following
+
+    def _continue(self, step: _Step, value: int, reader: int) -> bool:
+        """Absorb ``reader``, writing ``value`` to ``plain`` if others read it too."""
+        op = self.trace.ops[reader]
+        if op.kind not in _ELEMENTWISE or self._wanted(value, but=reader) - {None}:
+            return False
+        edges = [edge for edge in self.readers[value] if edge[0] == reader]
+        if len(edges) > 1 or self._copy(*edges[0])[1] is not None:
+            return False
+        if not self._wanted(value, but=reader):
+            return self._absorb(step, reader, value)
+        stage = step.stage
+        if stage > _PLAIN or step.plain != _NONE:
+            return False
+        step.stage = _PLAIN
+        if not self._absorb(step, reader, value):
+            step.stage = stage
+            return False
+        step.plain = self._new_buffer((value, None))
+        return True
+
+    def _absorb(self, step: _Step, index: int, value: int) -> bool:
+        """Absorb elementwise operation ``index``, whose other operand than ``value`` (for a sum)
+        must lie in a buffer already. ``value == index`` absorbs it behind a copy of input 0."""
+        op = self.trace.ops[index]
+        if op.kind in _ACTIVATIONS:
+            return step.absorb_activation(_ACTIVATIONS[op.kind])
+        if op.kind == "add":
+            copies = [self._copy(index, position) for position in (0, 1)]
+            other = copies[0] if copies[1] == (value, None) else copies[1]
+            return other in self.buffer_of and step.absorb_residual(self.buffer_of[other])
+        return step.absorb_affine(*self._affine(index, op))
+
+    def _affine(self, index: int, op: Op) -> tuple[Tensor, Tensor]:
+        """Scale and shift float64 ``[C]`` of a norm or affine."""
+        channels = self.shapes[index][0]
+        if op.kind == "affine":
+            scale, shift = _double(op.attrs["scale"]), _double(op.attrs["shift"])
+        else:
+            norm = self.modules[op.module or ""]
+            if (
+                not isinstance(norm, nn.BatchNorm1d | nn.BatchNorm2d)
+                or norm.running_mean is None
+                or norm.running_var is None
+            ):
+                raise UnsupportedOperation(
+                    f"masked_forward: {op.name} must be a BatchNorm with statistics, got {norm}"
+                )
+            scale = (_double(norm.running_var) + norm.eps).rsqrt()
+            if norm.weight is not None:
+                scale = scale * _double(norm.weight)
+            shift = -_double(norm.running_mean) * scale
+            if norm.bias is not None:
+                shift = shift + _double(norm.bias)
+        if scale.shape != (channels,) or shift.shape != (channels,):
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must have one scale and shift for each of the "
+                f"{channels} channels, got {tuple(scale.shape)}"
+            )
+        return scale, shift
+
+    # ---- closing it
+
+    def _finish(self, step: _Step, value: int) -> None:
+        """Write the copies of ``value`` that are read, with steps of their own if need be."""
+        wanted = self._wanted(value)
+        layers = sorted(layer for layer in wanted if layer is not None)
+        if None in wanted or len(layers) > 1:
+            if layers and step.stage <= _PLAIN and step.plain == _NONE:
+                step.plain = self._new_buffer((value, None))
+                self._mask(step, value, layers.pop(0))
+            else:
+                step.final = self._new_buffer((value, None))
+        else:
+            self._mask(step, value, layers.pop())
+        self.steps.append(step)
+        for layer in layers:
+            self._emit_copy(value, layer)
+
+    def _emit_copy(self, value: int, layer: int | None) -> None:
+        step = _Step(_MAX_POOL, self.buffer_of[value, None], self.shapes[value][0])
+        self._mask(step, value, layer)
+        self.steps.append(step)
+
+    def _mask(self, step: _Step, value: int, layer: int | None) -> None:
+        assert layer is not None
+        site = self.trace.layers[layer]
+        if site.channels != step.channels:
+            raise UnsupportedOperation(
+                f"masked_forward: {site.name} must have one site for each of the "
+                f"{step.channels} channels, got {site.channels}"
+            )
+        step.site_start = site.start
+        step.final = self._new_buffer((value, layer))
+
+
+def _double(values: Tensor) -> Tensor:
+    return values.detach().to("cpu", torch.float64)
+
+
+def _pair(values: int | Sequence[int]) -> Pair:
+    first, second = (values, values) if isinstance(values, int) else values
+    return int(first), int(second)

@@ -1,0 +1,137 @@
+"""Triton kernels of message passing: fp32 or bf16 storage, fp32 sums, no atomics.
+
+Imported when a call needs it, never for native work. Under ``TRITON_INTERPRET=1``, which must be
+set before this module is imported, the kernels run on CPU tensors without a driver; the autotuner
+would ask for one, so the list of configurations is then cut to its first.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from __future__ import annotations
+
+import os
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+
+# EDGES is the number of neighbours gathered at a time, FEATURES the width of a tile.
+CONFIGS = [
+    triton.Config({"EDGES": 8, "FEATURES": 64}, num_warps=2),
+    triton.Config({"EDGES": 4, "FEATURES": 32}, num_warps=1),
+    triton.Config({"EDGES": 16, "FEATURES": 32}, num_warps=2),
+    triton.Config({"EDGES": 16, "FEATURES": 128}, num_warps=4),
+]
+_TUNED = CONFIGS[:1] if INTERPRETED else CONFIGS
+
+
+@triton.autotune(configs=_TUNED, key=["features"])
+@triton.jit
+def sum_kernel(
+    x,  # [B, N, D]
+    weight,  # [E]
+    indptr,  # [N + 1]
+    indices,  # [E]
+    out,  # [B, N, D]
+    nodes,
+    features,
+    EDGES: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """One program: FEATURES features of one node of one batch entry."""
+    item = tl.program_id(0).to(tl.int64)
+    row = item % nodes
+    batch_start = (item - row) * features
+    feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
+    in_features = feature < features
+    begin = tl.load(indptr + row)
+    end = tl.load(indptr + row + 1)
+    total = tl.zeros([FEATURES], dtype=tl.float32)
+    for first in range(begin, end, EDGES):
+        edge = first + tl.arange(0, EDGES)
+        in_row = edge < end
+        neighbour = tl.load(indices + edge, mask=in_row, other=0)
+        scale = tl.load(weight + edge, mask=in_row, other=0.0).to(tl.float32)
+        tile = tl.load(
+            x + batch_start + neighbour[:, None] * features + feature[None, :],
+            mask=in_row[:, None] & in_features[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        total += tl.sum(tile * scale[:, None], axis=0)
+    tl.store(
+        out + batch_start + row * features + feature,
+        total.to(out.dtype.element_ty),
+        mask=in_features,
+    )
+
+
+@triton.autotune(configs=_TUNED, key=["features", "batch"])
+@triton.jit
+def weight_grad_kernel(
+    grad,  # [B, N, D]
+    x,  # [B, N, D]
+    indptr,  # [N + 1]
+    indices,  # [E]
+    weight_grad,  # [E]
+    batch,
+    batch_stride,
+    features,
+    EDGES: tl.constexpr,
+    FEATURES: tl.constexpr,
+):
+    """One program: every edge of one row, summed over the batch and the features."""
+    row = tl.program_id(0).to(tl.int64)
+    begin = tl.load(indptr + row)
+    end = tl.load(indptr + row + 1)
+    for first in range(begin, end, EDGES):
+        edge = first + tl.arange(0, EDGES)
+        in_row = edge < end
+        neighbour = tl.load(indices + edge, mask=in_row, other=0)
+        total = tl.zeros([EDGES], dtype=tl.float32)
+        entry_start = row - row
+        for _ in range(0, batch):
+            for start in range(0, features, FEATURES):
+                feature = start + tl.arange(0, FEATURES)
+                in_features = feature < features
+                own = tl.load(
+                    grad + entry_start + row * features + feature, mask=in_features, other=0.0
+                ).to(tl.float32)
+                tile = tl.load(
+                    x + entry_start + neighbour[:, None] * features + feature[None, :],
+                    mask=in_row[:, None] & in_features[None, :],
+                    other=0.0,
+                ).to(tl.float32)
+                total += tl.sum(tile * own[None, :], axis=1)
+            entry_start += batch_stride
+        tl.store(weight_grad + edge, total.to(weight_grad.dtype.element_ty), mask=in_row)
+
+
+def launch_sum(x: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor, out: Tensor) -> None:
+    """Fill ``out[b, i]`` with the weighted sum of row i's neighbours; contiguous tensors."""
+    _check_device(x)
+    batch, nodes, features = x.shape
+    if out.numel():
+        sum_kernel[lambda meta: (batch * nodes, triton.cdiv(features, meta["FEATURES"]))](
+            x, weight, indptr, indices, out, nodes, features
+        )
+
+
+def launch_weight_grad(
+    grad: Tensor, x: Tensor, indptr: Tensor, indices: Tensor, weight_grad: Tensor
+) -> None:
+    """Fill ``weight_grad[e]`` with the dot product of its two ends; contiguous tensors."""
+    _check_device(x)
+    batch, nodes, features = x.shape
+    if weight_grad.numel():
+        weight_grad_kernel[(nodes,)](
+            grad, x, indptr, indices, weight_grad, batch, nodes * features, features
+        )
+
+
+def _check_device(x: Tensor) -> None:
+    if not x.is_cuda and not INTERPRETED:
+        raise ValueError(
+            "message_passing: Triton kernels need CUDA tensors "
+            f"(or TRITON_INTERPRET=1 before the first call), got {x.device}"
+        )

@@ -1,0 +1,115 @@
+"""Synthesise triggers of every family for every suspected class, in one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onp.ledger import Ledger
+from onp.probes.additive import Additive
+from onp.probes.families import Family, Range
+from onp.probes.low_frequency import LowFrequency
+from onp.probes.patch import Patch
+from onp.probes.warp import Warp
+from onp.suspect.network import FrozenNetwork
+
+FAMILIES: tuple[Family, ...] = (Patch(), Additive(), LowFrequency(), Warp())
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One synthesised trigger: a function of images that should make ``target`` the answer."""
+
+    family: Family = field(repr=False)
+    target: int
+    parameters: list[Tensor] = field(repr=False)
+    """Each with a leading dimension of 1."""
+    valid: Range
+    size: float
+    """Share of the family's bound or reference size."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family.name}->{self.target}"
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Trigger images float32 [N, C, H, W]."""
+        return self.family.apply(self.parameters, images[None], self.valid)[0]
+
+
+def synthesise(
+    network: FrozenNetwork,
+    images: Tensor,
+    labels: Tensor,
+    targets: Sequence[int],
+    *,
+    steps: int,
+    draw: int,
+    valid: Range,
+    seed: int,
+    ledger: Ledger,
+    gates: Tensor | None = None,
+) -> list[Probe]:
+    """Optimise one trigger per (family, target) on clean images [N, C, H, W] with labels [N].
+
+    Each step draws fresh images of other classes for every trigger, runs all of them through the
+    network at once and takes one Adam step on cross-entropy to the target plus the family's size
+    penalty, which counts more the better the trigger works. ``gates`` [S] prunes sites first.
+    ``draw``: images that each trigger sees in a step.
+    Costs ``2 * steps * draw`` image-forwards a trigger.
+    """
+    random = torch.Generator().manual_seed(seed)
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    states = [family.start(len(targets), shape, random) for family in FAMILIES]
+    for state in states:
+        for parameter in state:
+            parameter.requires_grad_(True)
+    optimizer = torch.optim.Adam(
+        [
+            {"params": state, "lr": family.learning_rate}
+            for family, state in zip(FAMILIES, states, strict=True)
+        ],
+        betas=(0.5, 0.9),
+    )
+    others = [(labels != target).nonzero().squeeze(1) for target in targets]
+    answers = torch.tensor(targets).repeat(len(FAMILIES)).repeat_interleave(draw)
+    for step in range(steps):
+        rows = [o[torch.randint(len(o), (draw,), generator=random)] for o in others]
+        batch = images[torch.stack(rows)]  # [targets, draw, C, H, W]
+        triggered = torch.cat(
+            [f.apply(state, batch, valid) for f, state in zip(FAMILIES, states, strict=True)]
+        )  # [families * targets, draw, C, H, W], family-major
+        logits = network(triggered.flatten(0, 1), gates)
+        losses = F.cross_entropy(logits, answers, reduction="none").view(-1, draw).mean(1)
+        success = (logits.argmax(1) == answers).float().view(-1, draw).mean(1)
+        weight = ((success - 0.8) / 0.2).clamp(0.05, 1.0)
+        penalties = torch.cat(
+            [f.penalty(state) for f, state in zip(FAMILIES, states, strict=True)]
+        )
+        optimizer.zero_grad()
+        (losses + weight * penalties).sum().backward()
+        if step == steps * 3 // 4:
+            for group in optimizer.param_groups:  # settle
+                group["lr"] *= 0.5
+        optimizer.step()
+        with torch.no_grad():
+            for family, state in zip(FAMILIES, states, strict=True):
+                family.project(state, valid)
+        ledger.count(2 * len(answers))
+        ledger.tick(step + 1, steps)
+    return [
+        Probe(
+            family,
+            int(target),
+            [parameter.detach()[i : i + 1].clone() for parameter in state],
+            valid,
+            float(family.size([p.detach()[i : i + 1] for p in state], valid)),
+        )
+        for family, state in zip(FAMILIES, states, strict=True)
+        for i, target in enumerate(targets)
+    ]
