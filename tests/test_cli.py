@@ -97,7 +97,7 @@ def _workplace(
 
     for module, functions in {
         "onp.sanitize": {"sanitize": repair},
-        "onp.evaluate": {"score": score},
+        "onp.metrics": {"score": score},
         "onp.demo": {"run": run},
     }.items():
         fake = ModuleType(module)

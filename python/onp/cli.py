@@ -182,7 +182,7 @@ def evaluate(
     import torch
 
     from onp.data import load_dataset
-    from onp.evaluate import score
+    from onp.metrics import score
     from onp.report import console
     from onp.suspect.load import load_suspect
     from onp.triggers import load_trigger
