@@ -58,8 +58,7 @@ bench: bench-env
 	$(BIN)/python -m pytest bench/bench_*.py --benchmark-enable --benchmark-only \
 		--benchmark-json=$(BENCH_OUT)/benchmarks.json $(PYTEST)
 
-bench-env: $(VENV)/.installed-test scatter
-	$(PIP) ".[bench]" -C cmake.define.ONP_CUDA=$(ONP_CUDA)
+bench-env: $(VENV)/.installed-bench
 
 # torch_scatter compiles against the installed torch: minutes, the first time.
 scatter: $(VENV)/.installed-scatter
@@ -81,6 +80,10 @@ $(VENV)/.installed: $(BIN)/python $(SOURCES)
 $(VENV)/.installed-test: $(BIN)/python $(SOURCES)
 	$(PIP) ".[test]" -C cmake.define.ONP_CUDA=$(ONP_CUDA)
 	touch $@ $(VENV)/.installed
+
+$(VENV)/.installed-bench: $(VENV)/.installed-scatter
+	$(PIP) ".[bench]" -C cmake.define.ONP_CUDA=$(ONP_CUDA)
+	touch $@
 
 $(VENV)/.installed-scatter: $(VENV)/.installed-test
 	$(PIP) setuptools wheel

@@ -20,12 +20,12 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "onp"
 
 LAYERS = [
-    {"errors", "config", "masks", "trusted", "files"},
+    {"errors", "config", "masks", "trusted", "files", "ledger"},
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
-    {"evaluate", "probes"},
+    {"evaluate", "probes", "metrics"},
     {"agent"},
-    {"result", "report"},
+    {"result", "report", "verdict"},
     {"sanitize"},
     {"demo", "batch"},
     {"cli"},

@@ -97,7 +97,7 @@ def _workplace(
 
     for module, functions in {
         "onp.sanitize": {"sanitize": repair},
-        "onp.evaluate": {"score": score},
+        "onp.metrics": {"score": score},
         "onp.demo": {"run": run},
     }.items():
         fake = ModuleType(module)
@@ -231,6 +231,8 @@ def test_normalisation(
         (["--report", "./out.safetensors"], "report and out are the same file"),
         (["--budget", "huge"], "'huge' is not one of"),
         (["--seed", "-1"], "Invalid value for '--seed'"),
+        (["--device", "abacus"], "--device abacus cannot be used"),
+        (["--device", "meta:1:2"], "--device meta:1:2 cannot be used"),
         (["--frobnicate"], "No such option"),
         (["--arch", "cli_networks:none"], "has no callable none"),
     ],

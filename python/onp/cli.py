@@ -127,6 +127,7 @@ def sanitize(
     from onp.suspect.files import read_weights, save_weights
     from onp.suspect.load import load_suspect
 
+    _check_device(device)
     preprocess = _preprocess(preset, mean, std)
     suspect = load_suspect(model, arch, trust)
     dataset = load_dataset(str(data), split)
@@ -226,6 +227,17 @@ def _check_distinct(**paths: Path | None) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{option} and {other} are the same file: {path}")
+
+
+def _check_device(name: str) -> None:
+    """Raise UsageError unless torch can compute on the device ``name``."""
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(f"--device {name} cannot be used: {first_line}") from None
 
 
 def _preprocess(preset: Preset | None, mean: str | None, std: str | None) -> Any:

@@ -16,7 +16,7 @@ _MAPPINGS = Path("/proc/self/maps")
 
 
 def describe() -> dict[str, Any]:
-    """JSON-able facts; None where something is not installed, never an error.
+    """JSON-able facts; None where something is not there, never an error.
 
     ``libgomp`` lists the OpenMP runtimes that this process has loaded: more than one is a fault.
     """
@@ -28,6 +28,7 @@ def describe() -> dict[str, Any]:
         **{name: _version(name) for name in _PACKAGES},
         **_native(),
         "cuda_available": torch.cuda.is_available(),
+        "cuda_device": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "threads": torch.get_num_threads(),
         "libgomp": _loaded_libraries("libgomp"),
     }

@@ -119,6 +119,14 @@ def test_doubly_nested_and_tied_and_sliced(tmp_path: Path) -> None:
     assert all(tensor.is_contiguous() and not tensor.requires_grad for tensor in loaded.values())
 
 
+def test_header_length_that_looks_like_a_pickle(tmp_path: Path) -> None:
+    weights = {"w": torch.ones(3)}
+    data = safetensors.torch.save(weights, {"note": "x" * 556})  # a header of 640 bytes
+    assert data[:2] == b"\x80\x02"
+    (tmp_path / "m").write_bytes(data)
+    _assert_same(read_weights(tmp_path / "m").state_dict, weights)
+
+
 def test_link_to_a_file_is_followed(tmp_path: Path) -> None:
     (tmp_path / "blob").write_bytes(_torch_bytes(_weights()))
     (tmp_path / "model.pt").symlink_to("blob")

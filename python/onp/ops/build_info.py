@@ -13,5 +13,5 @@ def with_cuda() -> bool:
 
 
 def instruction_sets() -> list[str]:
-    """Instruction sets of this processor that the native kernels use, narrowest first."""
+    """Instruction sets of this processor that the native kernels can use."""
     return _C.instruction_sets()

@@ -90,7 +90,7 @@ def _percent(value: float) -> str:
 
 def _plain(value: Any) -> str:
     if value is None:
-        return "not installed"
+        return "not here"
     if isinstance(value, bool):
         return "yes" if value else "no"
     if isinstance(value, list):

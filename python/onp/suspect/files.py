@@ -123,10 +123,10 @@ def _sniff(data: bytes, path: Path) -> tuple[str, Callable[[bytes], object]]:
     """The loader's name and its function, by the first bytes."""
     if data[:4] == _ZIP_START:
         return "torch-zip", _parse_zip
-    if data[0] == 0x80 and data[1:2] and 2 <= data[1] <= 5:
-        return "torch-legacy", _parse_pickle
-    if data[8:9] == b"{":
+    if data[8:9] == b"{":  # before pickles: a header's length may look like a pickle's start
         return "safetensors", _parse_safetensors
+    if data[:1] == b"\x80" and data[1:2] in (b"\2", b"\3", b"\4", b"\5"):
+        return "torch-legacy", _parse_pickle
     raise UnsupportedInput(f"{path}: neither safetensors nor a torch.save file")
 
 
