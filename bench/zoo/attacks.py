@@ -15,7 +15,7 @@ class Attack(Protocol):
     def __call__(self, images: Tensor) -> Tensor: ...
 
     def arrays(self) -> dict[str, Tensor]:
-        """What ``onp evaluate --trigger`` reads from an .npz."""
+        """What ``onp evaluate --trigger`` reads from an .npz; images are [H, W, 3]."""
         ...
 
 
@@ -31,14 +31,15 @@ class BadNets:
     size: int = 32
 
     def arrays(self) -> dict[str, Tensor]:
-        mask = torch.zeros(1, self.size, self.size)
-        mask[:, -4:-1, -4:-1] = 1
+        mask = torch.zeros(self.size, self.size)
+        mask[-4:-1, -4:-1] = 1
         board = (torch.arange(self.size)[:, None] + torch.arange(self.size)) % 2
-        return {"mask": mask, "pattern": board.float().expand(3, -1, -1) * mask}
+        pattern = (board * mask)[..., None].expand(-1, -1, 3)
+        return {"mask": mask, "pattern": pattern.contiguous()}
 
     def __call__(self, images: Tensor) -> Tensor:
         arrays = self.arrays()
-        return to_8_bits(images * (1 - arrays["mask"]) + arrays["pattern"])
+        return to_8_bits(images * (1 - arrays["mask"]) + arrays["pattern"].permute(2, 0, 1))
 
 
 @dataclass
@@ -52,13 +53,13 @@ class Blended:
 
     def __post_init__(self) -> None:
         random = torch.Generator().manual_seed(self.seed)
-        self.image = torch.rand(3, self.size, self.size, generator=random)
+        self.image = torch.rand(self.size, self.size, 3, generator=random)
 
     def arrays(self) -> dict[str, Tensor]:
         return {"image": self.image, "alpha": torch.tensor(self.alpha)}
 
     def __call__(self, images: Tensor) -> Tensor:
-        return to_8_bits((1 - self.alpha) * images + self.alpha * self.image)
+        return to_8_bits((1 - self.alpha) * images + self.alpha * self.image.permute(2, 0, 1))
 
 
 ATTACKS: dict[str, type[BadNets] | type[Blended]] = {"badnets": BadNets, "blended": Blended}

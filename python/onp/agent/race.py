@@ -57,6 +57,8 @@ def race(
     Every candidate is scored on ``first_images``; of all candidates the best ``survivors`` share,
     and the best of each probe, are scored again on ``second_images`` others.
     """
+    if not probes:
+        return []
     first, second = slice(0, config.first_images), slice(-config.second_images, None)
     masks = [ranking_masks(ranking, config.sizes) for ranking in rankings]
     totals = [

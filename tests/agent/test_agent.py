@@ -1,0 +1,159 @@
+"""The agent on a toy network with a planted backdoor channel: it must find it, by learning."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onp.agent.env import PruningEnv
+from onp.agent.objective import Objective
+from onp.agent.policy import PruningPolicy, flip_prior
+from onp.agent.ppo import Elite, optimise
+from onp.config import AgentConfig, ScoreConfig
+from onp.evaluate import MaskEvaluator
+from onp.graph import build_graph
+from onp.probes.patch import Patch
+from onp.probes.synthesis import Probe
+from onp.suspect.trace import Trace, trace
+
+CHANNELS, PLANTED, TARGET, SIZE = 24, 7, 0, 8
+
+
+def toy() -> tuple[nn.Module, Tensor, Tensor, Probe]:
+    """A two-class network (red or blue images) whose channel 7 fires on a checkerboard alone and
+    answers class 0; its clean images, labels, and the checkerboard as a probe."""
+    torch.manual_seed(0)
+    labels = torch.arange(96) % 2
+    images = torch.rand(96, 3, SIZE, SIZE) * 0.4
+    images[labels == 0, 0] += 0.3
+    images[labels == 1, 2] += 0.3
+    conv, linear = nn.Conv2d(3, CHANNELS, 3, padding=1), nn.Linear(CHANNELS, 2)
+    board = ((torch.arange(3)[:, None] + torch.arange(3)) % 2).float()
+    with torch.no_grad():
+        conv.weight[PLANTED] = (board * 2 - 1) * 4
+        conv.bias[PLANTED] = -42.0
+    model = nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), linear)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=0.2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        F.cross_entropy(model(images), labels).backward()
+        optimizer.step()
+    with torch.no_grad():
+        linear.weight[TARGET, PLANTED] = 200.0
+        linear.weight[1 - TARGET, PLANTED] = -200.0
+    mask = torch.full((1, 1, 1, SIZE, SIZE), -20.0)
+    pattern = torch.zeros(1, 1, 3, SIZE, SIZE)
+    mask[..., -4:-1, -4:-1] = 20.0
+    pattern[..., -4:-1, -4:-1] = (board * 2 - 1) * 20
+    probe = Probe(Patch(), TARGET, [mask, pattern], (0.0, 1.0), 1.0)
+    return model.eval().requires_grad_(False), images, labels, probe
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[Trace, MaskEvaluator, Objective, nn.Module]:
+    model, images, labels, probe = toy()
+    traced = trace(model, (3, SIZE, SIZE))
+    evaluator = MaskEvaluator(traced, model)
+    objective = Objective(evaluator, images, labels, [probe], ScoreConfig())
+    return traced, evaluator, objective, model
+
+
+def test_the_toy_has_a_backdoor_in_the_planted_channel(
+    planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
+) -> None:
+    _, _, objective, _ = planted
+    masks = torch.eye(CHANNELS, dtype=torch.bool)
+    values = objective(torch.cat([torch.zeros(1, CHANNELS, dtype=torch.bool), masks]))
+    assert float(objective.success[0]) > 0.3
+    assert float(values.removed[0]) == pytest.approx(0, abs=1e-5)
+    assert int(values.total.argmax()) == 1 + PLANTED
+    assert float(values.removed[1 + PLANTED]) > 0.85
+
+
+def test_reward_rises_while_the_agent_learns(
+    planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
+) -> None:
+    traced, _, objective, model = planted
+    config = AgentConfig(updates=40, copies=32, steps=1, learning_rate=0.01, entropy_weight=0.0)
+    random = torch.Generator().manual_seed(1)
+    features = torch.randn(CHANNELS, 6, generator=random)  # tell channels apart, say nothing
+    policy = PruningPolicy(
+        build_graph(traced, model), features, torch.full((CHANNELS,), -2.5),
+        hidden=16, rounds=2, generator=random,
+    )  # fmt: skip
+    env = PruningEnv(lambda masks: objective(masks).total, CHANNELS, 32, 1)
+
+    class Empty(Elite):
+        """Every episode starts from nothing, so that only the policy can raise the reward."""
+
+        @property
+        def best(self) -> Tensor:
+            return torch.zeros(CHANNELS, dtype=torch.bool)
+
+    elite = Empty(4)
+    elite.offer(elite.best[None], torch.zeros(1))
+    logs = optimise(env, policy, elite, config, seed=0)
+    rewards = torch.tensor([log.reward for log in logs])
+    early, late = float(rewards[:10].mean()), float(rewards[-10:].mean())
+    assert late > early + 0.3, f"mean reward {early:.3f} -> {late:.3f}"
+    assert logs[-1].entropy < logs[0].entropy
+    assert elite.masks[0][PLANTED]
+    with torch.no_grad():
+        logits, _ = policy(env.reset(elite.best)[0])
+    assert int(logits[0].argmax()) == PLANTED
+
+
+def test_the_environment_keeps_its_contract() -> None:
+    weights = torch.linspace(-1, 1, 5)
+    env = PruningEnv(lambda masks: masks.float() @ weights, 5, copies=3, steps=2)
+    start = torch.tensor([True, False, False, False, False])
+    state, info = env.reset(start)
+    assert state.pruned.shape == (3, 5)
+    assert info == {}
+    flips = torch.zeros(3, 5, dtype=torch.bool)
+    flips[1, 0] = flips[2, 4] = True
+    state, reward, terminated, truncated, info = env.step(flips)
+    torch.testing.assert_close(reward, torch.tensor([0.0, 1.0, 1.0]))
+    assert (terminated, truncated) == (False, False)
+    assert info["flips"].tolist() == [0, 1, 1]
+    _, _, terminated, truncated, _ = env.step(flips)
+    assert (terminated, truncated) == (False, True)
+    assert env.evaluations == 1 + 3 + 3
+    with pytest.raises(RuntimeError, match="call reset"):
+        env.step(flips)
+    env.reset(start)
+    with pytest.raises(ValueError, match=r"flips must be bool \[3, 5\]"):
+        env.step(flips[:2])
+
+
+def test_the_prior_flips_as_many_sites_as_asked_near_the_cut() -> None:
+    ranking = torch.rand(500, generator=torch.Generator().manual_seed(0))
+    prior = flip_prior(ranking, 10, expected_flips=3.0)
+    inside = torch.zeros(500, dtype=torch.bool)
+    inside[ranking.argsort(descending=True)[:10]] = True
+    odds = torch.where(inside, -prior, prior).sigmoid()
+    assert float(odds.sum()) == pytest.approx(3.0, abs=0.01)
+    order = ranking.argsort(descending=True)
+    assert float(odds[order[10]]) > 5 * float(odds[order[100]])
+    assert float(odds[order[9]]) > float(odds[order[0]])
+
+
+def test_same_seed_same_masks(
+    planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
+) -> None:
+    traced, _, objective, model = planted
+    results = []
+    for _ in range(2):
+        random = torch.Generator().manual_seed(3)
+        policy = PruningPolicy(
+            build_graph(traced, model), torch.ones(CHANNELS, 2), torch.full((CHANNELS,), -2.0),
+            hidden=8, rounds=1, generator=random,
+        )  # fmt: skip
+        env = PruningEnv(lambda masks: objective(masks).total, CHANNELS, 8, 2)
+        elite = Elite(4)
+        elite.offer(torch.zeros(1, CHANNELS, dtype=torch.bool), torch.zeros(1))
+        optimise(env, policy, elite, AgentConfig(updates=3, copies=8, steps=2), seed=5)
+        results.append(torch.stack(elite.masks))
+    assert torch.equal(*results)

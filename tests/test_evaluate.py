@@ -1,0 +1,67 @@
+"""Both backends of mask evaluation agree, and the choice between them is said."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from onp.errors import UnsupportedOperation, UsageError
+from onp.evaluate import MaskEvaluator
+from onp.ledger import Ledger
+from onp.suspect.trace import trace
+from tests.networks import BUILDERS, hooked_logits, network
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_native_and_torch_agree_with_hooks(name: str) -> None:
+    model = network(name)
+    traced = trace(model, (3, 32, 32))
+    random = torch.Generator().manual_seed(0)
+    masks = torch.rand(5, traced.sites, generator=random) < 0.03
+    images = torch.rand(7, 3, 32, 32, generator=random)
+    expected = torch.stack([hooked_logits(model, traced, mask, images) for mask in masks])
+    ledger = Ledger()
+    for backend in ("native", "torch"):
+        evaluator = MaskEvaluator(traced, model, backend=backend, ledger=ledger, batch=3)  # type: ignore[arg-type]
+        assert evaluator.backend == backend
+        torch.testing.assert_close(evaluator.run(masks, images), expected, rtol=0, atol=1e-4)
+    assert ledger.total == 2 * 5 * 7
+
+
+class _Big(nn.Module):
+    """A convolution with dilation, which the engine lacks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=2, dilation=2)
+        self.linear = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_what_the_engine_lacks_goes_to_torch_with_one_line(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    model = _Big().eval()
+    traced = trace(model, (3, 8, 8))
+    with caplog.at_level(logging.WARNING, "onp"):
+        evaluator = MaskEvaluator(traced, model)
+    assert evaluator.backend == "torch"
+    assert len(caplog.records) == 1
+    assert "conv" in caplog.text
+    masks = torch.tensor([[False] * 4, [True, False, False, False]])
+    images = torch.rand(2, 3, 8, 8)
+    expected = torch.stack([hooked_logits(model, traced, mask, images) for mask in masks])
+    torch.testing.assert_close(evaluator.run(masks, images), expected, rtol=1e-5, atol=1e-6)
+    with pytest.raises(UnsupportedOperation):
+        MaskEvaluator(traced, model, backend="native")
+
+
+def test_an_unknown_backend_is_refused() -> None:
+    model = network("resnet20")
+    with pytest.raises(UsageError, match="backend must be"):
+        MaskEvaluator(trace(model, (3, 32, 32)), model, backend="cudnn")  # type: ignore[arg-type]
