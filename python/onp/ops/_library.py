@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-LIBRARY: Any = torch.library.Library("onp", "DEF")  # type: ignore[no-untyped-call]
+LIBRARY = torch.library.Library("onp", "DEF")
 """Holds every registration; it must outlive the operators."""
