@@ -65,7 +65,9 @@ def test_npz(tmp_path: Path) -> None:
     assert dataset.floats().shape == (4, 3, 64, 64)
 
 
-@pytest.mark.parametrize(("header", "labels"), [(1, [7, 0, 9]), (2, [99, 5, 40])], ids=["10", "100"])
+@pytest.mark.parametrize(
+    ("header", "labels"), [(1, [7, 0, 9]), (2, [99, 5, 40])], ids=["10", "100"]
+)
 def test_cifar_binary_batches(tmp_path: Path, header: int, labels: list[int]) -> None:
     images = pixels(3, 32, 32)
     records = [
@@ -140,7 +142,9 @@ def test_draws_are_balanced_and_seeded() -> None:
     dataset = ImageSet(torch.zeros(83, 2, 2, 3, dtype=torch.uint8), labels)
     drawn = draw_balanced(dataset, 23, seed=1)
     assert torch.bincount(drawn.labels).tolist() == [10, 10, 3]
-    numbered = ImageSet(torch.arange(83, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3), labels)
+    numbered = ImageSet(
+        torch.arange(83, dtype=torch.uint8).view(-1, 1, 1, 1).expand(-1, 2, 2, 3), labels
+    )
     first, again, other = (draw_balanced(numbered, 23, seed).images for seed in (1, 1, 2))
     assert torch.equal(first, again)
     assert not torch.equal(first, other)

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from onp.errors import UsageError
-
 
 @dataclass(frozen=True)
 class UnlearningConfig:
@@ -28,14 +26,16 @@ class SynthesisConfig:
     """Trigger synthesis; every (family, class) pair is one trigger."""
 
     steps: int = 50
-    images_per_step: int = 32
+    images_per_step: int = 24
     """Images that each trigger sees in a step."""
     classes: int = 2
     """How many of the classes that unlearning names are probed."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
+    counted: int = 2
+    """At most this many probes of the target count, the best first;"""
     counted_margin: float = 0.1
-    """A probe of the target counts if its best mask is worth at most this less than the best's."""
+    """a further one counts if its best mask is worth at most this less than the best's."""
     through_strength: float = 0.7
     """A renewed probe gets through if it is this much stronger than another class needs to be
     (binary logarithm), and"""
@@ -49,6 +49,8 @@ class RaceConfig:
 
     sizes: tuple[float, ...] = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03)
     """Shares of all sites that a ranking's masks prune."""
+    least_success: float = 0.25
+    """Probes that make fewer images answer their class (mean probability) are not raced."""
     first_images: int = 48
     """Clean images (and as many triggered ones) that every candidate sees."""
     second_images: int = 128
@@ -59,12 +61,12 @@ class RaceConfig:
 class AgentConfig:
     """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
 
-    updates: int = 8
+    updates: int = 6
     copies: int = 24
     """Environment copies: masks evaluated in one engine call."""
     steps: int = 2
     """Environment steps per rollout; every rollout starts from the best mask so far."""
-    images: int = 64
+    images: int = 48
     """Clean images (and as many triggered ones per counted probe) a reward is measured on."""
     hidden: int = 32
     rounds: int = 2
@@ -86,12 +88,12 @@ class AgentConfig:
 class ChoiceConfig:
     """The last choice among masks: see ``onp.agent.choice``."""
 
-    finalists: int = 8
-    images: int = 160
+    finalists: int = 5
+    images: int = 80
     """Images (and as many triggered ones per counted probe) that restoring sites is judged on."""
-    rounds: int = 4
+    rounds: int = 3
     """Rounds of restoring pruned sites."""
-    success_weight: float = 3.0
+    success_weight: float = 4.0
     """Nats of clean cross-entropy that probe success left (of 1) is worth."""
 
 
@@ -99,7 +101,7 @@ class ChoiceConfig:
 class ScoreConfig:
     """What a mask is worth: see ``onp.agent.objective``."""
 
-    accuracy_weight: float = 3.0
+    accuracy_weight: float = 2.0
     """Probe success that one unit of clean accuracy is worth."""
     price: float = 0.001
     """Cost of one pruned site."""
@@ -150,8 +152,8 @@ class Config:
 BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
-        synthesis=SynthesisConfig(steps=30, images_per_step=24, renewal_steps=20),
-        agent=AgentConfig(updates=3, copies=16, steps=2, images=48),
+        synthesis=SynthesisConfig(steps=30, images_per_step=16, renewal_steps=20),
+        agent=AgentConfig(updates=3, copies=16, images=32),
     ),
     "standard": Config("standard"),
     "thorough": Config(
@@ -161,10 +163,3 @@ BUDGETS: dict[str, Config] = {
     ),
 }
 """What --budget names."""
-
-
-def budget_config(name: str) -> Config:
-    """The configuration of a named budget; raises UsageError for an unknown name."""
-    if name not in BUDGETS:
-        raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {name!r}")
-    return BUDGETS[name]

@@ -206,7 +206,9 @@ def draw_balanced(dataset: ImageSet, count: int, seed: int) -> ImageSet:
     return dataset[order[chosen]]
 
 
-def gather(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None) -> tuple[Tensor, Tensor]:
+def gather(
+    batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None
+) -> tuple[Tensor, Tensor]:
     """Collect (images, labels) batches into float32 [N, C, H, W] and int64 [N] on the CPU.
 
     Images may be float (any range) or uint8 (then divided by 255), tensors or numpy arrays;
@@ -217,7 +219,9 @@ def gather(batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None) -
     seen = 0
     for item in batches:
         if not isinstance(item, tuple | list) or len(item) < 2:
-            raise BadData(f"clean data must yield (images, labels) pairs, got {type(item).__name__}")
+            raise BadData(
+                f"clean data must yield (images, labels) pairs, got {type(item).__name__}"
+            )
         batch, target = torch.as_tensor(item[0]), torch.as_tensor(item[1])
         if batch.ndim == 3:
             batch, target = batch[None], target.reshape(1)

@@ -140,7 +140,7 @@ def _by_sink_channel(trace: Trace, consumer: int, sink: SiteLayer, strength: Ten
 
 
 def _centred(profiles: list[Tensor]) -> Tensor:
-    """Connection-strength profiles [N, D] with the layer's mean removed, each part of unit scale."""
+    """Connection-strength profiles [N, D] without the layer's mean, each part of unit scale."""
     parts = [part - part.mean(0, keepdim=True) for part in profiles]
     return torch.cat([part / part.norm().clamp_min(1e-12) for part in parts], 1).contiguous()
 

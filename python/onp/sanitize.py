@@ -1,10 +1,13 @@
-"""The story, top to bottom: suspect -> graph -> probes -> race -> agent -> chosen mask -> result."""
+"""The story, top to bottom: suspect -> graph -> probes -> race -> agent -> mask -> result."""
 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,7 +17,7 @@ from onp.agent.contenders import advantage, counted_contenders, getting_through
 from onp.agent.ppo import UpdateLog
 from onp.agent.race import Contender, race
 from onp.agent.search import Search
-from onp.config import Config, budget_config
+from onp.config import BUDGETS, Config
 from onp.data import ImageSet, Preprocess, gather
 from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
 from onp.evaluate import Backend, MaskEvaluator
@@ -65,7 +68,7 @@ def sanitize(
 
     Raises an ``onp.errors.OnpError`` that says what is wrong with the model or the data.
     """
-    config = budget if isinstance(budget, Config) else budget_config(budget)
+    config = budget if isinstance(budget, Config) else _config(budget)
     ledger = Ledger(progress or silent)
     if threads is not None:
         with _threads(threads):
@@ -129,11 +132,11 @@ def sanitize(
                 steps=config.synthesis.renewal_steps, draw=config.synthesis.images_per_step,
                 valid=input_range, seed=seed + 1, ledger=ledger, gates=(~elite.best).float(),
             )  # fmt: skip
-            through = getting_through(fresh, evaluator, elite.best, images, labels, contenders, config)
-            rankings = [responses(before, evaluator.network, p(seen), ledger) for p in through]
-            renewed = race(
-                evaluator, images, labels, through, rankings, config.race, config.score
+            through = getting_through(
+                fresh, evaluator, elite.best, images, labels, contenders, config
             )
+            rankings = [responses(before, evaluator.network, p(seen), ledger) for p in through]
+            renewed = race(evaluator, images, labels, through, rankings, config.race, config.score)
         if renewed:
             with ledger.stage("agent"):
                 counted = [*counted, *renewed]
@@ -158,6 +161,12 @@ def sanitize(
         return _unwrapped(smaller, preprocess), stayed
 
     return Result(repaired, mask, verdict.finding, report, cut)
+
+
+def _config(budget: str) -> Config:
+    if budget not in BUDGETS:
+        raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+    return BUDGETS[budget]
 
 
 def _clean_images(
@@ -237,3 +246,13 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+class _Story(ModuleType):
+    """Python binds ``onp.sanitize`` to this module once it is imported: let it be called too."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Result:
+        return sanitize(*args, **kwargs)
+
+
+sys.modules[__name__].__class__ = _Story

@@ -74,7 +74,9 @@ def test_synthesis_finds_what_a_network_looks_for() -> None:
     assert ledger.total == 2 * 40 * 16 * len(FAMILIES)
     with torch.no_grad():
         assert (network(images).argmax(1) == 0).all()
-        success = {p.family.name: float((network(p(images)).argmax(1) == 1).float().mean()) for p in probes}
+        success = {
+            p.family.name: float((network(p(images)).argmax(1) == 1).float().mean()) for p in probes
+        }
     assert success["patch"] > 0.9
     assert success["additive"] > 0.9
     again = synthesise(network, images, labels, [1], **arguments)  # type: ignore[arg-type]

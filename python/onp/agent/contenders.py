@@ -46,16 +46,14 @@ def counted_contenders(
     """The best contender, and those of its target that are nearly as repairable and no weaker
     than their sisters."""
     best = contenders[0]
-    return [
+    further = [
         contender
-        for contender in contenders
-        if contender is best
-        or (
-            contender.probe.target == target
-            and contender.score >= best.score - config.counted_margin
-            and advantage(contender, contenders) > 0
-        )
+        for contender in contenders[1:]
+        if contender.probe.target == target
+        and contender.score >= best.score - config.counted_margin
+        and advantage(contender, contenders) > 0
     ]
+    return [best, *further][: config.counted]
 
 
 def getting_through(

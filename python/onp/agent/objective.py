@@ -62,9 +62,7 @@ class Objective:
         removed = (1 - success / self.success).mean(1)
         lost = (self.accuracy - accuracy).clamp_min(-0.02)
         total = (
-            removed
-            - self.config.accuracy_weight * lost
-            - self.config.price * pruned.sum(1).float()
+            removed - self.config.accuracy_weight * lost - self.config.price * pruned.sum(1).float()
         )
         return Values(total, removed, accuracy, success.mean(1))
 

@@ -56,7 +56,8 @@ class UpdateLog:
     entropy: float
     """Of the flip distribution, in nats per copy."""
     bits_moved: float
-    """Sites whose flip probability crossed one half or moved by more than 0.1 in this update."""
+    """Expected flips that the update added or took away: the summed absolute change of the flip
+    probabilities, per copy."""
     flips: float
     """Mean flips a step."""
     kl: float
@@ -129,7 +130,7 @@ def optimise(
             optimizer.step()
             kl = float(torch.stack(divergences).mean())
         after_update = _flip_probabilities(policy, states[0])
-        moved = ((after_update - before).abs() > 0.1) | ((after_update > 0.5) != (before > 0.5))
+        moved = (after_update - before).abs().sum(1)
         with torch.no_grad():
             entropy = float(_entropy(policy(states[0])[0]).mean())
         logs.append(
@@ -137,7 +138,7 @@ def optimise(
                 float(torch.stack(rewards).sum(0).mean()),
                 elite.worths[0],
                 entropy,
-                float(moved.float().sum(1).mean()),
+                float(moved.mean()),
                 float(torch.stack(flips).float().sum(2).mean()),
                 kl,
                 (env.evaluations - counted) / max(time.perf_counter() - started, 1e-9),

@@ -26,7 +26,7 @@ class Contender:
     mask: Tensor
     """bool [S]."""
     score: float
-    """J of the mask, judged by this probe alone."""
+    """J of the mask, judged by this probe alone; 0 for a probe too weak to be raced."""
     removed: float
 
     @property
@@ -60,26 +60,32 @@ def race(
     if not probes:
         return []
     first, second = slice(0, config.first_images), slice(-config.second_images, None)
-    masks = [ranking_masks(ranking, config.sizes) for ranking in rankings]
-    totals = [
-        Objective(evaluator, images[first], labels[first], [probe], score)(mask).total
-        for probe, mask in zip(probes, masks, strict=True)
-    ]
-    everything = torch.cat(totals)
-    keep = max(1, round(config.survivors * len(everything)))
-    bar = everything.sort(descending=True).values[keep - 1]
+    heats: list[tuple[Objective, Tensor, Tensor]] = []
+    for probe, ranking in zip(probes, rankings, strict=True):
+        objective = Objective(evaluator, images[first], labels[first], [probe], score)
+        weak = float(objective.success) < config.least_success
+        masks = ranking_masks(ranking, () if weak else config.sizes)
+        heats.append((objective, masks, objective(masks).total))
+    everything = torch.cat([total for _, _, total in heats]).sort(descending=True).values
+    bar = everything[max(1, round(config.survivors * len(everything))) - 1 :][:1]
     contenders = []
-    for probe, ranking, mask, total in zip(probes, rankings, masks, totals, strict=True):
-        chosen = (total >= bar) | (total == total.max())
+    for probe, ranking, (objective, masks, total) in zip(probes, rankings, heats, strict=True):
+        if len(masks) == 0:
+            nothing = torch.zeros_like(ranking, dtype=torch.bool)
+            contenders.append(
+                Contender(probe, ranking, float(objective.success), nothing, 0.0, 0.0)
+            )
+            continue
+        masks = masks[(total >= bar) | (total == total.max())]
         objective = Objective(evaluator, images[second], labels[second], [probe], score)
-        values = objective(mask[chosen])
+        values = objective(masks)
         best = int(values.total.argmax())
         contenders.append(
             Contender(
                 probe,
                 ranking,
                 float(objective.success),
-                mask[chosen][best],
+                masks[best],
                 float(values.total[best]),
                 float(values.removed[best]),
             )

@@ -48,7 +48,9 @@ class Search:
             self.evaluator, self.images[index], self.labels[index], probes, self.config.score
         )
 
-    def run(self, counted: Sequence[Contender], known: Sequence[Tensor]) -> tuple[Elite, list[UpdateLog]]:
+    def run(
+        self, counted: Sequence[Contender], known: Sequence[Tensor]
+    ) -> tuple[Elite, list[UpdateLog]]:
         """PPO from the best of the contenders' masks, their union and the ``known`` masks."""
         agent, ledger = self.config.agent, self.evaluator.ledger
         objective = self.objective(counted, 0, min(agent.images, len(self.images)))
@@ -66,9 +68,7 @@ class Search:
             rounds=agent.rounds,
             generator=torch.Generator().manual_seed(self.seed),
         )
-        env = PruningEnv(
-            lambda masks: objective(masks).total, len(best), agent.copies, agent.steps
-        )
+        env = PruningEnv(lambda masks: objective(masks).total, len(best), agent.copies, agent.steps)
 
         def tell(update: int, log: UpdateLog) -> None:
             message = f"worth {log.best:.3f}, mean reward {log.reward:+.3f}"

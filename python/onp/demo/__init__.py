@@ -37,7 +37,6 @@ def scoring_images() -> ImageSet:
     return draw(TEST_IMAGES, TEST_SEED)
 
 
-
 def run(*, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     """Score the suspect with the true trigger, repair it from clean images, score it again.
 

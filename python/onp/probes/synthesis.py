@@ -88,9 +88,7 @@ def synthesise(
         losses = F.cross_entropy(logits, answers, reduction="none").view(-1, draw).mean(1)
         success = (logits.argmax(1) == answers).float().view(-1, draw).mean(1)
         weight = ((success - 0.8) / 0.2).clamp(0.05, 1.0)
-        penalties = torch.cat(
-            [f.penalty(state) for f, state in zip(FAMILIES, states, strict=True)]
-        )
+        penalties = torch.cat([f.penalty(state) for f, state in zip(FAMILIES, states, strict=True)])
         optimizer.zero_grad()
         (losses + weight * penalties).sum().backward()
         if step == steps * 3 // 4:

@@ -49,7 +49,7 @@ def unlearn(
     Works on a copy in training mode (batch statistics). Costs 3 image-forwards an image.
     """
     random = torch.Generator().manual_seed(seed)
-    student = copy.deepcopy(model).to(memory_format=torch.channels_last).train()
+    student = copy.deepcopy(model).train()
     for module in student.modules():
         if isinstance(module, nn.Dropout):
             module.eval()  # its noise would draw on the global random state
@@ -72,6 +72,8 @@ def unlearn(
             break
     student.eval()
     with torch.no_grad():
-        answers = torch.cat([student(part.to(device)).argmax(1).cpu() for part in images.split(250)])
+        answers = torch.cat(
+            [student(part.to(device)).argmax(1).cpu() for part in images.split(250)]
+        )
     ledger.count(len(images))
     return Unlearned(student, torch.bincount(answers, minlength=logits.shape[1]))

@@ -7,6 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
+from onp.suspect.architectures.resnet import SubsamplePad
 from onp.suspect.trace import SiteLayer, Trace
 
 
@@ -33,7 +34,7 @@ def _zero_norm(model: nn.Module, trace: Trace, layer: SiteLayer, cut: Tensor) ->
     assert layer.norm is not None
     norm = model.get_submodule(str(trace.ops[layer.norm].module))
     assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
-    if norm.weight is None or norm.bias is None:
+    if not norm.affine:
         return False
     cut = cut.to(norm.weight.device)
     norm.weight[cut] = 0
@@ -96,7 +97,7 @@ def _cuttable(trace: Trace, pruned: Tensor) -> Tensor:
     return torch.tensor(sorted(cut), dtype=torch.int64)
 
 
-def _index(parameter: nn.Parameter, dim: int, keep: Tensor) -> nn.Parameter:
+def _index(parameter: Tensor, dim: int, keep: Tensor) -> nn.Parameter:
     rows = keep.nonzero().squeeze(1).to(parameter.device)
     return nn.Parameter(parameter.index_select(dim, rows), parameter.requires_grad)
 
@@ -121,7 +122,7 @@ def _shrink_weighted(module: nn.Module, keep_in: Tensor, keep_out: Tensor) -> No
 def _shrink_norm(module: nn.Module, keep: Tensor) -> None:
     assert isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
     module.num_features = int(keep.sum())
-    if module.weight is not None:
+    if module.affine:
         module.weight = _index(module.weight, 0, keep)
         module.bias = _index(module.bias, 0, keep)
     assert module.running_mean is not None
@@ -131,7 +132,8 @@ def _shrink_norm(module: nn.Module, keep: Tensor) -> None:
 
 
 def _shrink_subsample_pad(module: nn.Module, keep_in: Tensor, keep_out: Tensor) -> None:
+    assert isinstance(module, SubsamplePad)
     place = keep_out.cumsum(0) - 1  # old output channel -> new
-    kept = [p for p, keep in zip(module.positions, keep_in.tolist(), strict=True) if keep]  # type: ignore[arg-type]
+    kept = [p for p, keep in zip(module.positions, keep_in.tolist(), strict=True) if keep]
     module.positions = [int(place[p]) for p in kept]
-    module.channels = int(keep_out.sum())  # type: ignore[assignment]
+    module.channels = int(keep_out.sum())

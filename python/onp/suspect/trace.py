@@ -207,11 +207,18 @@ class _Lowering:
         return self.ops, self.nodes
 
     def _emit(
-        self, kind: str, node: fx.Node, inputs: tuple[Any, ...], module: str | None = None, **attrs: Any
+        self,
+        kind: str,
+        node: fx.Node,
+        inputs: tuple[Any, ...],
+        module: str | None = None,
+        **attrs: Any,
     ) -> None:
         missing = [arg for arg in inputs if arg not in self.value_of]
         if missing:
-            raise UntraceableModel(f"{node.name} ({kind}) reads {missing[0]}, which is no image value")
+            raise UntraceableModel(
+                f"{node.name} ({kind}) reads {missing[0]}, which is no image value"
+            )
         self.value_of[node] = len(self.ops)
         self.ops.append(Op(kind, node.name, tuple(self.value_of[a] for a in inputs), module, attrs))
         self.nodes.append(node)
@@ -310,21 +317,29 @@ class _Lowering:
             )
         elif kind in ("maxpool", "avgpool"):
             kernel = argument(1, "kernel_size", None)
-            after = ("dilation", "ceil_mode") if kind == "maxpool" else ("ceil_mode", "count_include_pad")
+            after = (
+                ("dilation", "ceil_mode")
+                if kind == "maxpool"
+                else ("ceil_mode", "count_include_pad")
+            )
             options = {name: argument(4 + i, name, None) for i, name in enumerate(after)}
             include = options.get("count_include_pad")
+            divisor = argument(6, "divisor_override", None) if kind == "avgpool" else None
             self._pool(
                 kind, node, source, kernel,
                 argument(2, "stride", kernel) or kernel, argument(3, "padding", 0),
                 bool(options["ceil_mode"]), True if include is None else bool(include),
-                options.get("dilation") or 1, argument(6, "divisor_override", None) if kind == "avgpool" else None,
+                options.get("dilation") or 1, divisor,
             )  # fmt: skip
         elif kind == "globalpool":
             self._adaptive_pool(node, source)
         elif kind == "mean":
             self._mean(node, source)
-        elif kind == "add" and all(isinstance(arg, fx.Node) and arg in self.value_of for arg in node.args[:2]):
-            if argument(2, "alpha", 1) != 1 or self.shapes[node.args[0]] != self.shapes[node.args[1]]:  # type: ignore[index]
+        elif kind == "add" and all(
+            isinstance(arg, fx.Node) and arg in self.value_of for arg in node.args[:2]
+        ):
+            shapes = [self.shapes[arg] for arg in node.args[:2] if isinstance(arg, fx.Node)]
+            if argument(2, "alpha", 1) != 1 or shapes[0] != shapes[1]:
                 raise UntraceableModel(f"{node.name}: a sum must add two values of one shape")
             self._emit("add", node, tuple(node.args[:2]))
         else:
@@ -386,7 +401,8 @@ class _Lowering:
             raise UntraceableModel(f"{node.name}: {kind} of two image values is not handled yet")
         channels = self.shapes[left][0]
         if constant.numel() not in (1, channels) or (
-            constant.numel() > 1 and constant.numel() != (constant.shape[-3] if constant.ndim >= 3 else -1)
+            constant.numel() > 1
+            and constant.numel() != (constant.shape[-3] if constant.ndim >= 3 else -1)
         ):
             raise UntraceableModel(f"{node.name}: the constant must hold one number per channel")
         constant = constant.detach().float().reshape(-1).expand(channels).cpu()
@@ -467,9 +483,15 @@ def _site_layers(
         channels = shapes[root][0]
         layers.append(
             SiteLayer(
-                str(name), root, start, channels, tuple(consumers[root]),
-                frozenset(edges[root]), norm, producers,
-            )  # fmt: skip
+                str(name),
+                root,
+                start,
+                channels,
+                tuple(consumers[root]),
+                frozenset(edges[root]),
+                norm,
+                producers,
+            )
         )
         start += channels
     return layers
@@ -507,5 +529,3 @@ def _owned_norm(ops: list[Op], readers: list[list[tuple[int, int]]], root: int) 
         if len(readers[value]) != 1:
             return None
     return value if ops[value].kind == "norm" else None
-
-

@@ -66,13 +66,13 @@ class MobileNetV2(nn.Module):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layers(out)
         out = F.relu(self.bn2(self.conv2(out)))
-        return self.linear(self.avgpool(out).flatten(1))  # type: ignore[no-any-return]
+        return self.linear(self.avgpool(out).flatten(1))
 
 
 def from_shapes(shapes: Shapes) -> nn.Module:
     """The MobileNetV2 that weights of these shapes belong to."""
     shapes.of("layers.0.conv1.weight", 4)
-    rows = []
+    rows: list[tuple[int, int, int, bool]] = []
     while f"layers.{len(rows)}.conv1.weight" in shapes:
         prefix = f"layers.{len(rows)}"
         middle, inputs = shapes.of(f"{prefix}.conv1.weight", 4)[:2]

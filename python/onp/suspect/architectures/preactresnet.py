@@ -59,7 +59,7 @@ class PreActResNet(nn.Module):
         for stage in range(self.stages):
             out = getattr(self, f"layer{stage + 1}")(out)
         out = self.avgpool(out)
-        return self.linear(out.flatten(1))  # type: ignore[no-any-return]
+        return self.linear(out.flatten(1))
 
 
 def from_shapes(shapes: Shapes) -> nn.Module:
@@ -73,9 +73,7 @@ def from_shapes(shapes: Shapes) -> nn.Module:
             outputs = shapes.of(f"{prefix}.conv2.weight", 4)[0]
             rows.append((inputs, middle, outputs, f"{prefix}.shortcut.0.weight" in shapes))
         blocks.append(rows)
-    return PreActResNet(
-        shapes.of("conv1.weight", 4)[0], blocks, shapes.of("linear.weight", 2)[0]
-    )
+    return PreActResNet(shapes.of("conv1.weight", 4)[0], blocks, shapes.of("linear.weight", 2)[0])
 
 
 def of_width(width: int, classes: int, depths: Sequence[int] = (2, 2, 2, 2)) -> nn.Module:

@@ -60,9 +60,7 @@ class BasicBlock(nn.Module):
             )
         elif shape.stride > 1 or shape.inputs != shape.outputs:
             front = (shape.outputs - shape.inputs) // 2
-            shortcut = SubsamplePad(
-                range(front, front + shape.inputs), shape.outputs, shape.stride
-            )
+            shortcut = SubsamplePad(range(front, front + shape.inputs), shape.outputs, shape.stride)
         setattr(self, self.shortcut_name, shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -98,7 +96,7 @@ class ResNet(nn.Module):
         for stage in range(self.stages):
             out = getattr(self, f"layer{stage + 1}")(out)
         out = self.avgpool(out).flatten(1)
-        return getattr(self, self.head)(out)  # type: ignore[no-any-return]
+        return getattr(self, self.head)(out)
 
 
 def from_shapes(shapes: Shapes) -> nn.Module:

@@ -19,7 +19,7 @@ class Shapes:
     def __contains__(self, key: str) -> bool:
         return key in self.shapes
 
-    def keys(self) -> list[str]:
+    def names(self) -> list[str]:
         return list(self.shapes)
 
     def of(self, key: str, dims: int) -> tuple[int, ...]:
@@ -39,7 +39,7 @@ class Shapes:
 
 def block_counts(shapes: Shapes, stage: str) -> list[int]:
     """Blocks per stage for keys ``<stage>.<block>.conv1.weight``; ``stage`` has a ``{}``."""
-    counts = []
+    counts: list[int] = []
     while True:
         prefix = stage.format(len(counts) + 1)
         count = 0

@@ -56,14 +56,14 @@ class VGG(nn.Module):
         self.classifier = nn.Sequential(*head, nn.Linear(features, classes))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.classifier(self.avgpool(self.features(x)).flatten(1))  # type: ignore[no-any-return]
+        return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
 def from_shapes(shapes: Shapes) -> nn.Module:
     """The VGG that weights of these shapes belong to."""
     numbers = sorted(
         int(found[1])
-        for key in shapes.keys()  # noqa: SIM118 - not a mapping
+        for key in shapes.names()
         if (found := re.fullmatch(r"features\.(\d+)\.weight", key))
     )
     shapes.of("features.0.weight", 4)
@@ -83,7 +83,7 @@ def from_shapes(shapes: Shapes) -> nn.Module:
         classes, features = shapes.of("classifier.weight", 2)
         hidden = None
     else:
-        heads = [key for key in ("classifier.0.weight", "classifier.3.weight", "classifier.6.weight") if key in shapes]
+        heads = [f"classifier.{n}.weight" for n in (0, 3, 6) if f"classifier.{n}.weight" in shapes]
         features = shapes.of("classifier.0.weight", 2)[1]
         *hidden, classes = [shapes.of(key, 2)[0] for key in heads]
     pooled = math.isqrt(max(features // stages[-1][-1], 1))
@@ -91,7 +91,7 @@ def from_shapes(shapes: Shapes) -> nn.Module:
 
 
 def of_width(width: int, classes: int, depth: int = 11, *, norm: bool = True) -> nn.Module:
-    """A fresh VGG of the named depth; stages are width x (1, 2, 4, 8, 8) wide (64 is the paper's)."""
+    """A fresh VGG of the named depth; stages are width x (1, 2, 4, 8, 8) wide (the paper: 64)."""
     widths = [width * times for times in (1, 2, 4, 8, 8)]
     stages = [[w] * count for w, count in zip(widths, DEPTHS[depth], strict=True)]
     return VGG(stages, classes, norm=norm)
