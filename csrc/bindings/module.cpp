@@ -221,7 +221,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<onp::MaskedForwardPlan>(m, "MaskedForwardPlan")
       .def(py::init(&masked_forward_plan), py::arg("buffers"), py::arg("steps"), py::arg("output"),
            py::arg("sites"))
-      .def("bytes_per_image", &onp::MaskedForwardPlan::bytes_per_image, py::arg("share"))
+      .def("least_bytes", &onp::MaskedForwardPlan::least_bytes, py::arg("share"))
       .def("run", &masked_forward_run, py::kw_only(), py::arg("images"), py::arg("count"),
            py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("logits"),
            py::arg("share"), py::arg("threads"), py::arg("max_bytes"), py::arg("isa"));

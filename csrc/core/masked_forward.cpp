@@ -15,9 +15,10 @@ namespace onp {
 namespace {
 
 constexpr std::size_t kAlignment = 64;
-// What a thread's buffers for one block of images may take before the block stops growing: late
-// layers want many pixels for each pass over their weights, early ones want to stay in cache.
-constexpr std::int64_t kBlockBytes = 2 << 20;
+// A block of images grows until its buffers take this much, or this share of the weights: small
+// blocks keep activations in cache, large ones spread a pass over the weights on more pixels.
+constexpr std::int64_t kBlockBytes = 4 << 20;
+constexpr std::int64_t kWeightsPerBlock = 8;
 
 std::int64_t round_up(std::int64_t value, std::int64_t multiple) {
   return (value + multiple - 1) / multiple * multiple;
@@ -30,9 +31,11 @@ class Floats {
  public:
   Floats() = default;
   explicit Floats(std::int64_t size)
-      : data_(new (std::align_val_t{kAlignment}) float[static_cast<std::size_t>(size)]()) {}
+      : size_(size),
+        data_(new (std::align_val_t{kAlignment}) float[static_cast<std::size_t>(size)]()) {}
 
   float* data() const { return data_.get(); }
+  std::int64_t bytes() const { return size_ * static_cast<std::int64_t>(sizeof(float)); }
 
  private:
   struct Delete {
@@ -40,6 +43,7 @@ class Floats {
       ::operator delete[](data, std::align_val_t{kAlignment});
     }
   };
+  std::int64_t size_ = 0;
   std::unique_ptr<float[], Delete> data_;
 };
 
@@ -71,7 +75,7 @@ struct Layout {
 struct Step {
   StepSpec spec;  // its arrays are gone: use the ones below
   std::int64_t channels = 0;
-  bool depthwise = false;
+  void (*Kernels::*kernel)(const StepArgs&) = nullptr;
   std::vector<std::int32_t> input_offset;
   std::vector<std::int32_t> segments;
   std::vector<std::int32_t> first_channel;
@@ -173,6 +177,7 @@ void place_windows(Step& step, const Buffer& from, const BufferShape& to) {
 
 void pack_depthwise(Step& step, const Buffer& from) {
   const StepSpec& spec = step.spec;
+  step.kernel = &Kernels::depthwise;
   step.block_stride = round_up(step.channels, kChannelBlock);
   const std::int64_t taps = spec.kernel_height * spec.kernel_width;
   step.weights = Floats(taps * step.block_stride);
@@ -214,6 +219,7 @@ void pack_convolution(Step& step, const Buffer& from) {
     }
   }
   const std::int64_t taps = spec.kernel_height * spec.kernel_width;
+  step.kernel = &Kernels::convolution;
   step.block_stride = taps * span * kChannelBlock;
   step.weights = Floats(blocks * step.block_stride);
   for (std::int64_t o = 0; o < step.channels; ++o) {
@@ -225,6 +231,42 @@ void pack_convolution(Step& step, const Buffer& from) {
       for (std::int64_t tap = 0; tap < taps; ++tap) {
         packed[(tap * span + shift + i) * kChannelBlock] =
             spec.weight[(o * group_inputs + i) * taps + tap];
+      }
+    }
+  }
+}
+
+// Narrow layers lose more to the transforms than they save.
+bool suits_winograd(const StepSpec& spec, std::int64_t inputs, std::int64_t outputs) {
+  return spec.kernel_height == 3 && spec.kernel_width == 3 && spec.stride_height == 1 &&
+         spec.stride_width == 1 && spec.groups == 1 && inputs >= kChannelBlock &&
+         outputs >= kChannelBlock;
+}
+
+// G g G^T of every 3x3 kernel g, G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1].
+void pack_winograd(Step& step, const Buffer& from) {
+  const std::int64_t inputs = from.shape.channels;
+  step.kernel = &Kernels::winograd;
+  step.segment_length = inputs;
+  step.block_stride = kWinogradPoints * inputs * kChannelBlock;
+  step.weights = Floats(divide_up(step.channels, kChannelBlock) * step.block_stride);
+  const auto transform = [](const double* g, int stride, double* to, int to_stride) {
+    const double ends = 0.5 * (g[0] + g[2 * stride]), middle = 0.5 * g[stride];
+    to[0] = g[0];
+    to[to_stride] = ends + middle;
+    to[2 * to_stride] = ends - middle;
+    to[3 * to_stride] = g[2 * stride];
+  };
+  for (std::int64_t o = 0; o < step.channels; ++o) {
+    float* packed =
+        step.weights.data() + o / kChannelBlock * step.block_stride + o % kChannelBlock;
+    for (std::int64_t i = 0; i < inputs; ++i) {
+      double kernel[3 * 3], columns[4 * 3], points[4 * 4];
+      std::copy_n(step.spec.weight + (o * inputs + i) * 9, 9, kernel);
+      for (int x = 0; x < 3; ++x) transform(kernel + x, 3, columns + x, 3);
+      for (int y = 0; y < 4; ++y) transform(columns + 3 * y, 1, points + 4 * y, 1);
+      for (std::int64_t point = 0; point < kWinogradPoints; ++point) {
+        packed[(point * inputs + i) * kChannelBlock] = static_cast<float>(points[point]);
       }
     }
   }
@@ -265,6 +307,8 @@ struct MaskedForwardPlan::Program {
   std::size_t output = 0;
   std::int64_t sites = 0;
   std::int64_t keep_words = 0;
+  std::int64_t scratch_floats = 0;
+  std::int64_t weight_bytes = 0;
   Layout kept;    // a slot for every buffer
   Layout reused;  // buffers share slots where their lives do not overlap
 
@@ -357,7 +401,16 @@ MaskedForwardPlan::MaskedForwardPlan(std::vector<BufferShape> shapes,
               " and ", channels, " channels");
     if (spec.kind == StepKind::convolution) {
       Buffer& from = program->buffers[spec.input];
-      from.halo = std::max({from.halo, spec.pad_height, spec.pad_width});
+      std::int64_t halo = std::max(spec.pad_height, spec.pad_width);
+      if (suits_winograd(spec, from.shape.channels, channels)) {
+        // The last tile of an odd size reads one pixel further.
+        const BufferShape to = shapes[spec.final >= 0 ? spec.final : spec.plain];
+        halo += to.height % 2 || to.width % 2 ? 1 : 0;
+        const std::int64_t floats = winograd_scratch(
+            round_up(from.shape.channels, kChannelBlock), round_up(channels, kChannelBlock));
+        program->scratch_floats = std::max(program->scratch_floats, floats);
+      }
+      from.halo = std::max(from.halo, halo);
     }
   }
   ONP_CHECK(written[output], "masked_forward: output must be written by a step");
@@ -378,15 +431,18 @@ MaskedForwardPlan::MaskedForwardPlan(std::vector<BufferShape> shapes,
     step.spec = spec;
     step.channels = to.channels;
     place_windows(step, from, to);
-    if (spec.kind == StepKind::convolution) {
-      step.depthwise = spec.groups > 1 && spec.groups == from.shape.channels &&
-                       spec.groups == to.channels;
-      if (step.depthwise) {
-        pack_depthwise(step, from);
-      } else {
-        pack_convolution(step, from);
-      }
+    if (spec.kind != StepKind::convolution) {
+      const bool most = spec.kind == StepKind::max_pool;
+      step.kernel = most ? &Kernels::max_pool : &Kernels::average_pool;
+    } else if (spec.groups > 1 && spec.groups == from.shape.channels &&
+               spec.groups == to.channels) {
+      pack_depthwise(step, from);
+    } else if (suits_winograd(spec, from.shape.channels, to.channels)) {
+      pack_winograd(step, from);
+    } else {
+      pack_convolution(step, from);
     }
+    program->weight_bytes += step.weights.bytes();
     step.bias = padded(spec.bias, to.channels);
     step.scale = padded(spec.scale, to.channels);
     step.shift = padded(spec.shift, to.channels);
@@ -409,9 +465,10 @@ namespace {
 class Worker {
  public:
   Worker(const std::vector<Buffer>& buffers, const Layout& layout, std::int64_t block,
-         std::int64_t keep_words)
+         std::int64_t keep_words, std::int64_t scratch_floats)
       // The last vector of a buffer may reach past its end.
       : floats_(layout.floats_per_image * block + kChannelBlock),
+        scratch_(scratch_floats),
         keep_(static_cast<std::size_t>(keep_words)),
         stale_(buffers.size()) {
     for (const std::size_t slot : layout.slot_of_buffer) {
@@ -420,6 +477,7 @@ class Worker {
   }
 
   float* data(std::size_t buffer) const { return data_[buffer]; }
+  float* scratch() const { return scratch_.data(); }
 
   // Sets the keep words of `step` under a mask; says whether they changed.
   bool set_keep(const Step& step, const MaskView& masks, std::int64_t mask) {
@@ -444,7 +502,7 @@ class Worker {
   std::vector<char>& stale() { return stale_; }
 
  private:
-  Floats floats_;
+  Floats floats_, scratch_;
   std::vector<float*> data_;
   std::vector<std::uint32_t> keep_;
   std::vector<char> stale_;
@@ -495,21 +553,17 @@ void run_step(const Step& step, const std::vector<Buffer>& buffers, const Worker
   args.second = spec.second;
   args.keep = spec.site_start >= 0 ? worker.keep(step) : nullptr;
   args.final = operand(spec.final);
-  switch (spec.kind) {
-    case StepKind::convolution:
-      return step.depthwise ? kernels.depthwise(args) : kernels.convolution(args);
-    case StepKind::max_pool:
-      return kernels.max_pool(args);
-    case StepKind::average_pool:
-      return kernels.average_pool(args);
-  }
+  args.width = buffers[spec.final >= 0 ? spec.final : spec.plain].shape.width;
+  args.scratch = worker.scratch();
+  (kernels.*step.kernel)(args);
 }
 
 }  // namespace
 
-std::int64_t MaskedForwardPlan::bytes_per_image(bool share) const {
+std::int64_t MaskedForwardPlan::least_bytes(bool share) const {
   const Layout& layout = share ? program_->kept : program_->reused;
-  return layout.floats_per_image * static_cast<std::int64_t>(sizeof(float));
+  return (layout.floats_per_image + program_->scratch_floats) *
+         static_cast<std::int64_t>(sizeof(float));
 }
 
 void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
@@ -517,20 +571,22 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
   ONP_CHECK(run.threads >= 1, "masked_forward: threads must be positive, got ", run.threads);
   ONP_CHECK(run.masks.words_per_mask * 64 >= program.sites, "masked_forward: masks must have ",
             program.sites, " bits, got ", run.masks.words_per_mask, " words");
-  const std::int64_t image_bytes = bytes_per_image(run.share);
-  ONP_CHECK(image_bytes <= run.max_bytes, "masked_forward: max_bytes must hold one image, ",
-            image_bytes, " bytes, got ", run.max_bytes);
+  const std::int64_t least = least_bytes(run.share);
+  ONP_CHECK(least <= run.max_bytes, "masked_forward: max_bytes must be at least ", least, ", got ",
+            run.max_bytes);
   const Kernels& kernels = kernels_for(run.isa);
   if (run.count == 0 || run.masks.batch == 0) return;
 
   const Layout& layout = run.share ? program.kept : program.reused;
-  const std::int64_t most = std::max(std::min(kBlockBytes, run.max_bytes) / image_bytes,
-                                     std::int64_t{1});
+  constexpr std::int64_t size = sizeof(float);
+  const std::int64_t wanted = std::max(kBlockBytes, program.weight_bytes / kWeightsPerBlock);
+  const std::int64_t allowed = std::min(wanted, run.max_bytes - size * program.scratch_floats);
+  const std::int64_t most = std::max(allowed / (size * layout.floats_per_image), std::int64_t{1});
   const std::int64_t blocks = divide_up(run.count, std::min(most, run.count));
   const std::int64_t block = divide_up(run.count, blocks);
   // Masks are split between tasks only where the images alone do not keep the threads busy.
-  const std::int64_t wanted = run.threads == 1 ? 1 : divide_up(4 * run.threads, blocks);
-  const std::int64_t chunk = divide_up(run.masks.batch, std::min(wanted, run.masks.batch));
+  const std::int64_t parts = run.threads == 1 ? 1 : divide_up(4 * run.threads, blocks);
+  const std::int64_t chunk = divide_up(run.masks.batch, std::min(parts, run.masks.batch));
   const std::int64_t chunks = divide_up(run.masks.batch, chunk);
 
   std::vector<std::unique_ptr<Worker>> workers(static_cast<std::size_t>(run.threads));
@@ -543,7 +599,8 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
   parallel_for(blocks * chunks, run.threads, [&](std::int64_t task, int thread) {
     std::unique_ptr<Worker>& slot = workers[static_cast<std::size_t>(thread)];
     if (!slot) {
-      slot = std::make_unique<Worker>(program.buffers, layout, block, program.keep_words);
+      slot = std::make_unique<Worker>(program.buffers, layout, block, program.keep_words,
+                                      program.scratch_floats);
     }
     Worker& worker = *slot;
     const std::int64_t first = task / chunks * block;

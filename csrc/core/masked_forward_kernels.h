@@ -10,6 +10,15 @@ namespace onp {
 // Output channels of one packed weight block; channel strides are multiples of it.
 constexpr int kChannelBlock = 16;
 
+// Output tiles of 2x2 pixels that a Winograd convolution transforms together, at most.
+constexpr int kWinogradTiles = 24;
+constexpr int kWinogradPoints = 16;  // products per tile and pair of channels
+
+// Floats of scratch that a Winograd convolution of these padded channel counts needs.
+constexpr std::int64_t winograd_scratch(std::int64_t inputs, std::int64_t outputs) {
+  return kWinogradPoints * (kWinogradTiles * (inputs + outputs) + 2 * kChannelBlock);
+}
+
 enum class Activation : int { none = 0, relu = 1, relu6 = 2 };
 
 // A buffer as one step sees it: pixel i of image n begins at
@@ -40,6 +49,7 @@ struct StepArgs {
   // Convolution: weights [channel blocks][segments][segment_length][kChannelBlock]. A segment is a
   // run of contiguous inputs (one kernel row, or one tap) at segments[s] from the window's begin;
   // first_channel[block] is the first input channel that the block reads.
+  // Winograd: transformed weights, a segment for each of the kWinogradPoints; segments is unused.
   // Depthwise: weights [segments][channels, padded], one segment a tap.
   const float* weights;
   const std::int32_t* segments;
@@ -48,10 +58,16 @@ struct StepArgs {
   std::int64_t block_stride;
   const std::int32_t* first_channel;  // null: all blocks begin at input channel 0
 
-  // Pooling: one window per output pixel; strides of one row and one column of the input.
+  // Pooling: one window per output pixel.
   const Window* windows;
+
+  // Pooling and Winograd: strides of one row and one column of the input.
   std::int64_t row_stride;
   std::int64_t column_stride;
+
+  // Winograd: output pixels of a row, and winograd_scratch floats.
+  std::int64_t width;
+  float* scratch;
 
   const float* bias;  // null: none
   Operand residual;
@@ -67,6 +83,7 @@ struct StepArgs {
 struct Kernels {
   const char* name;
   void (*convolution)(const StepArgs&);
+  void (*winograd)(const StepArgs&);
   void (*depthwise)(const StepArgs&);
   void (*max_pool)(const StepArgs&);
   void (*average_pool)(const StepArgs&);

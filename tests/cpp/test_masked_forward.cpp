@@ -104,7 +104,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   };
   Network network;
   network.buffers = {{3, 11, 13}, {20, 6, 7}, {20, 6, 7}, {20, 6, 7}, {48, 6, 7}, {48, 3, 4},
-                     {48, 3, 4},  {37, 2, 2}, {37, 2, 2}, {37, 1, 1}, {5, 1, 1}};
+                     {48, 3, 4},  {37, 2, 2}, {37, 2, 2}, {37, 1, 1}, {5, 1, 1}, {48, 3, 4}};
   StepSpec stem;  // 0 -> 1 unmasked, 2 masked
   stem.kind = StepKind::convolution;
   stem.kernel_height = stem.kernel_width = 3;
@@ -159,9 +159,18 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   depthwise.second = Activation::relu6;
   depthwise.site_start = 40;
   depthwise.final = 6;
-  StepSpec even;  // 6 -> 7, from channels without padding: whole kernel rows at once
+  StepSpec square;  // 6 -> 11: the shape that goes by Winograd, an odd number of rows
+  square.kind = StepKind::convolution;
+  square.input = 6;
+  square.kernel_height = square.kernel_width = 3;
+  square.pad_height = square.pad_width = 1;
+  square.weight = values(48 * 48 * 9);
+  square.bias = values(48);
+  square.residual = 5;
+  square.final = 11;
+  StepSpec even;  // 11 -> 7, from channels without padding: whole kernel rows at once
   even.kind = StepKind::convolution;
-  even.input = 6;
+  even.input = 11;
   even.kernel_height = even.kernel_width = 3;
   even.stride_height = even.stride_width = 2;
   even.pad_height = even.pad_width = 1;
@@ -185,7 +194,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   linear.weight = values(5 * 37);
   linear.bias = values(5);
   linear.final = 10;
-  network.steps = {stem, grouped, wide, pool, depthwise, even, average, global, linear};
+  network.steps = {stem, grouped, wide, pool, depthwise, square, even, average, global, linear};
   network.output = 10;
   network.sites = 125;
   return network;
@@ -242,8 +251,8 @@ void test_equals_naive() {
     CHECK(close);
     for (const bool share : {false, true}) {
       for (const int threads : {1, 3}) {
-        for (const std::int64_t images_in_block : {1, 3, 100}) {
-          const std::int64_t bytes = images_in_block * plan.bytes_per_image(share);
+        for (const std::int64_t times : {1, 3, 100}) {
+          const std::int64_t bytes = times * plan.least_bytes(share);
           CHECK(run(plan, network, words, images, count, share, threads, bytes, isa) == first);
         }
       }
@@ -269,7 +278,7 @@ void test_refuses() {
   };
   build(good);
   Network bad = good;
-  bad.steps[1].input = 11;
+  bad.steps[1].input = 12;
   CHECK_THROWS(build(bad), onp::Error);
   bad = good;
   bad.steps[1].input = 4;  // read before it is written

@@ -79,7 +79,7 @@ class MaskedForwardPlan:
             raise ValueError(
                 f"masked_forward: isa must be auto or one of {instruction_sets()}, got {isa!r}"
             )
-        needed = self._native.bytes_per_image(share)
+        needed = self._native.least_bytes(share)
         if needed > max_bytes:
             raise ResourceError(
                 f"masked_forward: max_bytes must be at least {needed} with share={share}, "
