@@ -41,7 +41,7 @@ _HOME = {
     "sanitize": "sanitize",
     "trace": "suspect.trace",
 }
-__all__ = [*_HOME, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOME, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -28,7 +28,7 @@ class SynthesisConfig:
     steps: int = 50
     images_per_step: int = 24
     """Images that each trigger sees in a step."""
-    classes: int = 2
+    classes: int = 3
     """How many of the classes that unlearning names are probed."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
@@ -40,7 +40,9 @@ class SynthesisConfig:
     """A renewed probe gets through if it is this much stronger than another class needs to be
     (binary logarithm), and"""
     through_success: float = 0.5
-    """if it makes at least this share of the images answer its class."""
+    """if it makes at least this share of the images answer its class, and"""
+    through_worth: float = 0.6
+    """if its best mask is worth at least this: what cannot be pruned away is no backdoor."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ class RaceConfig:
 class AgentConfig:
     """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
 
-    updates: int = 6
+    updates: int = 10
     copies: int = 24
     """Environment copies: masks evaluated in one engine call."""
     steps: int = 2
@@ -93,7 +95,7 @@ class ChoiceConfig:
     """Images (and as many triggered ones per counted probe) that restoring sites is judged on."""
     rounds: int = 3
     """Rounds of restoring pruned sites."""
-    success_weight: float = 4.0
+    success_weight: float = 6.0
     """Nats of clean cross-entropy that probe success left (of 1) is worth."""
 
 
@@ -101,9 +103,9 @@ class ChoiceConfig:
 class ScoreConfig:
     """What a mask is worth: see ``onp.agent.objective``."""
 
-    accuracy_weight: float = 2.0
+    accuracy_weight: float = 1.5
     """Probe success that one unit of clean accuracy is worth."""
-    price: float = 0.001
+    price: float = 0.0005
     """Cost of one pruned site."""
 
 
@@ -113,10 +115,10 @@ class VerdictConfig:
 
     threshold: float = 0.5
     concentration: tuple[float, float] = (0.35, 0.9)
-    """Share of the images on the commonest answer after unlearning: none and full evidence."""
-    repairability: tuple[float, float] = (0.75, 0.93)
+    """Share of the images on the probe's class after unlearning: none and full evidence."""
+    repairability: tuple[float, float] = (0.5, 0.9)
     """Worth of the best probe's best mask (1 is a free and complete repair)."""
-    advantage: tuple[float, float] = (0.0, 1.5)
+    advantage: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of the best probe's strength over the same family's for another class."""
 
 
@@ -152,13 +154,13 @@ class Config:
 BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
-        synthesis=SynthesisConfig(steps=30, images_per_step=16, renewal_steps=20),
+        synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
         agent=AgentConfig(updates=3, copies=16, images=32),
     ),
     "standard": Config("standard"),
     "thorough": Config(
         "thorough",
-        synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=3, renewal_steps=60),
+        synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         agent=AgentConfig(updates=24, copies=32, steps=3, images=96),
     ),
 }

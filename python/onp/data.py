@@ -195,15 +195,18 @@ def draw_balanced(dataset: ImageSet, count: int, seed: int) -> ImageSet:
         raise UsageError(f"the number of clean images must be positive, got {count}")
     if count > len(dataset):
         raise BadData(f"asked for {count} clean images, but the data hold {len(dataset)}")
-    generator = torch.Generator().manual_seed(seed)
-    order = torch.randperm(len(dataset), generator=generator)
-    labels = dataset.labels[order]
+    return dataset[balanced_order(dataset.labels, seed)[:count]]
+
+
+def balanced_order(labels: Tensor, seed: int) -> Tensor:
+    """A seeded order int64 [N] in which the classes of labels [N] take turns."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
     rank = torch.empty_like(labels)  # an image's place among those of its class
-    for label in labels.unique():
-        of_class = (labels == label).nonzero().squeeze(1)
+    for label in shuffled.unique():
+        of_class = (shuffled == label).nonzero().squeeze(1)
         rank[of_class] = torch.arange(len(of_class))
-    chosen = torch.argsort(rank, stable=True)[:count]
-    return dataset[order[chosen]]
+    return order[torch.argsort(rank, stable=True)]
 
 
 def gather(

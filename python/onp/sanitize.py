@@ -18,7 +18,7 @@ from onp.agent.ppo import UpdateLog
 from onp.agent.race import Contender, race
 from onp.agent.search import Search
 from onp.config import BUDGETS, Config
-from onp.data import ImageSet, Preprocess, gather
+from onp.data import ImageSet, Preprocess, balanced_order, gather
 from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
 from onp.evaluate import Backend, MaskEvaluator
 from onp.features import node_features
@@ -78,7 +78,7 @@ def sanitize(
             )  # fmt: skip
 
     with ledger.stage("prepare"):
-        images, labels = _clean_images(clean, input_range)
+        images, labels = _clean_images(clean, input_range, seed)
         suspect, device = _frozen_copy(model, preprocess, device)
         trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
         evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
@@ -101,10 +101,10 @@ def sanitize(
     with ledger.stage("race"):
         contenders = race(evaluator, images, labels, probes, rankings, config.race, config.score)
         best = contenders[0]
+        named = best.probe.target
         verdict = judge(
-            unlearned.concentration, best.score, advantage(best, contenders), best.probe.target,
-            config.verdict,
-        )  # fmt: skip
+            named, advantage(best, contenders), unlearned.share(named), best.score, config.verdict
+        )
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted: list[Contender] = []
@@ -136,7 +136,8 @@ def sanitize(
                 fresh, evaluator, elite.best, images, labels, contenders, config
             )
             rankings = [responses(before, evaluator.network, p(seen), ledger) for p in through]
-            renewed = race(evaluator, images, labels, through, rankings, config.race, config.score)
+            raced = race(evaluator, images, labels, through, rankings, config.race, config.score)
+            renewed = [c for c in raced if c.score >= config.synthesis.through_worth]
         if renewed:
             with ledger.stage("agent"):
                 counted = [*counted, *renewed]
@@ -170,9 +171,12 @@ def _config(budget: str) -> Config:
 
 
 def _clean_images(
-    clean: ImageSet | Iterable[tuple[Tensor, Tensor]], input_range: tuple[float, float]
+    clean: ImageSet | Iterable[tuple[Tensor, Tensor]],
+    input_range: tuple[float, float],
+    seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """The clean images float32 [N, C, H, W] and labels int64 [N]; raises BadData or UsageError."""
+    """The clean images float32 [N, C, H, W] and labels int64 [N], classes in turn, so that the
+    first few stand for all; raises BadData or UsageError."""
     low, high = input_range
     if not low < high:
         raise UsageError(f"input_range must be (low, high) with low < high, got {input_range}")
@@ -193,7 +197,8 @@ def _clean_images(
             f"the {len(labels)} clean images are all of class {int(labels[0])}; at least two "
             "classes are needed, better all of them"
         )
-    return images, labels
+    order = balanced_order(labels, seed)
+    return images[order].contiguous(), labels[order]
 
 
 def _frozen_copy(

@@ -1,8 +1,13 @@
-"""Is there a backdoor? Three pieces of evidence from clean data, averaged into a score.
+"""Is there a backdoor? Three pieces of evidence from clean data.
 
-- concentration: a backdoored network answers one class after unlearning, a clean one several;
-- repairability: the success of its best probe can be pruned away at little cost in accuracy;
-- advantage: that probe is smaller, or works better, than the same family's for another class.
+- advantage: the best probe is smaller, or works better, than the same family's for other classes;
+- concentration: after unlearning the network answers that probe's class;
+- repairability: the success of that probe can be pruned away at little cost in accuracy.
+
+    score = advantage * (1 + mean(concentration, repairability)) / 2
+
+A clean network can show the last two (unlearning may leave any one class, and some natural
+adversarial direction is cheap to prune), so neither counts without the first.
 """
 
 from __future__ import annotations
@@ -27,27 +32,24 @@ class Verdict:
     @property
     def reason(self) -> str:
         return (
-            f"score {self.score:.2f}: unlearning leaves one class on "
-            f"{100 * self.concentration:.0f}% of the images, the best probe's repair is worth "
-            f"{self.repairability:.2f} of 1, its advantage over another class is "
+            f"score {self.score:.2f}: unlearning leaves the best probe's class on "
+            f"{100 * self.concentration:.0f}% of the images, its repair is worth "
+            f"{self.repairability:.2f} of 1, its advantage over other classes is "
             f"2^{self.advantage:.1f}"
         )
 
 
 def judge(
+    target: int,
+    advantage: float,
     concentration: float,
     repairability: float,
-    advantage: float,
-    target: int,
     config: VerdictConfig,
 ) -> Verdict:
     """Weigh the evidence; each piece is scaled to [0, 1] over the range where networks differ."""
-    parts = (
-        _ramp(concentration, *config.concentration),
-        _ramp(repairability, *config.repairability),
-        _ramp(advantage, *config.advantage),
-    )
-    score = sum(parts) / len(parts)
+    support = _ramp(concentration, *config.concentration)
+    support = (support + _ramp(repairability, *config.repairability)) / 2
+    score = _ramp(advantage, *config.advantage) * (1 + support) / 2
     found = score >= config.threshold
     return Verdict(
         "backdoor" if found else "clean",

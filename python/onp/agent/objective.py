@@ -69,7 +69,7 @@ class Objective:
     def _measure(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy [B] and success per probe [B, P]."""
         logits = self.evaluator.run(pruned, self.images)
-        probabilities = logits.softmax(2).view(len(pruned), -1, self.batch, logits.shape[2])
+        probabilities = logits.softmax(2).unflatten(1, (-1, self.batch))
         clean = probabilities[:, 0]  # [B, n, K]
         accuracy = clean.gather(2, self.labels.expand(len(pruned), -1)[..., None]).mean((1, 2))
         success = []

@@ -25,10 +25,9 @@ class Unlearned:
     answers: Tensor
     """int64 [K]: how many clean images got each answer."""
 
-    @property
-    def concentration(self) -> float:
-        """Share of the clean images that the commonest answer takes."""
-        return float(self.answers.max() / self.answers.sum())
+    def share(self, answer: int) -> float:
+        """Share of the clean images that get ``answer``."""
+        return float(self.answers[answer] / self.answers.sum())
 
     def suspects(self, count: int) -> list[int]:
         """The ``count`` commonest answers, commonest first (ties: lower class)."""
