@@ -28,8 +28,8 @@ class LowFrequency:
 
     def apply(self, parameters: list[Tensor], images: Tensor, valid: Range) -> Tensor:
         coefficients = parameters[0] * (valid[1] - valid[0])
-        rows = dct_basis(coefficients.shape[-2], images.shape[-2])
-        columns = dct_basis(coefficients.shape[-1], images.shape[-1])
+        rows = dct_basis(coefficients.shape[-2], images.shape[-2]).to(coefficients)
+        columns = dct_basis(coefficients.shape[-1], images.shape[-1]).to(coefficients)
         return (images + rows.T @ coefficients @ columns).clamp(*valid)
 
     def project(self, parameters: list[Tensor], valid: Range) -> None:

@@ -65,7 +65,11 @@ def synthesise(
     """
     random = torch.Generator().manual_seed(seed)
     shape = (images.shape[1], images.shape[2], images.shape[3])
-    states = [family.start(len(targets), shape, random) for family in FAMILIES]
+    device = network.device
+    states = [
+        [parameter.to(device) for parameter in family.start(len(targets), shape, random)]
+        for family in FAMILIES
+    ]
     for state in states:
         for parameter in state:
             parameter.requires_grad_(True)
@@ -77,10 +81,10 @@ def synthesise(
         betas=(0.5, 0.9),
     )
     others = [(labels != target).nonzero().squeeze(1) for target in targets]
-    answers = torch.tensor(targets).repeat(len(FAMILIES)).repeat_interleave(draw)
+    answers = torch.tensor(targets, device=device).repeat(len(FAMILIES)).repeat_interleave(draw)
     for step in range(steps):
         rows = [o[torch.randint(len(o), (draw,), generator=random)] for o in others]
-        batch = images[torch.stack(rows)]  # [targets, draw, C, H, W]
+        batch = images[torch.stack(rows)].to(device)  # [targets, draw, C, H, W]
         triggered = torch.cat(
             [f.apply(state, batch, valid) for f, state in zip(FAMILIES, states, strict=True)]
         )  # [families * targets, draw, C, H, W], family-major
@@ -104,7 +108,7 @@ def synthesise(
         Probe(
             family,
             int(target),
-            [parameter.detach()[i : i + 1].clone() for parameter in state],
+            [parameter.detach()[i : i + 1].cpu().clone() for parameter in state],
             valid,
             float(family.size([p.detach()[i : i + 1] for p in state], valid)),
         )

@@ -182,6 +182,12 @@ def _parse_pickle(data: bytes) -> object:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:
         wanted = _refused_globals(data, error)
+        reason = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
+        if not wanted and reason:  # torch's own text advises to load it unsafely: not shown
+            raise UnsafeOrCorruptModel(
+                f"refused, its pickle is not one of plain tensors ({quoted(reason.group(1))}); "
+                "save the network's state_dict() instead"
+            ) from None
         if not wanted:
             raise
         more = f" and {len(wanted) - _LISTED} more" if len(wanted) > _LISTED else ""

@@ -126,7 +126,7 @@ class FrozenNetwork:
                 if observe is not None:
                     observe(layer, x)
                 if gates is not None:
-                    gate = gates[..., layer.sites]
+                    gate = gates[..., layer.sites].to(x.device)
                     masked[index] = x * gate.reshape(-1, layer.channels, *(1,) * (x.ndim - 2))
         return values[len(ops) - 1]
 

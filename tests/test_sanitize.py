@@ -1,0 +1,195 @@
+"""The whole path on real networks: the demo's backdoored one and its clean twin."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import onp
+from onp import demo
+from onp.data import ImageSet, Normalize
+from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
+from onp.metrics import predict
+from onp.result import Result
+from onp.suspect.load import load_suspect
+from onp.triggers import load_trigger
+
+CLEAN_TWIN = Path(__file__).parent / "data" / "demo_clean.safetensors"
+
+
+def suspect() -> nn.Module:
+    return load_suspect(demo.CHECKPOINT, demo.ARCH).model
+
+
+def clean_twin() -> nn.Module:
+    return load_suspect(CLEAN_TWIN, demo.ARCH).model
+
+
+@pytest.fixture(scope="module")
+def test_set() -> ImageSet:
+    return demo.scoring_images()
+
+
+@pytest.fixture(scope="module")
+def repaired() -> Result:
+    return onp.sanitize(suspect(), demo.clean_images(), seed=0)
+
+
+def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: ImageSet) -> None:
+    trigger = load_trigger(str(demo.TRIGGER))
+    before = onp.score(suspect(), test_set, trigger, demo.TARGET)
+    after = onp.score(repaired.model, test_set, trigger, demo.TARGET)
+    assert before["attack_success_rate"] > 0.95
+    assert after["attack_success_rate"] < 0.08
+    assert after["clean_accuracy"] > before["clean_accuracy"] - 0.05
+    assert repaired.verdict == "backdoor"
+    assert repaired.report["target_classes"] == [demo.TARGET]
+
+
+def test_the_report_says_why(repaired: Result) -> None:
+    report = json.loads(json.dumps(repaired.report, allow_nan=False))
+    assert report["schema"] == "onp.repair/1"
+    assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
+    pruned = sum(len(layer["pruned"]) for layer in report["layers"])
+    assert pruned == report["sites"]["pruned"]
+    before, after = (report["choice"][f"probe_success_{when}"] for when in ("before", "after"))
+    assert max(after) < 0.3 < min(before)
+    assert len(report["learning_curve"]) >= report["config"]["agent"]["updates"]
+    stages = {"prepare", "unlearn", "probe", "race", "agent", "renew", "choose"}
+    assert stages < set(report["image_forwards"])
+    assert stages < set(report["seconds"])
+    assert report["image_forwards"]["total"] == sum(
+        count for stage, count in report["image_forwards"].items() if stage != "total"
+    )
+
+
+def test_the_compact_network_answers_alike(repaired: Result, test_set: ImageSet) -> None:
+    images = test_set.floats()[:64]
+    smaller = repaired.compact()
+    with torch.no_grad():
+        torch.testing.assert_close(smaller(images), repaired.model(images), rtol=0, atol=1e-4)
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (smaller, repaired.model)]
+    assert sizes[0] < sizes[1]
+    assert repaired.report["sites"]["zeroed_in_compact"] <= repaired.report["sites"]["pruned"]
+
+
+def test_a_clean_network_comes_back_untouched() -> None:
+    model = clean_twin()
+    result = onp.sanitize(model, demo.clean_images(), seed=0)
+    assert result.verdict == "clean"
+    assert not result.mask.any()
+    for key, value in result.model.state_dict().items():
+        assert torch.equal(value, model.state_dict()[key])
+
+
+def test_any_module_any_iterable_same_seed_same_bytes_input_unchanged() -> None:
+    class Inside(nn.Module):
+        """Normalisation inside, half-range inputs."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.normalize = Normalize((-1.0,) * 3, (2.0,) * 3)  # [-1, 1] -> [0, 1]
+            self.network = suspect()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.network(self.normalize(x))  # type: ignore[no-any-return]
+
+    model = Inside().train()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    dataset = demo.clean_images()
+    order = dataset.labels.argsort()  # sorted by class, as folders come
+    floats = dataset.floats()[order] * 2 - 1
+    batches = list(zip(floats.split(64), dataset.labels[order].split(64), strict=True))
+    state = torch.random.get_rng_state()
+    first, second = (
+        onp.sanitize(model, iter(batches), seed=3, budget="quick", input_range=(-1.0, 1.0))
+        for _ in range(2)
+    )
+    assert first.verdict == "backdoor"
+    assert torch.equal(first.mask, second.mask)
+    for key, value in first.model.state_dict().items():
+        assert torch.equal(value, second.model.state_dict()[key])
+    assert model.training
+    assert torch.equal(state, torch.random.get_rng_state())
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert not first.model.training
+
+
+def _images(count: int = 20, size: int = 32) -> Tensor:
+    return torch.rand(count, 3, size, size)
+
+
+@pytest.mark.parametrize(
+    ("clean", "error", "message"),
+    [
+        ([], BadData, "empty"),
+        ([(_images(), torch.zeros(20, dtype=torch.int64))], BadData, "all of class 0"),
+        ([(_images(), torch.arange(20))], BadData, r"labels must be in 0 \.\. 9"),
+        ([(_images() * 9, torch.arange(20) % 10)], BadData, "input range"),
+        ([(_images() * torch.nan, torch.arange(20) % 10)], BadData, "NaN"),
+        ([(_images(size=6), torch.arange(20) % 10)], BadData, "answers only"),
+        ([(_images()[:, :1], torch.arange(20) % 10)], UntraceableModel, "does not accept images"),
+        ([(_images(), torch.arange(20) % 10)], BadData, "answers only"),
+    ],
+    ids=["empty", "one class", "labels", "range", "nan", "tiny", "grey", "noise"],
+)
+def test_unusable_clean_data_is_refused(
+    clean: list[tuple[Tensor, Tensor]], error: type[Exception], message: str
+) -> None:
+    torch.manual_seed(0)
+    with pytest.raises(error, match=message):
+        onp.sanitize(suspect(), clean)
+
+
+def test_unusable_options_are_refused() -> None:
+    model, clean = suspect(), demo.clean_images()
+    with pytest.raises(UsageError, match="budget must be one of quick, standard, thorough"):
+        onp.sanitize(model, clean, budget="huge")
+    with pytest.raises(UsageError, match="low < high"):
+        onp.sanitize(model, clean, input_range=(1.0, 0.0))
+    with pytest.raises(UsageError, match="threads must be positive"):
+        onp.sanitize(model, clean, threads=0)
+    with pytest.raises(UnsafeOrCorruptModel, match="no parameters"):
+        onp.sanitize(nn.Flatten(), clean)
+    broken = suspect()
+    with torch.no_grad():
+        broken.get_submodule("linear").bias[0] = torch.nan  # type: ignore[index,union-attr]
+    with pytest.raises(UnsafeOrCorruptModel, match="not finite"):
+        onp.sanitize(broken, clean)
+    with pytest.raises(UnsafeOrCorruptModel, match="not finite"):
+        predict(broken, clean.floats()[:4])
+
+
+@pytest.mark.parametrize(
+    "name", ["vgg11", "vgg16_bn", "resnet18", "resnet20-option-a", "mobilenetv2"]
+)
+def test_every_architecture_goes_the_whole_way(name: str) -> None:
+    """Untrained networks judge on their own answers; the path must hold, not the outcome."""
+    from dataclasses import replace
+
+    from onp.config import BUDGETS, AgentConfig, SynthesisConfig, UnlearningConfig, VerdictConfig
+    from tests.networks import network
+
+    model = network(name)
+    torch.manual_seed(0)
+    images = torch.rand(60, 3, 64, 64)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    if len(labels.unique()) < 2:  # an untrained network may answer one class
+        labels[::2] = (labels[::2] + 1) % 5
+    config = replace(
+        BUDGETS["quick"],
+        unlearning=UnlearningConfig(max_steps=2),
+        synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
+        agent=AgentConfig(updates=1, copies=4, images=8),
+        verdict=VerdictConfig(threshold=0.0),  # go the whole way
+    )
+    result = onp.sanitize(model, [(images, labels)], budget=config)
+    assert result.verdict == "backdoor"
+    with torch.no_grad():
+        assert result.model(images[:2]).isfinite().all()
