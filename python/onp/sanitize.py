@@ -132,11 +132,11 @@ def sanitize(
                 steps=config.synthesis.renewal_steps, draw=config.synthesis.images_per_step,
                 valid=input_range, seed=seed + 1, ledger=ledger, gates=(~elite.best).float(),
             )  # fmt: skip
-            through = getting_through(
+            fresh = getting_through(
                 fresh, evaluator, elite.best, images, labels, contenders, config
             )
-            rankings = [responses(before, evaluator.network, p(seen), ledger) for p in through]
-            raced = race(evaluator, images, labels, through, rankings, config.race, config.score)
+            rankings = [responses(before, evaluator.network, p(seen), ledger) for p in fresh]
+            raced = race(evaluator, images, labels, fresh, rankings, config.race, config.score)
             renewed = [c for c in raced if c.score >= config.synthesis.through_worth]
         if renewed:
             with ledger.stage("agent"):

@@ -1,0 +1,89 @@
+"""Races, counted probes, restoring and the final choice, on the toy with a planted backdoor."""
+
+from __future__ import annotations
+
+import torch
+
+from onp.agent.choice import choose, restore
+from onp.agent.contenders import advantage, counted_contenders, getting_through
+from onp.agent.objective import Objective
+from onp.agent.race import Contender, race, ranking_masks
+from onp.config import BUDGETS, ChoiceConfig, RaceConfig, ScoreConfig, SynthesisConfig
+from onp.evaluate import MaskEvaluator
+from onp.probes.additive import Additive
+from onp.probes.synthesis import Probe
+from onp.suspect.trace import trace
+from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
+
+SIZES = (1 / CHANNELS, 3 / CHANNELS)
+
+
+def contender(target: int, success: float, size: float, score: float) -> Contender:
+    probe = Probe(Additive(), target, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), size)
+    nothing = torch.zeros(8, dtype=torch.bool)
+    return Contender(probe, torch.zeros(8), success, nothing, score, score)
+
+
+def test_ranking_masks_are_nested_heads() -> None:
+    masks = ranking_masks(torch.tensor([0.1, 0.9, 0.5, 0.7]), (0.25, 0.5, 0.01))
+    assert masks.tolist() == [
+        [False, True, False, False],
+        [False, True, False, True],
+        [False, True, False, False],
+    ]
+
+
+def test_the_race_finds_the_planted_channel_and_skips_weak_probes() -> None:
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    idle = Probe(Additive(), 1, [torch.zeros(1, 1, 3, SIZE, SIZE)], (0.0, 1.0), 1.0)
+    ranking = torch.arange(CHANNELS).float()
+    ranking[PLANTED] = 100.0
+    config = RaceConfig(sizes=SIZES, first_images=32, second_images=48)
+    found = race(
+        evaluator, images, labels, [idle, probe], [ranking, ranking], config, ScoreConfig()
+    )
+    assert [c.probe for c in found] == [probe, idle]
+    assert found[0].mask[PLANTED]
+    assert found[0].removed > 0.8
+    assert (found[1].score, found[1].size) == (0.0, 0)
+    assert race(evaluator, images, labels, [], [], config, ScoreConfig()) == []
+
+    config = BUDGETS["standard"]
+    mask = found[0].mask
+    assert getting_through([probe], evaluator, ~mask & mask, images, labels, found, config) == [
+        probe
+    ]
+    assert getting_through([probe], evaluator, mask, images, labels, found, config) == []
+
+
+def test_restoring_keeps_what_matters_and_choosing_takes_the_cheapest() -> None:
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    objective = Objective(evaluator, images, labels, [probe], ScoreConfig())
+    wide = torch.zeros(CHANNELS, dtype=torch.bool)
+    wide[[1, 2, PLANTED, 11, 20]] = True
+    slim = restore(wide, objective, rounds=5)
+    assert slim[PLANTED]
+    assert int(slim.sum()) < 5
+    assert float(objective(slim[None]).total) >= float(objective(wide[None]).total)
+    only = torch.zeros(CHANNELS, dtype=torch.bool)
+    only[PLANTED] = True
+    everything = torch.ones(CHANNELS, dtype=torch.bool)
+    nothing = torch.zeros(CHANNELS, dtype=torch.bool)
+    choice = choose([everything, nothing, only], evaluator, images, labels, [probe], ChoiceConfig())
+    assert torch.equal(choice.mask, only)
+    assert choice.success_after[0] < 0.1 * choice.success_before[0]
+    assert choice.interval[0] <= choice.crossfit <= choice.interval[1]
+
+
+def test_advantage_compares_within_the_family_across_classes() -> None:
+    strong, weak, other = contender(3, 1.0, 0.5, 0.9), contender(3, 0.9, 1.0, 0.8), contender(
+        5, 0.5, 1.0, 0.7
+    )  # fmt: skip
+    assert advantage(strong, [strong, other]) == 2.0
+    assert advantage(strong, [strong, weak]) == 0.0  # no other class was probed
+    rows = [strong, weak, other]
+    assert counted_contenders(rows, 3, SynthesisConfig(counted_margin=0.15)) == [strong, weak]
+    assert counted_contenders(rows, 3, SynthesisConfig(counted_margin=0.05)) == [strong]
+    assert counted_contenders(rows, 3, SynthesisConfig(counted=1)) == [strong]
