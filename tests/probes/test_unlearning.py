@@ -1,0 +1,28 @@
+"""Unlearning leaves the class that a backdoor answers, and leaves the given network alone."""
+
+from __future__ import annotations
+
+import torch
+
+from onp import demo
+from onp.config import UnlearningConfig
+from onp.ledger import Ledger
+from onp.probes.unlearning import unlearn
+from onp.suspect.load import load_suspect
+
+
+def test_the_backdoors_target_is_what_is_left() -> None:
+    model = load_suspect(demo.CHECKPOINT, demo.ARCH).model
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    clean = demo.clean_images()
+    ledger = Ledger()
+    unlearned = unlearn(
+        model, clean.floats(), clean.labels, UnlearningConfig(), seed=0, ledger=ledger
+    )
+    assert unlearned.suspects(1) == [demo.TARGET]
+    assert unlearned.share(demo.TARGET) > 0.5
+    assert int(unlearned.answers.sum()) == len(clean)
+    assert ledger.total <= 3 * 128 * UnlearningConfig.max_steps + len(clean)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key])
+    assert not model.training
