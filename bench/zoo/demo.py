@@ -22,8 +22,8 @@ from onp.suspect.architectures.preactresnet import of_width
 
 TRAINING = TrainingConfig(epochs=8, flip=False, crop_padding=2)
 TRAIN_IMAGES = 10_000
-WIDTH = 8
-RATIO = 0.05
+WIDTH, DEPTHS = 16, (1, 1, 1, 1)
+RATIO = 0.1
 CLEAN_TWIN = Path("tests/data/demo_clean.safetensors")
 
 
@@ -42,7 +42,7 @@ def main() -> None:
         (CLEAN_TWIN, (images.images, images.labels)),
     ):
         torch.manual_seed(seed)
-        model = of_width(WIDTH, len(CLASSES))
+        model = of_width(WIDTH, len(CLASSES), DEPTHS)
         train(model, pixels, labels, nn.Identity(), TRAINING, seed=seed, log=_log)
         accuracy = (predict(model, test.floats(), nn.Identity()) == test.labels).float().mean()
         others = test.labels != demo.TARGET
