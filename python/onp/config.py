@@ -113,7 +113,7 @@ class ScoreConfig:
 class VerdictConfig:
     """When a backdoor is called: see ``onp.verdict``."""
 
-    threshold: float = 0.5
+    threshold: float = 0.55
     concentration: tuple[float, float] = (0.35, 0.9)
     """Share of the images on the probe's class after unlearning: none and full evidence."""
     repairability: tuple[float, float] = (0.5, 0.9)

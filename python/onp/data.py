@@ -62,9 +62,10 @@ class ImageSet:
 def load_dataset(path: str | Path, split: str | None = None) -> ImageSet:
     """Read labelled images.
 
-    path: a folder or zip of class folders (classes numbered by sorted folder name), an ``.npz``
-    with ``images`` uint8 [N, H, W, 3] and ``labels`` [N], or a CIFAR-10/100 binary or python batch
-    (file or folder). ``split`` picks ``train/`` or ``test/`` where the source has such folders.
+    path: a folder or zip of class folders (classes numbered by sorted
+    folder name, or by the name itself where all are numbers), an ``.npz``
+    with ``images`` uint8 [N, H, W, 3] and ``labels`` [N], or a CIFAR-10/100 binary batch (file or
+    folder). ``split`` picks ``train/`` or ``test/`` where the source has such folders.
     Raises BadData or UnsupportedInput, naming the path.
     """
     path = Path(path)
@@ -79,7 +80,9 @@ def load_dataset(path: str | Path, split: str | None = None) -> ImageSet:
             return _read_cifar_binary([path])
         if zipfile.is_zipfile(path):
             return _read_zip(path, split)
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    except BadData:
+        raise
+    except Exception as error:  # zip, image and array readers raise many kinds
         raise BadData(f"cannot read clean data from {path}: {error}") from error
     raise UnsupportedInput(
         f"cannot tell what {path} is: expected a folder or zip of class folders, an .npz with "
@@ -116,7 +119,7 @@ def _read_class_folders(
     """``names`` are slash-separated ``[.../][split/]class/file`` paths; ``read(name)`` -> bytes."""
     assert callable(read)
     paths = [PurePosixPath(name) for name in names]
-    paths = [path for path in paths if len(path.parts) >= 2]
+    paths = [p for p in paths if len(p.parts) >= 2 and not _is_hidden(p)]
     splits = {path.parts[-3] for path in paths if len(path.parts) >= 3}
     if splits & {"train", "test", "val"}:
         chosen = split or "train"
@@ -126,10 +129,18 @@ def _read_class_folders(
     if not paths:
         raise BadData(f"{source} holds no images in class folders (<class>/<image>.png)")
     class_names = tuple(sorted({path.parts[-2] for path in paths}))
-    number = {name: index for index, name in enumerate(class_names)}
+    if all(name.isdecimal() for name in class_names):  # folders are called by their label
+        number, class_names = {name: int(name) for name in class_names}, ()
+    else:
+        number = {name: index for index, name in enumerate(class_names)}
     images = np.stack(list(_decoded(paths, read, source)))
     labels = torch.tensor([number[path.parts[-2]] for path in paths])
     return ImageSet(torch.from_numpy(images), labels, class_names)
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    """Files that systems leave beside a user's own: .DS_Store, __MACOSX/."""
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def _decoded(paths: Sequence[PurePosixPath], read: object, source: str) -> Iterator[np.ndarray]:
@@ -200,21 +211,36 @@ def draw_balanced(dataset: ImageSet, count: int, seed: int) -> ImageSet:
 
 def balanced_order(labels: Tensor, seed: int) -> Tensor:
     """A seeded order int64 [N] in which the classes of labels [N] take turns."""
-    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
-    shuffled = labels[order]
-    rank = torch.empty_like(labels)  # an image's place among those of its class
-    for label in shuffled.unique():
-        of_class = (shuffled == label).nonzero().squeeze(1)
-        rank[of_class] = torch.arange(len(of_class))
+    order, rank, _ = _ranks(labels, seed)
     return order[torch.argsort(rank, stable=True)]
 
 
+def spread_order(labels: Tensor, seed: int) -> Tensor:
+    """A seeded order int64 [N] in which every stretch holds the classes in their proportions."""
+    order, rank, count = _ranks(labels, seed)
+    return order[torch.argsort((rank + 0.5) / count, stable=True)]
+
+
+def _ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """A seeded shuffle, each shuffled image's place among its class, and its class's size."""
+    order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(seed))
+    shuffled = labels[order]
+    rank, count = torch.empty_like(labels), torch.empty_like(labels)
+    for label in shuffled.unique():
+        of_class = (shuffled == label).nonzero().squeeze(1)
+        rank[of_class] = torch.arange(len(of_class))
+        count[of_class] = len(of_class)
+    return order, rank, count
+
+
 def gather(
-    batches: Iterable[tuple[Tensor, Tensor]], limit: int | None = None
+    batches: Iterable[tuple[Tensor, Tensor]],
+    limit: int | None = None,
+    valid: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Collect (images, labels) batches into float32 [N, C, H, W] and int64 [N] on the CPU.
 
-    Images may be float (any range) or uint8 (then divided by 255), tensors or numpy arrays;
+    Images may be float or uint8 (then scaled to the ``valid`` range), tensors or numpy arrays;
     single items (image [C, H, W], integer label) are taken as well. Stops after ``limit`` images.
     """
     images: list[Tensor] = []
@@ -225,7 +251,12 @@ def gather(
             raise BadData(
                 f"clean data must yield (images, labels) pairs, got {type(item).__name__}"
             )
-        batch, target = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        try:
+            batch, target = torch.as_tensor(item[0]), torch.as_tensor(item[1])
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise BadData(
+                f"clean images must be tensors or arrays, got {type(item[0]).__name__}: {error}"
+            ) from error
         if batch.ndim == 3:
             batch, target = batch[None], target.reshape(1)
         if batch.ndim != 4 or target.shape != batch.shape[:1]:
@@ -234,7 +265,7 @@ def gather(
                 f"and {tuple(target.shape)}"
             )
         if batch.dtype == torch.uint8:
-            batch = batch.float() / 255.0
+            batch = batch.float() / 255.0 * (valid[1] - valid[0]) + valid[0]
         if target.is_floating_point():
             raise BadData(f"labels must be integers, got {target.dtype}")
         images.append(batch.detach().to("cpu", torch.float32))

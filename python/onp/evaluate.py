@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from onp import masks
-from onp.errors import UnsupportedOperation, UsageError
+from onp.errors import ResourceError, UnsupportedOperation, UsageError
 from onp.ledger import Ledger
 from onp.ops.masked_forward import MaskedForwardPlan, lower
 from onp.suspect.network import FrozenNetwork
@@ -65,11 +65,18 @@ class MaskEvaluator:
         """
         self.ledger.count(len(pruned) * len(images))
         if self.plan is not None:
-            return self.plan.run(masks.pack(pruned), images, share=share, threads=self.threads)
+            packed = masks.pack(pruned)
+            try:
+                return self.plan.run(packed, images, share=share, threads=self.threads)
+            except ResourceError as error:  # large images: sharing keeps every value
+                log.warning("masks are evaluated by torch: %s", error)
+                self.plan = None
         with torch.no_grad():
             gates = (~pruned).float().to(self.network.device)
             rows = [
                 torch.cat([self.network(part, gate) for part in images.split(self.batch)])
                 for gate in gates
             ]
-        return torch.stack(rows).cpu() if rows else torch.empty(0, len(images), 0)
+        if not rows:
+            return torch.empty(0, len(images), self.trace.num_classes)
+        return torch.stack(rows).cpu()

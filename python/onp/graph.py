@@ -112,7 +112,7 @@ def _joins(trace: Trace, model: nn.Module) -> list[tuple[SiteLayer, SiteLayer | 
 
 def _dense_strength(module: nn.Conv2d | nn.Linear, channels: int) -> Tensor:
     """L1 strengths [outputs, channels]; grouped convolutions are spread over all channels."""
-    weight = module.weight.detach().float()
+    weight = module.weight.detach().float().cpu()  # edges are chosen on the CPU
     if isinstance(module, nn.Linear):
         return connection_strength(weight.reshape(len(weight), channels, -1).contiguous())
     strength = connection_strength(weight.contiguous())

@@ -29,7 +29,13 @@ def predict(model: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     answers = []
     for part in images.split(batch):
-        logits = model(part.to(device).contiguous(memory_format=torch.channels_last))
+        try:
+            logits = model(part.to(device).contiguous(memory_format=torch.channels_last))
+        except RuntimeError as error:
+            reason = str(error).splitlines()[0]
+            raise BadData(
+                f"the network does not accept images of shape {tuple(images.shape[1:])}: {reason}"
+            ) from error
         if not bool(logits.isfinite().all()):
             raise UnsafeOrCorruptModel("the network's logits are not finite on these images")
         answers.append(logits.argmax(1).cpu())
@@ -47,7 +53,8 @@ def score(
 
     ASR: triggered images answered ``target``. RA: triggered images answered with their own label.
     """
-    network = nn.Sequential(preprocess.module(), model) if preprocess else model
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    network = nn.Sequential(preprocess.module().to(device), model) if preprocess else model
     network.eval()
     images, labels = dataset.floats(), dataset.labels
     right = int((predict(network, images) == labels).sum())

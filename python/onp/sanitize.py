@@ -18,8 +18,8 @@ from onp.agent.ppo import UpdateLog
 from onp.agent.race import Contender, race
 from onp.agent.search import Search
 from onp.config import BUDGETS, Config
-from onp.data import ImageSet, Preprocess, balanced_order, gather
-from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
+from onp.data import ImageSet, Preprocess, gather, spread_order
+from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.evaluate import Backend, MaskEvaluator
 from onp.features import node_features
 from onp.graph import build_graph
@@ -38,6 +38,8 @@ RESPONSE_IMAGES = 64
 """Clean images on which responses and activation statistics are taken."""
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def sanitize(
     model: nn.Module,
     clean: ImageSet | Iterable[tuple[Tensor, Tensor]],
@@ -81,8 +83,10 @@ def sanitize(
         images, labels = _clean_images(clean, input_range, seed)
         suspect, device = _frozen_copy(model, preprocess, device)
         trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
+        if isinstance(clean, ImageSet):
+            _check_class_names(clean, trace.num_classes)
         evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
-        _check_baseline(evaluator, images, labels)
+        _check_baseline(suspect, evaluator, images, labels)
         graph = build_graph(trace, suspect, config.graph)
 
     with ledger.stage("unlearn"):
@@ -151,8 +155,11 @@ def sanitize(
     with ledger.stage("finish"):
         both = torch.stack([torch.zeros_like(mask), mask])
         right = evaluator.run(both, images).argmax(2) == labels
-        repaired = _unwrapped(apply_mask(suspect, trace, mask), preprocess)
-    run = RunFacts(config, seed, input_range, evaluator.backend, str(device), ledger)
+        repaired = apply_mask(suspect, trace, mask)
+        _check_same(repaired, evaluator, mask, images, "the mask as applied")
+        repaired = _unwrapped(repaired, preprocess)
+    prefix = "" if preprocess is None else "1."
+    run = RunFacts(config, seed, input_range, evaluator.backend, str(device), prefix, ledger)
     report = repair_report(
         run, trace, verdict, unlearned, contenders, counted, renewed, curve, choice, mask, right
     )
@@ -175,15 +182,17 @@ def _clean_images(
     input_range: tuple[float, float],
     seed: int,
 ) -> tuple[Tensor, Tensor]:
-    """The clean images float32 [N, C, H, W] and labels int64 [N], classes in turn, so that the
-    first few stand for all; raises BadData or UsageError."""
+    """The clean images float32 [N, C, H, W] and labels int64 [N], classes spread evenly, so
+    that any stretch stands for all; raises BadData or UsageError."""
     low, high = input_range
     if not low < high:
         raise UsageError(f"input_range must be (low, high) with low < high, got {input_range}")
     if isinstance(clean, ImageSet):
         images, labels = clean.floats() * (high - low) + low, clean.labels
     else:
-        images, labels = gather(clean)
+        images, labels = gather(clean, valid=input_range)
+    if images.numel() == 0:
+        raise BadData("the clean data are empty: no image came")
     if not bool(images.isfinite().all()):
         raise BadData("the clean images hold NaN or infinite values")
     slack = 1e-3 * (high - low)
@@ -197,8 +206,17 @@ def _clean_images(
             f"the {len(labels)} clean images are all of class {int(labels[0])}; at least two "
             "classes are needed, better all of them"
         )
-    order = balanced_order(labels, seed)
+    order = spread_order(labels, seed)
     return images[order].contiguous(), labels[order]
+
+
+def _check_class_names(clean: ImageSet, classes: int) -> None:
+    """Folders are numbered in order, so one that is missing would shift the labels behind it."""
+    if clean.class_names and len(clean.class_names) != classes:
+        raise BadData(
+            f"the data have {len(clean.class_names)} class folders, the network {classes} classes; "
+            "name the folders by their label (0, 1, ...) if some classes are missing"
+        )
 
 
 def _frozen_copy(
@@ -208,7 +226,10 @@ def _frozen_copy(
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsafeOrCorruptModel("the model has no parameters")
-    chosen = torch.device(device) if device is not None else parameter.device
+    try:
+        chosen = torch.device(device) if device is not None else parameter.device
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: {error}") from error
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"device {chosen} was asked for, but torch sees no CUDA device here")
     suspect = copy.deepcopy(model).float()
@@ -221,22 +242,44 @@ def _unwrapped(model: nn.Module, preprocess: Preprocess | None) -> nn.Module:
     return model if preprocess is None else model.get_submodule("1")
 
 
-def _check_baseline(evaluator: MaskEvaluator, images: Tensor, labels: Tensor) -> None:
-    """Refuse labels the network cannot answer, broken logits, and images it was not trained on."""
+def _check_baseline(
+    suspect: nn.Module, evaluator: MaskEvaluator, images: Tensor, labels: Tensor
+) -> None:
+    """Refuse labels the network cannot answer, broken logits, images it was not trained on, and a
+    trace that does not compute what the network computes."""
     classes = evaluator.trace.num_classes
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         raise BadData(
             f"labels must be in 0 .. {classes - 1}, the network's classes, got "
             f"{int(labels.min())} .. {int(labels.max())}"
         )
-    logits = evaluator.run(torch.zeros(1, evaluator.trace.sites, dtype=torch.bool), images)[0]
+    nothing = torch.zeros(evaluator.trace.sites, dtype=torch.bool)
+    logits = evaluator.run(nothing[None], images)[0]
     if not bool(logits.isfinite().all()):
         raise UnsafeOrCorruptModel("the network's logits are not finite on the clean images")
+    _check_same(suspect, evaluator, nothing, images, "the network as traced")
     accuracy = float((logits.argmax(1) == labels).float().mean())
-    if accuracy <= max(2 / classes, 0.2) and classes > 2:
+    if accuracy <= max(1.3 / classes, 0.2):
         raise BadData(
             f"the network answers only {100 * accuracy:.0f}% of the clean images rightly; check "
             "--preset (the normalisation), the labels' order and the input range"
+        )
+
+
+@torch.no_grad()
+def _check_same(
+    network: nn.Module, evaluator: MaskEvaluator, mask: Tensor, images: Tensor, what: str
+) -> None:
+    """Raise UntraceableModel unless the module computes what the evaluator says of the mask."""
+    some = images[:16]
+    device = next(network.parameters()).device
+    expected = evaluator.run(mask[None], some)[0]
+    got = network(some.to(device)).float().cpu()
+    error = float((got - expected).abs().max())
+    if error > 1e-2 * max(1.0, float(expected.abs().max())):
+        raise UntraceableModel(
+            f"{what} gives other logits than the module (by {error:.3g}): hooks, parametrisations "
+            "or in-place operations cannot be traced"
         )
 
 

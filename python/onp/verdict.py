@@ -50,7 +50,7 @@ def judge(
     support = _ramp(concentration, *config.concentration)
     support = (support + _ramp(repairability, *config.repairability)) / 2
     score = _ramp(advantage, *config.advantage) * (1 + support) / 2
-    found = score >= config.threshold
+    found = score >= config.threshold and repairability > 0
     return Verdict(
         "backdoor" if found else "clean",
         score,

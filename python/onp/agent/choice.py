@@ -46,7 +46,7 @@ def restore(mask: Tensor, objective: Objective, rounds: int) -> Tensor:
     return mask
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Choice:
     mask: Tensor
     """bool [S]."""
@@ -70,7 +70,7 @@ def choose(
     probes: Sequence[Probe],
     config: ChoiceConfig,
 ) -> Choice:
-    """The cheapest of the finalists (masks bool [S]) on all clean images.
+    """The cheapest of the finalists (masks bool [S]) and of pruning nothing, on all clean images.
 
     cost = cross-entropy over the original's + KL(original || masked)
            + success_weight * mean excess probability of the probes' targets
@@ -87,7 +87,6 @@ def choose(
         excess = torch.where(labels == probe.target, torch.zeros_like(excess), excess)
         successes.append(excess.mean(1))
         costs = costs + config.success_weight / len(probes) * excess
-    costs = costs[1:]
     best = int(costs.mean(1).argmin())
     halves = torch.arange(len(labels)) % 2 == 0
     fitted = torch.empty(len(labels))
@@ -96,10 +95,10 @@ def choose(
     mean, error = float(fitted.mean()), float(fitted.std() / len(fitted) ** 0.5)
     interval = (mean - 1.96 * error, mean + 1.96 * error)
     return Choice(
-        finalists[best],
+        masks[best],
         float(costs[best].mean()),
         mean,
         interval,
         [float(success[0]) for success in successes],
-        [float(success[best + 1]) for success in successes],
+        [float(success[best]) for success in successes],
     )

@@ -75,6 +75,9 @@ class Objective:
         success = []
         for index, target in enumerate(self.targets):
             others = self.labels != target
+            if not bool(others.any()):
+                success.append(torch.zeros(len(pruned)))
+                continue
             hit = probabilities[:, index + 1, others, target].mean(1)
             own = clean[:, others, target].mean(1)
             success.append((hit - own).clamp_min(0))

@@ -14,7 +14,7 @@ from onp.evaluate import MaskEvaluator
 from onp.probes.synthesis import Probe
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Contender:
     """A probe, the ranking it gives, and the best mask found on that ranking."""
 
@@ -90,4 +90,4 @@ def race(
                 float(values.removed[best]),
             )
         )
-    return sorted(contenders, key=lambda contender: -contender.score)
+    return sorted(contenders, key=lambda c: (c.size == 0, -c.score))

@@ -60,14 +60,15 @@ class Search:
         elite.offer(start, objective(start).total)
         best = elite.best
         ranking = torch.stack([contender.ranking for contender in counted]).amax(0)
-        policy = PruningPolicy(
-            self.graph,
-            self.features,
-            flip_prior(ranking + 1e3 * best.float(), int(best.sum()), agent.expected_flips),
-            hidden=agent.hidden,
-            rounds=agent.rounds,
-            generator=torch.Generator().manual_seed(self.seed),
-        )
+        with torch.random.fork_rng(devices=[]):  # building layers draws on the global state
+            policy = PruningPolicy(
+                self.graph,
+                self.features,
+                flip_prior(ranking + 1e3 * best.float(), int(best.sum()), agent.expected_flips),
+                hidden=agent.hidden,
+                rounds=agent.rounds,
+                generator=torch.Generator().manual_seed(self.seed),
+            )
         env = PruningEnv(lambda masks: objective(masks).total, len(best), agent.copies, agent.steps)
 
         def tell(update: int, log: UpdateLog) -> None:

@@ -1,8 +1,8 @@
 """Ten classes of drawn shapes: deterministic, licence-free 32x32 RGB images.
 
 Each image is a textured background and one filled shape of random place, size, turn and colour,
-under noise. Shapes are drawn from signed distances on the pixel grid, so the same seed gives the
-same bytes on every machine that computes in IEEE float32.
+under noise. Shapes are drawn from signed distances on the pixel grid. The same seed gives the same
+images (to a rounding of the last bit between machines).
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ from onp.suspect.network import FrozenNetwork
 FAMILIES: tuple[Family, ...] = (Patch(), Additive(), LowFrequency(), Warp())
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Probe:
     """One synthesised trigger: a function of images that should make ``target`` the answer."""
 

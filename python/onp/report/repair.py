@@ -31,6 +31,8 @@ class RunFacts:
     input_range: tuple[float, float]
     backend: str
     device: str
+    prefix: str
+    """What the names of the suspect's modules begin with in the trace."""
     ledger: Ledger
 
 
@@ -72,7 +74,7 @@ def repair_report(
         "sites": {"total": trace.sites, "pruned": int(mask.sum())},
         "layers": [
             {
-                "name": layer.name,
+                "name": layer.name.removeprefix(run.prefix),
                 "sites": layer.channels,
                 "pruned": mask[layer.sites].nonzero().squeeze(1).tolist(),
             }

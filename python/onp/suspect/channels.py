@@ -94,7 +94,7 @@ def couple(
             values.append(after)
         else:  # elementwise or pooled: channel for channel
             values.append(before)
-            if op.kind == "output":
+            if op.kind in ("output", "affine"):  # an affine's constants belong to the code
                 fixed.extend(before)
     return Channels(
         tuple(torch.tensor([sets.find(c) for c in value], dtype=torch.int64) for value in values),

@@ -166,8 +166,8 @@ def _node_shapes(
     try:
         with torch.no_grad():
             recorder.run(sample)
-    except RuntimeError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # shapes can fail in many ways
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UntraceableModel(
             f"{type(model).__name__} does not accept images of shape {image_shape}: {reason}"
         ) from error
@@ -183,7 +183,7 @@ _FUNCTIONS: dict[Any, str] = {
     F.avg_pool2d: "avgpool", torch._C._nn.avg_pool2d: "avgpool",
     F.max_pool2d: "maxpool", torch.max_pool2d: "maxpool",
     F.adaptive_avg_pool2d: "globalpool", "mean": "mean", torch.mean: "mean",
-    F.dropout: "identity", "contiguous": "identity", "float": "identity",
+    F.dropout: "dropout", "contiguous": "identity", "float": "identity",
     operator.sub: "sub", torch.sub: "sub", "sub": "sub",
     operator.truediv: "div", torch.div: "div", "div": "div",
     operator.mul: "mul", torch.mul: "mul", "mul": "mul",
@@ -302,7 +302,13 @@ class _Lowering:
             value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
             return default if value is None else value
 
+        if source not in self.shapes:
+            raise UntraceableModel(f"{node.name}: {kind} must read a value as first argument")
         if kind == "identity":
+            self._alias(node, source)
+        elif kind == "dropout":
+            if argument(2, "training", True) is not False:
+                raise UntraceableModel(f"{node.name}: F.dropout stays on; pass training=False")
             self._alias(node, source)
         elif kind in ("relu", "relu6"):
             self._emit(kind, node, (source,))
@@ -391,7 +397,9 @@ class _Lowering:
 
     def _affine(self, kind: str, node: fx.Node) -> None:
         """x * a, x / a, x + a, x - a with a constant per channel or one for all."""
-        left, right = node.args[:2]
+        if len(node.args) != 2 or node.kwargs:
+            raise UntraceableModel(f"{node.name}: {kind} with keywords is not handled")
+        left, right = node.args
         if not (isinstance(left, fx.Node) and left in self.value_of):
             if kind not in ("add", "mul"):
                 raise UntraceableModel(f"{node.name}: a constant {kind} a value is not handled")
