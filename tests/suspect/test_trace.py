@@ -105,3 +105,32 @@ class _Branching(nn.Module):
 def test_what_cannot_be_traced_is_named(model: nn.Module, named: str) -> None:
     with pytest.raises(UntraceableModel, match=named):
         trace(model.eval(), (3, 32, 32))
+
+
+class _InPlace(nn.Module):
+    """The raw convolution is read after an in-place ReLU changed it: the graph cannot show that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.two = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.act, self.head = nn.ReLU(inplace=True), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.one(x)
+        return self.head((x + self.two(self.act(x))).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_trace_that_computes_something_else_is_refused() -> None:
+    import onp
+
+    torch.manual_seed(0)
+    model = _InPlace().eval()
+    with torch.no_grad():
+        model.one.bias -= 1.0  # type: ignore[operator]
+        model.head.weight *= 20
+    images = torch.rand(30, 3, 8, 8)
+    with torch.no_grad():
+        labels = model(images).argmax(1)
+    labels[0] = (labels[0] + 1) % 3
+    with pytest.raises(UntraceableModel, match="other logits than the module"):
+        onp.sanitize(model, [(images, labels)])

@@ -302,7 +302,7 @@ class _Lowering:
             value = node.args[position] if len(node.args) > position else node.kwargs.get(name)
             return default if value is None else value
 
-        if source not in self.shapes:
+        if kind not in ("add", "sub", "mul", "div") and source not in self.shapes:
             raise UntraceableModel(f"{node.name}: {kind} must read a value as first argument")
         if kind == "identity":
             self._alias(node, source)
