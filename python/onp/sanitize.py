@@ -104,11 +104,16 @@ def sanitize(
 
     with ledger.stage("race"):
         contenders = race(evaluator, images, labels, probes, rankings, config.race, config.score)
-        best = contenders[0]
-        named = best.probe.target
-        verdict = judge(
-            named, advantage(best, contenders), unlearned.share(named), best.score, config.verdict
-        )
+        verdict = max(
+            (
+                judge(
+                    c.probe.target, advantage(c, contenders), unlearned.share(c.probe.target),
+                    c.score, config.verdict,
+                )
+                for c in contenders
+            ),
+            key=lambda verdict: verdict.score,
+        )  # fmt: skip
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted: list[Contender] = []

@@ -43,17 +43,18 @@ def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
 def counted_contenders(
     contenders: Sequence[Contender], target: int, config: SynthesisConfig
 ) -> list[Contender]:
-    """The best contender, and those of its target that are nearly as repairable and no weaker
-    than their sisters."""
-    best = contenders[0]
-    further = [
+    """The target's contenders that are stronger than their sisters: the most repairable one, and
+    those nearly as repairable; best first."""
+    stronger = [
         contender
-        for contender in contenders[1:]
+        for contender in contenders
         if contender.probe.target == target
-        and contender.score >= best.score - config.counted_margin
+        and contender.size > 0
         and advantage(contender, contenders) > 0
     ]
-    return [best, *further][: config.counted]
+    best = max(contender.score for contender in stronger)
+    near = [c for c in stronger if c.score >= best - config.counted_margin]
+    return sorted(near, key=lambda c: -c.score)[: config.counted]
 
 
 def getting_through(
