@@ -25,7 +25,7 @@ LAYERS = [
     {"graph", "features", "suspect", "data", "triggers", "environment"},
     {"evaluate", "probes", "metrics"},
     {"agent"},
-    {"result", "report", "verdict"},
+    {"result", "report", "verdict", "prepare"},
     {"sanitize"},
     {"demo", "batch"},
     {"cli"},

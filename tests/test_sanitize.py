@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,12 +13,15 @@ from torch import Tensor, nn
 
 import onp
 from onp import demo
+from onp.config import BUDGETS, AgentConfig, SynthesisConfig, UnlearningConfig
 from onp.data import ImageSet, Normalize
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.metrics import predict
 from onp.result import Result
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
+from onp.verdict import Verdict
+from tests.networks import network
 
 CLEAN_TWIN = Path(__file__).parent / "data" / "demo_clean.safetensors"
 
@@ -168,13 +173,9 @@ def test_unusable_options_are_refused() -> None:
 @pytest.mark.parametrize(
     "name", ["vgg11", "vgg16_bn", "resnet18", "resnet20-option-a", "mobilenetv2"]
 )
-def test_every_architecture_goes_the_whole_way(name: str) -> None:
-    """Untrained networks judge on their own answers; the path must hold, not the outcome."""
-    from dataclasses import replace
-
-    from onp.config import BUDGETS, AgentConfig, SynthesisConfig, UnlearningConfig, VerdictConfig
-    from tests.networks import network
-
+def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Untrained networks judged by their own answers, a backdoor taken for granted: the path must
+    hold, whatever its outcome."""
     model = network(name)
     torch.manual_seed(0)
     images = torch.rand(60, 3, 64, 64)
@@ -187,9 +188,13 @@ def test_every_architecture_goes_the_whole_way(name: str) -> None:
         unlearning=UnlearningConfig(max_steps=2),
         synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
         agent=AgentConfig(updates=1, copies=4, images=8),
-        verdict=VerdictConfig(threshold=0.0),  # go the whole way
     )
+    story = sys.modules["onp.sanitize"]
+    found = Verdict("backdoor", 1.0, int(labels[0]), 1.0, 1.0, 1.0)
+    monkeypatch.setattr(story, "weigh", lambda *_: found)
+    monkeypatch.setattr(story, "counted_contenders", lambda contenders, *_: contenders[:2])
     result = onp.sanitize(model, [(images, labels)], budget=config)
     assert result.verdict == "backdoor"
+    assert result.report["choice"]["cost"] <= 6.0
     with torch.no_grad():
         assert result.model(images[:2]).isfinite().all()

@@ -27,3 +27,7 @@ def test_the_score_grows_with_each_piece() -> None:
     assert judge(0, 1.0, 0.5, 0.6, CONFIG).score > base
     assert judge(0, 0.9, 0.6, 0.6, CONFIG).score > base
     assert judge(0, 0.9, 0.5, 0.7, CONFIG).score > base
+
+
+def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:
+    assert judge(0, 2.0, 1.0, 0.0, CONFIG).score == 0.0

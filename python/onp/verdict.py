@@ -12,10 +12,14 @@ adversarial direction is cheap to prune), so neither counts without the first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from onp.agent.contenders import advantage
+from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.unlearning import Unlearned
 
 
 @dataclass(frozen=True)
@@ -39,25 +43,46 @@ class Verdict:
         )
 
 
+def weigh(contenders: Sequence[Contender], unlearned: Unlearned, config: VerdictConfig) -> Verdict:
+    """The verdict of the probe with the strongest evidence."""
+    verdicts = [
+        judge(
+            contender.probe.target,
+            advantage(contender, contenders),
+            unlearned.share(contender.probe.target),
+            contender.score,
+            config,
+        )
+        for contender in contenders
+    ]
+    return max(verdicts, key=lambda verdict: verdict.score)
+
+
 def judge(
     target: int,
-    advantage: float,
+    strength_ratio: float,
     concentration: float,
     repairability: float,
     config: VerdictConfig,
 ) -> Verdict:
-    """Weigh the evidence; each piece is scaled to [0, 1] over the range where networks differ."""
+    """Judge one probe's evidence, each piece scaled to [0, 1] over the range where networks differ.
+
+    strength_ratio: the probe's advantage, a binary logarithm. A probe that was too weak to be
+    raced, or whose success no mask can remove at a gain, is no evidence at all.
+    """
     support = _ramp(concentration, *config.concentration)
     support = (support + _ramp(repairability, *config.repairability)) / 2
-    score = _ramp(advantage, *config.advantage) * (1 + support) / 2
-    found = score >= config.threshold and repairability > 0
+    score = _ramp(strength_ratio, *config.advantage) * (1 + support) / 2
+    if repairability <= 0:
+        score = 0.0
+    found = score >= config.threshold
     return Verdict(
         "backdoor" if found else "clean",
         score,
         target if found else None,
         concentration,
         repairability,
-        advantage,
+        strength_ratio,
     )
 
 

@@ -20,8 +20,7 @@ SIZES = (1 / CHANNELS, 3 / CHANNELS)
 
 def contender(target: int, success: float, size: float, score: float) -> Contender:
     probe = Probe(Additive(), target, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), size)
-    nothing = torch.zeros(8, dtype=torch.bool)
-    return Contender(probe, torch.zeros(8), success, nothing, score, score)
+    return Contender(probe, torch.zeros(8), success, torch.ones(8).bool(), score, score)
 
 
 def test_ranking_masks_are_nested_heads() -> None:

@@ -1,0 +1,141 @@
+"""What comes in, checked before any work is done on it, and the copy that is worked on."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from onp.config import BUDGETS, Config
+from onp.data import ImageSet, Preprocess, gather, spread_order
+from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
+from onp.evaluate import MaskEvaluator
+
+
+def named_budget(name: str) -> Config:
+    """The configuration that ``--budget`` names; raises UsageError for an unknown name."""
+    if name not in BUDGETS:
+        raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {name!r}")
+    return BUDGETS[name]
+
+
+def clean_images(
+    clean: ImageSet | Iterable[tuple[Tensor, Tensor]],
+    input_range: tuple[float, float],
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """The clean images float32 [N, C, H, W] and labels int64 [N], classes spread evenly, so
+    that any stretch stands for all; raises BadData or UsageError."""
+    low, high = input_range
+    if not low < high:
+        raise UsageError(f"input_range must be (low, high) with low < high, got {input_range}")
+    if isinstance(clean, ImageSet):
+        images, labels = clean.floats() * (high - low) + low, clean.labels
+    else:
+        images, labels = gather(clean, valid=input_range)
+    if images.numel() == 0:
+        raise BadData("the clean data are empty: no image came")
+    if not bool(images.isfinite().all()):
+        raise BadData("the clean images hold NaN or infinite values")
+    slack = 1e-3 * (high - low)
+    if float(images.min()) < low - slack or float(images.max()) > high + slack:
+        raise BadData(
+            f"clean images must lie in the input range [{low}, {high}], got values from "
+            f"{float(images.min()):.3g} to {float(images.max()):.3g}; pass input_range"
+        )
+    if len(labels.unique()) < 2:
+        raise BadData(
+            f"the {len(labels)} clean images are all of class {int(labels[0])}; at least two "
+            "classes are needed, better all of them"
+        )
+    order = spread_order(labels, seed)
+    return images[order].contiguous(), labels[order]
+
+
+def check_class_names(clean: ImageSet, classes: int) -> None:
+    """Folders are numbered in order, so one that is missing would shift the labels behind it."""
+    if clean.class_names and len(clean.class_names) != classes:
+        raise BadData(
+            f"the data have {len(clean.class_names)} class folders, the network {classes} classes; "
+            "name the folders by their label (0, 1, ...) if some classes are missing"
+        )
+
+
+def frozen_copy(
+    model: nn.Module, preprocess: Preprocess | None, device: str | torch.device | None
+) -> tuple[nn.Module, torch.device]:
+    """A float32 copy in eval mode on the device, with the normalisation in front."""
+    parameter = next(model.parameters(), None)
+    if parameter is None:
+        raise UnsafeOrCorruptModel("the model has no parameters")
+    try:
+        chosen = torch.device(device) if device is not None else parameter.device
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: {error}") from error
+    if chosen.type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device {chosen} was asked for, but torch sees no CUDA device here")
+    suspect = copy.deepcopy(model).float()
+    if preprocess is not None:
+        suspect = nn.Sequential(preprocess.module(), suspect)
+    return suspect.to(chosen).eval(), chosen
+
+
+def unwrapped(model: nn.Module, preprocess: Preprocess | None) -> nn.Module:
+    return model if preprocess is None else model.get_submodule("1")
+
+
+def check_baseline(
+    suspect: nn.Module, evaluator: MaskEvaluator, images: Tensor, labels: Tensor
+) -> None:
+    """Refuse labels the network cannot answer, broken logits, images it was not trained on, and a
+    trace that does not compute what the network computes."""
+    classes = evaluator.trace.num_classes
+    if int(labels.max()) >= classes or int(labels.min()) < 0:
+        raise BadData(
+            f"labels must be in 0 .. {classes - 1}, the network's classes, got "
+            f"{int(labels.min())} .. {int(labels.max())}"
+        )
+    nothing = torch.zeros(evaluator.trace.sites, dtype=torch.bool)
+    logits = evaluator.run(nothing[None], images)[0]
+    if not bool(logits.isfinite().all()):
+        raise UnsafeOrCorruptModel("the network's logits are not finite on the clean images")
+    check_same(suspect, evaluator, nothing, images, "the network as traced")
+    accuracy = float((logits.argmax(1) == labels).float().mean())
+    if accuracy <= max(1.3 / classes, 0.2):
+        raise BadData(
+            f"the network answers only {100 * accuracy:.0f}% of the clean images rightly; check "
+            "--preset (the normalisation), the labels' order and the input range"
+        )
+
+
+@torch.no_grad()
+def check_same(
+    network: nn.Module, evaluator: MaskEvaluator, mask: Tensor, images: Tensor, what: str
+) -> None:
+    """Raise UntraceableModel unless the module computes what the evaluator says of the mask."""
+    some = images[:16]
+    device = next(network.parameters()).device
+    expected = evaluator.run(mask[None], some)[0]
+    got = network(some.to(device)).float().cpu()
+    error = float((got - expected).abs().max())
+    if error > 1e-2 * max(1.0, float(expected.abs().max())):
+        raise UntraceableModel(
+            f"{what} gives other logits than the module (by {error:.3g}): hooks, parametrisations "
+            "or in-place operations cannot be traced"
+        )
+
+
+@contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    """Let torch and the engine use ``count`` threads for a while."""
+    if count < 1:
+        raise UsageError(f"threads must be positive, got {count}")
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
