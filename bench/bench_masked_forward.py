@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from onp import masks
+from onp.evaluate import MaskEvaluator
 from onp.ops.masked_forward import MaskedForwardPlan, instruction_sets, lower
 from onp.ops.reference import masked_forward as reference
 from onp.suspect.architectures import preactresnet
@@ -175,6 +176,31 @@ def test_independent_masks(benchmark: BenchmarkFixture, case: Case, isa: str) ->
 @pytest.mark.parametrize("masks_of", ["independent", "late"])
 def test_shared_prefixes(benchmark: BenchmarkFixture, case: Case, masks_of: str) -> None:
     benchmark(case.plan.run, getattr(case, masks_of), case.images, share=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("way", ["evaluator", "eager"])
+def test_on_cuda(benchmark: BenchmarkFixture, case: Case, way: str) -> None:
+    """The torch backend, which runs masks on a GPU, against plain forwards."""
+    evaluator = MaskEvaluator(case.traced, case.model, backend="torch", device="cuda")
+    pruned = masks.unpack(case.independent, case.traced.sites)
+    model, images = case.model.cuda(), case.images.cuda()
+
+    def evaluate() -> None:
+        evaluator.run(pruned, images)
+        torch.cuda.synchronize()
+
+    def eager() -> None:
+        with torch.no_grad():
+            for _ in pruned:
+                model(images)
+        torch.cuda.synchronize()
+
+    expected = case.plan.run(case.independent[:2], case.images)
+    torch.testing.assert_close(evaluator.run(pruned[:2], images), expected, rtol=0, atol=1e-2)
+    benchmark(evaluate if way == "evaluator" else eager)
+    case.model.cpu()
 
 
 if __name__ == "__main__":

@@ -76,3 +76,23 @@ def test_forward_and_gradients(benchmark: BenchmarkFixture, backend: str, shape:
     for got, expected in zip(run(x, weight, backend), exact, strict=True):
         torch.testing.assert_close(got.double(), expected, rtol=1e-3, atol=1e-3)
     benchmark(run, x, weight, backend)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["triton", "torch"])
+def test_forward_and_gradients_on_cuda(benchmark: BenchmarkFixture, backend: str) -> None:
+    x, weight, graph = inputs("1k-nodes-16k-edges-b32-d32")
+    x, weight = x.cuda().requires_grad_(), weight.cuda().requires_grad_()
+    graph = graph.to("cuda")
+    target = torch.randn_like(x)
+
+    def run(backend: str) -> tuple[Tensor, ...]:
+        out = message_passing(x, weight, graph, backend)
+        gradients = torch.autograd.grad(out, (x, weight), target)
+        torch.cuda.synchronize()
+        return gradients
+
+    for got, expected in zip(run(backend), run("torch"), strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-3, atol=1e-3)
+    benchmark(run, backend)

@@ -100,3 +100,20 @@ def test_similar(
             native(matrix)[2].sum(), torch_similar(matrix)[2].sum(), rtol=1e-5, atol=1e-5
         )
     benchmark(lambda: [run(matrix) for matrix in vectors])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("backend", ["native", "torch"])
+def test_strength_on_cuda(benchmark: BenchmarkFixture, weights: list[Tensor], backend: str) -> None:
+    kernel = connection_strength if backend == "native" else torch_strength
+    on_device = [weight.cuda() for weight in weights]
+
+    def run() -> list[Tensor]:
+        strengths = [kernel(weight) for weight in on_device]
+        torch.cuda.synchronize()
+        return strengths
+
+    for got, weight in zip(run(), on_device, strict=True):
+        torch.testing.assert_close(got, torch_strength(weight))
+    benchmark(run)

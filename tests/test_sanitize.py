@@ -82,6 +82,16 @@ def test_the_compact_network_answers_alike(repaired: Result, test_set: ImageSet)
     assert repaired.report["sites"]["zeroed_in_compact"] <= repaired.report["sites"]["pruned"]
 
 
+@pytest.mark.gpu
+def test_the_whole_path_on_cuda(test_set: ImageSet) -> None:
+    result = onp.sanitize(suspect(), demo.clean_images(), seed=0, device="cuda")
+    trigger = load_trigger(str(demo.TRIGGER))
+    after = onp.score(result.model, test_set, trigger, demo.TARGET)
+    assert result.verdict == "backdoor"
+    assert result.report["backend"] == "torch"
+    assert after["attack_success_rate"] < 0.08
+
+
 def test_a_clean_network_comes_back_untouched() -> None:
     model = clean_twin()
     result = onp.sanitize(model, demo.clean_images(), seed=0)
