@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onp.suspect.network import training_layout
+
 
 @dataclass(frozen=True)
 class TrainingConfig:
@@ -36,7 +38,8 @@ def train(
 ) -> nn.Module:
     """Train on images uint8 [N, H, W, 3] and labels [N] with SGD under a one-cycle cosine."""
     random = torch.Generator().manual_seed(seed)
-    model = model.to(memory_format=torch.channels_last).train()
+    layout = training_layout(model)
+    model = model.to(memory_format=layout).train()
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim <= 1]
     optimizer = torch.optim.SGD(
@@ -57,7 +60,7 @@ def train(
             index = order[step * config.batch : (step + 1) * config.batch]
             x = augment(images[index], config, random)
             y = labels[index]
-            logits = model(normalize(x).contiguous(memory_format=torch.channels_last))
+            logits = model(normalize(x).contiguous(memory_format=layout))
             loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()
             loss.backward()

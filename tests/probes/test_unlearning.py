@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from onp import demo
 from onp.config import UnlearningConfig
 from onp.ledger import Ledger
 from onp.probes.unlearning import unlearn
+from onp.suspect.architectures.preactresnet import of_width
 from onp.suspect.load import load_suspect
 
 
@@ -26,3 +28,15 @@ def test_the_backdoors_target_is_what_is_left() -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert not model.training
+
+
+@pytest.mark.parametrize("width", [2, 5, 7])
+def test_narrow_networks_are_unlearned_too(width: int) -> None:
+    """Channels-last weight gradients of narrow convolutions abort torch's CPU backend."""
+    torch.manual_seed(0)
+    images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
+    config = UnlearningConfig(max_steps=2, stop_accuracy=-1.0)
+    ledger = Ledger()
+    unlearned = unlearn(of_width(width, 4), images, labels, config, seed=0, ledger=ledger)
+    assert ledger.total == 2 * 3 * 16 + 16
+    assert int(unlearned.answers.sum()) == 16

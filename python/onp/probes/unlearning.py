@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from onp.config import UnlearningConfig
 from onp.ledger import Ledger
+from onp.suspect.network import training_layout
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,10 @@ def unlearn(
     )
     batch = min(config.batch, len(images))
     device = next(student.parameters()).device
+    layout = training_layout(student)
     for step in range(config.max_steps):
         index = torch.randperm(len(images), generator=random)[:batch]
-        logits = student(images[index].to(device).contiguous(memory_format=torch.channels_last))
+        logits = student(images[index].to(device).contiguous(memory_format=layout))
         target = labels[index].to(device)
         optimizer.zero_grad()
         (-F.cross_entropy(logits, target)).backward()

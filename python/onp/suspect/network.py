@@ -35,6 +35,20 @@ def norm_affine(module: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tensor
     return scale.float(), shift.float()
 
 
+def training_layout(model: nn.Module) -> torch.memory_format:
+    """Memory format for computing weight gradients: channels last, where it is safe.
+
+    torch 2.13's CPU convolutions abort the process on channels-last weight gradients of layers
+    narrower than 8 channels (seen for 1 to 7, not from 8 on; image inputs are unaffected).
+    """
+    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
+    wide = all(
+        conv.out_channels >= 8 and (conv.in_channels >= 8 or conv.in_channels <= 3)
+        for conv in convolutions
+    )
+    return torch.channels_last if wide else torch.contiguous_format
+
+
 class FrozenNetwork:
     """Evaluates a trace with weights taken from ``model`` when built; float32."""
 
