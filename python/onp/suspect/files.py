@@ -17,8 +17,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-import safetensors.torch
 import torch
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as format_safetensors
 from torch import Tensor
 
 from onp.errors import OnpError, UnsafeOrCorruptModel, UnsupportedInput, UsageError, quoted
@@ -77,7 +78,7 @@ def save_weights(
     Tensors that share memory are written once for each name.
     """
     tensors = {key: _copied(tensor) for key, tensor in state_dict.items()}
-    data = safetensors.torch.save(tensors, dict(metadata or {}))
+    data = format_safetensors(tensors, dict(metadata or {}))
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
@@ -134,7 +135,7 @@ def _parse_safetensors(data: bytes) -> object:
     header = int.from_bytes(data[:8], "little")
     if header > min(_MAX_HEADER, len(data) - 8):
         raise UnsafeOrCorruptModel(f"damaged safetensors file: a header of {header} bytes")
-    return safetensors.torch.load(data)
+    return parse_safetensors(data)
 
 
 def _parse_zip(data: bytes) -> object:
