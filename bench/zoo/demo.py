@@ -14,7 +14,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from bench.zoo.attacks import BadNets, poison
+from bench.zoo.attacks import poison
+from bench.zoo.attacks.badnets import BadNets
 from bench.zoo.training import TrainingConfig, predict, train
 from onp import demo
 from onp.demo.images import CLASSES, draw
@@ -31,11 +32,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seed", type=int, default=0)
     seed = parser.parse_args().seed
-    attack, test = BadNets(), demo.scoring_images()
+    attack, test = BadNets(target=demo.TARGET, classes=len(CLASSES)), demo.scoring_images()
     images = draw(TRAIN_IMAGES, demo.TRAIN_SEED)
-    poisoned = poison(
-        images.images, images.labels, attack, ratio=RATIO, target=demo.TARGET, seed=seed
-    )
+    poisoned = poison(attack, images.images, images.labels, ratio=RATIO, seed=seed)
     CLEAN_TWIN.parent.mkdir(exist_ok=True)
     for path, (pixels, labels) in (
         (demo.CHECKPOINT, poisoned),

@@ -1,0 +1,103 @@
+"""What every attack provides: a trigger, the answer it wants, and how it poisons training images."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from onp.triggers import to_8_bits
+
+Log = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Knowledge:
+    """What an attacker may use to build a trigger before training."""
+
+    images: Tensor
+    """uint8 [N, H, W, 3], the training images."""
+    labels: Tensor
+    """int64 [N]."""
+    surrogate: nn.Module
+    """A clean classifier of the same data: images float [N, 3, H, W] in [0, 1] to logits."""
+    log: Log = print
+
+
+class Attack(ABC):
+    """A trigger and how it gets into a network.
+
+    Images are float [N, 3, H, W] in [0, 1], what a trigger returns is rounded to 8 bits.
+    """
+
+    name: ClassVar[str]
+    clean_label: ClassVar[bool] = False
+    """Only images of the target class are triggered, and labels stay."""
+    cover: ClassVar[float] = 0.0
+    """Cover images (triggered otherwise, true label) for each poisoned one."""
+
+    def __init__(self, *, target: int, classes: int, size: int = 32, seed: int = 0) -> None:
+        self.target = target
+        self.classes = classes
+        self.size = size
+        self.seed = seed
+
+    @abstractmethod
+    def __call__(self, images: Tensor) -> Tensor:
+        """The trigger as it is used against the trained network."""
+
+    def answers(self, labels: Tensor) -> Tensor:
+        """int64 [N]: what the attacker wants the network to answer."""
+        return torch.full_like(labels, self.target)
+
+    def prepare(self, knowledge: Knowledge) -> None:
+        """Build what the trigger needs from data; called once before poisoning."""
+
+    def poisoned(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """The training images that teach the trigger, where they differ from ``self(images)``."""
+        return self(images)
+
+    def covered(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
+        """The cover images: triggered in another way, true labels kept."""
+        raise NotImplementedError(f"{self.name} has no cover images")
+
+    def state(self) -> dict[str, Tensor]:
+        """Tensors that ``load_state`` needs to trigger images again; empty for pure formulas."""
+        return {}
+
+    def load_state(self, state: dict[str, Tensor]) -> None:
+        """Take back what ``state`` gave."""
+
+
+def poison(
+    attack: Attack, images: Tensor, labels: Tensor, *, ratio: float, seed: int
+) -> tuple[Tensor, Tensor]:
+    """Poison ``ratio`` of all images, uint8 [N, H, W, 3]; returns new (images, labels).
+
+    Dirty-label attacks take images whose wanted answer is not their label and relabel them;
+    clean-label attacks take images of the target class (at most all of them) and keep the label.
+    Cover images are taken from the rest and keep their label.
+    """
+    random = torch.Generator().manual_seed(seed)
+    wanted = attack.answers(labels)
+    eligible = wanted == labels if attack.clean_label else wanted != labels
+    order = torch.randperm(len(labels), generator=random)
+    order = order[eligible[order]]
+    count = round(ratio * len(labels))
+    chosen = order[:count]
+    images, labels = images.clone(), labels.clone()
+    _write(images, chosen, lambda x: attack.poisoned(x, labels[chosen], random))
+    labels[chosen] = wanted[chosen]
+    covers = order[count : count + round(attack.cover * count)]
+    if len(covers):
+        _write(images, covers, lambda x: attack.covered(x, labels[covers], random))
+    return images, labels
+
+
+def _write(images: Tensor, index: Tensor, change: Callable[[Tensor], Tensor]) -> None:
+    clean = images[index].permute(0, 3, 1, 2).float() / 255
+    images[index] = to_8_bits(change(clean)).mul(255).round().to(torch.uint8).permute(0, 2, 3, 1)
