@@ -1,4 +1,4 @@
-"""What every attack provides: a trigger, the answer it wants, and how it poisons training images."""
+"""What every attack provides: a trigger, the answer it wants, how it poisons training images."""
 
 from __future__ import annotations
 
@@ -56,6 +56,7 @@ class Attack(ABC):
 
     def prepare(self, knowledge: Knowledge) -> None:
         """Build what the trigger needs from data; called once before poisoning."""
+        return None
 
     def poisoned(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         """The training images that teach the trigger, where they differ from ``self(images)``."""
@@ -71,6 +72,7 @@ class Attack(ABC):
 
     def load_state(self, state: dict[str, Tensor]) -> None:
         """Take back what ``state`` gave."""
+        return None
 
 
 def poison(
