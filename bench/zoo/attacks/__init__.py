@@ -7,8 +7,12 @@ from bench.zoo.attacks.badnets import BadNets, BadNetsAllToAll
 from bench.zoo.attacks.base import Attack, Knowledge, poison
 from bench.zoo.attacks.blended import Blended
 from bench.zoo.attacks.bpp import Bpp
+from bench.zoo.attacks.input_aware import InputAware
+from bench.zoo.attacks.lc import LabelConsistent
 from bench.zoo.attacks.lf import LowFrequency
 from bench.zoo.attacks.sig import Sig
+from bench.zoo.attacks.ssba import Ssba
+from bench.zoo.attacks.trojannn import TrojanNN
 from bench.zoo.attacks.wanet import WaNet
 
 ATTACKS: dict[str, type[Attack]] = {
@@ -22,6 +26,10 @@ ATTACKS: dict[str, type[Attack]] = {
         LowFrequency,
         Bpp,
         AdaptiveBlend,
+        InputAware,
+        LabelConsistent,
+        TrojanNN,
+        Ssba,
     )
 }
 
