@@ -58,6 +58,7 @@ class Attack(ABC):
 
     def prepare(self, knowledge: Knowledge) -> None:  # noqa: B027  # most need nothing
         """Build what the trigger needs from data; called once before poisoning."""
+        return None
 
     def poisoned(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         """The training images that teach the trigger, where they differ from ``self(images)``."""
@@ -81,6 +82,7 @@ class Attack(ABC):
 
     def load_state(self, state: dict[str, Tensor]) -> None:  # noqa: B027  # most have none
         """Take back what ``state`` gave."""
+        return None
 
 
 def poison(
