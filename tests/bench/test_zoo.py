@@ -75,7 +75,7 @@ def test_every_architecture_can_be_built(arch: str) -> None:
 
 @pytest.mark.usefixtures("easy")
 def test_a_model_is_trained_written_scored_and_not_trained_again(
-    tmp_path: Path, easy: None
+    tmp_path: Path,
 ) -> None:
     splits = Splits(None)
     for recipe in (TINY.twin, TINY):
