@@ -56,7 +56,7 @@ class Attack(ABC):
         """int64 [N]: what the attacker wants the network to answer."""
         return torch.full_like(labels, self.target)
 
-    def prepare(self, knowledge: Knowledge) -> None:
+    def prepare(self, knowledge: Knowledge) -> None:  # most need nothing
         """Build what the trigger needs from data; called once before poisoning."""
         return None
 
@@ -80,7 +80,7 @@ class Attack(ABC):
         """Tensors that ``load_state`` needs to trigger images again; empty for pure formulas."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:  # most have none
         """Take back what ``state`` gave."""
         return None
 
