@@ -16,7 +16,7 @@ SHAPES = {"train": (6_000, 3_000_017), "test": (1_000, 2_000_003)}
 """(images, seed) of the generated splits."""
 
 
-def load(name: str, data: Path | None, split: str) -> ImageSet:
+def load(name: str, data: str | Path | None, split: str) -> ImageSet:
     """The ``train`` or ``test`` split; ``data`` is the folder that holds ``<name>.zip``.
 
     Raises UsageError where the name is unknown or the folder is needed and not given.
@@ -27,7 +27,7 @@ def load(name: str, data: Path | None, split: str) -> ImageSet:
         return draw(*SHAPES[split])
     if data is None:
         raise UsageError(f"{name} is not generated: pass --data, the folder with {name}.zip")
-    return load_dataset(data / f"{name}.zip", split)
+    return load_dataset(Path(data) / f"{name}.zip", split)
 
 
 def normalisation(name: str) -> Preprocess | None:

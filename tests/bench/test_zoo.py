@@ -59,7 +59,7 @@ def test_core_holds_every_attack_on_both_data_sets() -> None:
     assert (len(backdoored), len(CORE) - len(backdoored)) == (12, 4)
     assert {recipe.attack for recipe in backdoored} == set(ATTACKS)
     assert {recipe.dataset for recipe in CORE} == {"cifar10", "gtsrb"}
-    assert {recipe.ratio for recipe in backdoored} == {0.01, 0.1}
+    assert {recipe.ratio for recipe in backdoored} == {0.01, 0.05, 0.1}
     assert len({recipe.target for recipe in backdoored}) > 5
 
 
