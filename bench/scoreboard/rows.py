@@ -142,7 +142,7 @@ def read_rows(path: Path, *, repair: bool = False) -> dict[Key, Row]:
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:
     """Append the rows in one write that is on the disk when this returns."""
-    text = "".join(json.dumps(_plain(asdict(row)), allow_nan=False) + "\n" for row in rows)
+    text = "".join(json.dumps(asdict(row), allow_nan=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("ab", buffering=0) as file:
@@ -152,14 +152,14 @@ def append_rows(path: Path, rows: Iterable[Row]) -> None:
         raise file_error("write", path, error) from None
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """``value`` as strict JSON can hold it: tensors as lists, infinities and the rest as text."""
     if isinstance(value, dict):
-        return {str(name): _plain(item) for name, item in value.items()}
+        return {str(name): plain(item) for name, item in value.items()}
     if hasattr(value, "tolist"):
-        return _plain(value.tolist())
+        return plain(value.tolist())
     if isinstance(value, Sequence | set | frozenset) and not isinstance(value, str | bytes):
-        return [_plain(item) for item in value]
+        return [plain(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return str(value)
     return value if value is None or isinstance(value, bool | int | float | str) else str(value)

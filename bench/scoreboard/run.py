@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.defences.api import Defence, NotApplicable
 from bench.scoreboard.memory import PeakMemory
-from bench.scoreboard.rows import Key, Row, append_rows
+from bench.scoreboard.rows import Key, Row, append_rows, plain
 from bench.scoreboard.scoring import Baseline, Examiner, Scores, Subject, effectiveness
 from onp.errors import OnpError, UsageError
 from onp.ledger import Ledger
@@ -74,12 +74,14 @@ class Runner:
         examiner: Examiner,
         path: Path,
         provenance: Mapping[str, Any],
+        oracle_images: int | None = None,
     ) -> None:
         self._subjects = subjects
         self._defences = defences
         self._examiner = examiner
         self._path = path
         self._provenance = provenance
+        self._oracle_images = oracle_images
 
     def run(self, jobs: Sequence[Job], rows: dict[Key, Row]) -> list[str]:
         """Run the jobs, add their rows to ``rows`` and the file; returns what could not be run.
@@ -113,11 +115,11 @@ class Runner:
         """Raise UsageError where rows of the file were scored on other test images."""
         dataset = self._subjects[job.model].card["dataset"]
         count = len(self._examiner.test(dataset))
-        others = {row.test_images for row in rows.values() if row.dataset == dataset} - {None}
-        if others - {count}:
+        others = {row.test_images for row in rows.values() if row.dataset == dataset} - {count}
+        if others:
             raise UsageError(
-                f"{self._path} holds rows scored on {sorted(others)} test images of {dataset}, "
-                f"not {count}: use the same --test-images or another --out"
+                f"{self._path} holds rows scored on {', '.join(map(str, others))} test images of "
+                f"{dataset}, not {count}: use the same --test-images or another --out"
             )
 
     def _rows(self, job: Job, before: Baseline, rows: Mapping[Key, Row]) -> list[Row]:
@@ -152,28 +154,35 @@ class Runner:
                 return replace(row, applicable=False, reason=str(reason)), []
             except Exception as error:  # whatever a defence dies of, the others go on
                 return replace(row, error=described(error)), []
+        settings = plain(info.settings)
         row = replace(
             scored(row, before, after),
             seconds=round(spent, 3),
             image_forwards=ledger.total,
             peak_memory_mb=memory,
             schedule=info.schedule,
-            settings=info.settings,
+            settings=settings,
             candidates=len(info.candidates),
-            verdict=info.settings.get("verdict"),
-            pruned=info.settings.get("pruned"),
+            verdict=settings.get("verdict"),
+            pruned=settings.get("pruned"),
         )
         return row, info.candidates
 
     def _oracle(self, job: Job, row: Row, before: Baseline, candidates: Candidates) -> Row:
         """The candidate of highest DER under the true trigger, at the cost of the whole run."""
         exam = self._examiner.exam(job.model)
+        judge = exam.part(self._oracle_images)
         row = replace(row, oracle=True, verdict=None, pruned=None)
+
+        def rating(build: Callable[[], nn.Module]) -> float:
+            return effectiveness(before.scores, judge.score(build().eval())) or 0.0
+
         try:
-            tried = [(setting, exam.score(build().eval())) for setting, build in candidates]
+            ratings = [rating(build) for _, build in candidates]
+            setting, build = candidates[ratings.index(max(ratings))]
+            best = exam.score(build().eval())
         except Exception as error:
             return replace(self._row(job, before), oracle=True, error=described(error))
-        setting, best = max(tried, key=lambda one: effectiveness(before.scores, one[1]) or 0.0)
         return replace(scored(row, before, best), settings={"pick": setting})
 
     def _row(self, job: Job, before: Baseline) -> Row:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -82,6 +82,16 @@ class Exam:
         pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return cls(test, ImageSet(pixels, test.labels[victims]), wanted[victims])
 
+    def part(self, count: int | None) -> Exam:
+        """The first ``count`` images of both kinds, a fair draw where the test images are one."""
+        if count is None or self.triggered is None or self.wanted is None:
+            return self
+        few = torch.arange(count)
+        victims = few[few < len(self.wanted)]
+        return Exam(
+            self.clean[few[few < len(self.clean)]], self.triggered[victims], self.wanted[victims]
+        )
+
     def score(self, model: nn.Module) -> Scores:
         """Raises where the network refuses the images or its logits are not finite."""
         ca = _share(predict(model, self.clean.floats(), _BATCH), self.clean.labels)
@@ -115,7 +125,7 @@ class Examiner:
         data: str | None,
         test_images: int,
         clean_samples: int,
-        seeds: tuple[int, ...],
+        seeds: Sequence[int],
     ) -> None:
         self._subjects = subjects
         self._load = load

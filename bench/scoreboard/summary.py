@@ -117,7 +117,7 @@ def aggregates(rows: Sequence[Row], expected: int) -> list[Aggregate]:
     defences = dict.fromkeys(row.defence for row in rows)
     found = [aggregate(d, [row for row in rows if row.defence == d], expected) for d in defences]
     found.sort(key=_order)
-    undefended = list({row.model: _undefended(row) for row in rows if row.scored}.values())
+    undefended = list({row.model: _undefended(row) for row in rows if row.ca_before}.values())
     return [aggregate(NO_DEFENCE, undefended, len(undefended)), *found]
 
 
@@ -149,16 +149,23 @@ def aggregate(defence: str, rows: Sequence[Row], expected: int) -> Aggregate:
 
 
 def _undefended(row: Row) -> Row:
-    """What the row would be had nothing been done; free of charge."""
-    excess = None
-    if row.asr_before is not None and row.asr_clean_twin is not None:
-        excess = row.asr_before - row.asr_clean_twin
+    """What the row would be had nothing been done: DER 1/2, at no cost."""
+    asr, twin, ceiling = row.asr_before, row.asr_clean_twin, row.der_ceiling
     return replace(
-        row, ca_after=row.ca_before, asr_after=row.asr_before, ra_after=row.ra_before,
-        excess_asr=excess, der=None if row.der is None else 0.5,
-        der_shortfall=None if row.der_ceiling is None else row.der_ceiling - 0.5,
-        seconds=None, image_forwards=None, peak_memory_mb=None, seed=0,
-    )  # fmt: skip
+        row,
+        seed=0,
+        applicable=True,
+        error=None,
+        ca_after=row.ca_before,
+        asr_after=asr,
+        ra_after=row.ra_before,
+        excess_asr=None if asr is None or twin is None else asr - twin,
+        der=None if asr is None else 0.5,
+        der_shortfall=None if ceiling is None else ceiling - 0.5,
+        seconds=None,
+        image_forwards=None,
+        peak_memory_mb=None,
+    )
 
 
 def _spread(rows: Sequence[Row], name: str) -> Spread | None:
