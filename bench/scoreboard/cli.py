@@ -141,7 +141,7 @@ def _outcome(rows: Sequence[Row], broken: Sequence[str]) -> int:
     if failed:
         defences = ", ".join(sorted({row.defence for row in failed}))
         print(
-            f"scoreboard: {len(failed)} rows hold errors, of {defences}; --retry-errors runs them "
+            f"scoreboard: errors in rows of {defences} ({len(failed)}); --retry-errors runs them "
             "again",
             file=sys.stderr,
         )
