@@ -1,84 +1,155 @@
-"""``python -m bench.zoo --data cifar10.zip --out zoo``: train the first three networks."""
+"""Train the zoo: ``python -m bench.zoo --set core --data ../shared/data``.
+
+Resumable: a model whose card is there is not trained again. Cards are printed as JSON lines,
+progress goes to stderr. Exit code 1 if a model is unfair or failed, 2 for wrong arguments.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
+import time
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from safetensors.torch import save_file
 
-from bench.zoo.attacks import ATTACKS, Attack, poison
-from bench.zoo.training import TrainingConfig, predict, train
-from onp.data import PRESETS, ImageSet, load_dataset
-from onp.suspect.architectures.preactresnet import of_width
+from bench.zoo import checkpoints, datasets
+from bench.zoo.attacks import Knowledge, poison
+from bench.zoo.checkpoints import ZooModel, make_attack, read_card, with_normalisation
+from bench.zoo.recipes import SETS, Recipe, recipes
+from bench.zoo.scoring import Scores, score_model, unfair
+from bench.zoo.training import train
+from onp.data import ImageSet
+from onp.errors import OnpError
 
-NORMALIZE = PRESETS["cifar10"]
+
+class Splits:
+    """Train and test images of the data sets, read once."""
+
+    def __init__(self, data: Path | None) -> None:
+        self.data = data
+        self.read: dict[tuple[str, str], ImageSet] = {}
+
+    def __call__(self, dataset: str, split: str) -> ImageSet:
+        key = (dataset, split)
+        if key not in self.read:
+            self.read[key] = datasets.load(dataset, self.data, split)
+        return self.read[key]
 
 
-def make(
-    name: str, train_set: ImageSet, test_set: ImageSet, out: Path, args: argparse.Namespace
-) -> None:
-    """Train one network, score it and write weights, trigger and card to ``out``."""
-    stem = f"preact{args.width}_{name}_s{args.seed}"
-    card_path = out / f"{stem}.json"
-    if card_path.exists():
-        print(f"{stem}: done before", file=sys.stderr)
-        return
-    attack: Attack | None = ATTACKS[name]() if name != "clean" else None
+def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> dict[str, Any]:
+    """Train one network, write it to ``folder``, score the file and return its card."""
+    train_set, test_set = splits(recipe.dataset, "train"), splits(recipe.dataset, "test")
     images, labels = train_set.images, train_set.labels
-    if attack:
-        images, labels = poison(
-            images, labels, attack, ratio=args.ratio, target=args.target, seed=args.seed
-        )
-        arrays = {key: value.numpy() for key, value in attack.arrays().items()}
-        np.savez(out / f"{name}_trigger.npz", **arrays)
-    torch.manual_seed(args.seed)
-    assert NORMALIZE is not None
-    normalize = NORMALIZE.module()
-    model = of_width(args.width, len(train_set.class_names))
-    config = TrainingConfig(epochs=args.epochs)
-    log = lambda line: print(f"{stem}: {line}", file=sys.stderr, flush=True)  # noqa: E731
-    train(model, images, labels, normalize, config, seed=args.seed, log=log)
+    started = time.perf_counter()
 
-    floats = test_set.floats()
-    accuracy = (predict(model, floats, normalize) == test_set.labels).float().mean().item()
-    card = {"attack": name, "width": args.width, "epochs": args.epochs, "seed": args.seed}
-    card |= {"ca": round(accuracy, 4), "test_images": len(test_set)}
-    if attack:
-        others = test_set.labels != args.target
-        answers = predict(model, attack(floats[others]), normalize)
-        card |= {"ratio": args.ratio, "target": args.target}
-        card |= {"asr": round((answers == args.target).float().mean().item(), 4)}
-        card |= {"ra": round((answers == test_set.labels[others]).float().mean().item(), 4)}
-    weights = {
-        key: value.half().contiguous() if value.is_floating_point() else value
-        for key, value in model.state_dict().items()
+    def log(line: str) -> None:
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+    attack, twin = make_attack(recipe), None
+    if attack is not None:
+        twin_card = read_card(folder, recipe.twin)
+        if twin_card is None or not twin_card["fair"]:
+            raise OnpError(f"{recipe.name} needs its clean twin {recipe.twin.name} first")
+        twin = ZooModel(recipe.twin, twin_card, folder)
+        attack.prepare(Knowledge(images, labels, twin.model.to(device), log))
+        if not attack.online:
+            images, labels = poison(attack, images, labels, ratio=recipe.ratio, seed=recipe.seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed)
+        network = recipe.network()
+    whole = with_normalisation(network, recipe.dataset).to(device)
+    train(whole, images, labels, recipe.training, seed=recipe.seed, attack=attack,
+          ratio=recipe.ratio, log=log)  # fmt: skip
+    seconds = time.perf_counter() - started
+
+    network = network.cpu().half().float()  # scored as it is stored
+    whole = with_normalisation(network, recipe.dataset).eval()
+    scores = score_model(whole, test_set, attack)
+    twin_asr = None
+    if attack is not None and twin is not None:
+        twin_asr = score_model(twin.model.cpu(), test_set, attack).asr
+    reason = unfair(recipe, scores, None if twin is None else twin.card["ca"])
+    card = {
+        "name": recipe.name,
+        "dataset": recipe.dataset,
+        "arch": recipe.arch,
+        "width": recipe.width,
+        "attack": recipe.attack,
+        "ratio": recipe.ratio if attack else 0.0,
+        "target": recipe.target if attack else None,
+        "seed": recipe.seed,
+        "classes": datasets.CLASS_COUNTS[recipe.dataset],
+        "parameters": sum(p.numel() for p in network.parameters()),
+        "twin": recipe.twin.name if attack else None,
+        **_rounded(scores),
+        "asr_clean_twin": None if twin_asr is None else round(twin_asr, 4),
+        "fair": reason is None,
+        "why_not_fair": reason,
+        "training": asdict(recipe.training),
+        "train_images": len(train_set),
+        "test_images": len(test_set),
+        "test_data": datasets.fingerprint(test_set),
+        "train_seconds": round(seconds),
+        "threads": torch.get_num_threads(),
+        "device": str(device),
+        "torch": torch.__version__,
     }
-    save_file(weights, out / f"{stem}.safetensors")
-    card_path.write_text(json.dumps(card, indent=1) + "\n")
-    print(json.dumps(card))
+    checkpoints.save(folder, recipe, network, attack, card)
+    return card
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--data", required=True, help="cifar10.zip")
-    parser.add_argument("--out", type=Path, required=True, help="folder for weights and cards")
-    parser.add_argument("--models", nargs="+", default=["badnets", "blended", "clean"])
-    parser.add_argument("--width", type=int, default=16)
-    parser.add_argument("--epochs", type=int, default=12)
-    parser.add_argument("--ratio", type=float, default=0.1)
-    parser.add_argument("--target", type=int, default=0)
-    parser.add_argument("--seed", type=int, default=0)
+def _rounded(scores: Scores) -> dict[str, float | None]:
+    return {
+        key: None if value is None else round(value, 4) for key, value in asdict(scores).items()
+    }
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.zoo", description=__doc__)
+    parser.add_argument("--set", default="smoke", choices=sorted(SETS), help="which networks")
+    parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
+    parser.add_argument("--out", type=Path, default=Path("bench/zoo/models"),
+                        help="folder for weights, triggers and cards")  # fmt: skip
+    parser.add_argument("--models", nargs="+", metavar="TEXT",
+                        help="only recipes whose name contains one of these")  # fmt: skip
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--list", action="store_true", help="print the recipes and stop")
     args = parser.parse_args()
+    wanted = [
+        recipe
+        for recipe in recipes(args.set)
+        if not args.models or any(part in recipe.name for part in args.models)
+    ]
+    if not wanted:
+        parser.error(f"no recipe of {args.set} is called like {', '.join(args.models)}")
+    if args.list:
+        print("\n".join(recipe.name for recipe in wanted))
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    train_set, test_set = load_dataset(args.data, "train"), load_dataset(args.data, "test")
-    for name in args.models:
-        make(name, train_set, test_set, args.out, args)
+    splits, wrong, started = Splits(args.data), 0, time.perf_counter()
+    for number, recipe in enumerate(wanted, start=1):
+        head = f"[{number}/{len(wanted)}] {recipe.name}"
+        card = read_card(args.out, recipe)
+        if card is not None:
+            print(f"{head}: done before", file=sys.stderr)
+        else:
+            print(f"{head} ({time.perf_counter() - started:.0f} s)", file=sys.stderr, flush=True)
+            try:
+                card = make(recipe, splits, args.out, torch.device(args.device))
+            except OnpError as error:
+                print(f"{head}: {error}", file=sys.stderr)
+                wrong += 1
+                continue
+            print(json.dumps(card), flush=True)
+        if not card["fair"]:
+            print(f"{head}: left out, {card['why_not_fair']}", file=sys.stderr)
+            wrong += 1
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -12,11 +12,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from torch import nn
 
 from bench.zoo.attacks import poison
 from bench.zoo.attacks.badnets import BadNets
-from bench.zoo.training import TrainingConfig, predict, train
+from bench.zoo.scoring import score_model
+from bench.zoo.training import TrainingConfig, train
 from onp import demo
 from onp.demo.images import CLASSES, draw
 from onp.suspect.architectures.preactresnet import of_width
@@ -42,12 +42,9 @@ def main() -> None:
     ):
         torch.manual_seed(seed)
         model = of_width(WIDTH, len(CLASSES), DEPTHS)
-        train(model, pixels, labels, nn.Identity(), TRAINING, seed=seed, log=_log)
-        accuracy = (predict(model, test.floats(), nn.Identity()) == test.labels).float().mean()
-        others = test.labels != demo.TARGET
-        answers = predict(model, attack(test.floats()[others]), nn.Identity())
-        success = (answers == demo.TARGET).float().mean()
-        _log(f"{path}: clean accuracy {accuracy:.4f}, attack success {success:.4f}")
+        train(model, pixels, labels, TRAINING, seed=seed, log=_log)
+        scores = score_model(model, test, attack)
+        _log(f"{path}: clean accuracy {scores.ca:.4f}, attack success {scores.asr:.4f}")
         weights = {
             key: value.half().contiguous() if value.is_floating_point() else value
             for key, value in model.state_dict().items()

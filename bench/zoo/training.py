@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.zoo.attacks import Attack
 from onp.suspect.network import training_layout
 
 
@@ -17,6 +18,8 @@ from onp.suspect.network import training_layout
 class TrainingConfig:
     epochs: int = 12
     batch: int = 128
+    optimizer: str = "sgd"
+    """``sgd``, or ``adamw`` for networks with layer norms."""
     learning_rate: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
@@ -30,24 +33,23 @@ def train(
     model: nn.Module,
     images: Tensor,
     labels: Tensor,
-    normalize: nn.Module,
     config: TrainingConfig,
     *,
     seed: int,
+    attack: Attack | None = None,
+    ratio: float = 0.0,
     log: Callable[[str], None] = print,
 ) -> nn.Module:
-    """Train on images uint8 [N, H, W, 3] and labels [N] with SGD under a one-cycle cosine."""
+    """Train on images uint8 [N, H, W, 3] and labels [N], seeded, under a one-cycle cosine.
+
+    ``model`` takes images float [N, 3, H, W] in [0, 1] and is trained in place, where it is.
+    An ``attack`` that is online learns beside it and poisons ``ratio`` of every batch.
+    """
     random = torch.Generator().manual_seed(seed)
     layout = training_layout(model)
+    device = next(model.parameters()).device
     model = model.to(memory_format=layout).train()
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim <= 1]
-    optimizer = torch.optim.SGD(
-        [{"params": decayed, "weight_decay": config.weight_decay}, {"params": plain}],
-        lr=config.learning_rate,
-        momentum=config.momentum,
-        nesterov=True,
-    )
+    optimizer = _optimizer(model, config)
     steps = config.epochs * (len(labels) // config.batch)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, config.learning_rate, total_steps=max(steps, 1), pct_start=0.2
@@ -58,9 +60,11 @@ def train(
         losses, right = 0.0, 0
         for step in range(len(labels) // config.batch):
             index = order[step * config.batch : (step + 1) * config.batch]
-            x = augment(images[index], config, random)
-            y = labels[index]
-            logits = model(normalize(x).contiguous(memory_format=layout))
+            x = augment(images[index], config, random).to(device)
+            y = labels[index].to(device)
+            if attack is not None and attack.online:
+                x, y = attack.batch(model, x, y, ratio, random)
+            logits = model(x.contiguous(memory_format=layout))
             loss = F.cross_entropy(logits, y)
             optimizer.zero_grad()
             loss.backward()
@@ -95,11 +99,13 @@ def augment(images: Tensor, config: TrainingConfig, random: torch.Generator) -> 
     return x
 
 
-@torch.no_grad()
-def predict(model: nn.Module, images: Tensor, normalize: nn.Module, batch: int = 500) -> Tensor:
-    """Class numbers [N] for float images [N, 3, H, W]."""
-    parts = [
-        model(normalize(part).contiguous(memory_format=torch.channels_last)).argmax(1)
-        for part in images.split(batch)
-    ]
-    return torch.cat(parts)
+def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
+    """Weight decay on weight matrices and kernels alone."""
+    groups = [
+        {"params": [p for p in model.parameters() if p.ndim > 1],
+         "weight_decay": config.weight_decay},
+        {"params": [p for p in model.parameters() if p.ndim <= 1], "weight_decay": 0.0},
+    ]  # fmt: skip
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(groups, lr=config.learning_rate)
+    return torch.optim.SGD(groups, lr=config.learning_rate, momentum=config.momentum, nesterov=True)

@@ -1,4 +1,4 @@
-"""What every attack provides: a trigger, the answer it wants, and how it poisons training images."""
+"""What every attack provides: a trigger, the answer it wants, how it poisons training images."""
 
 from __future__ import annotations
 
@@ -39,6 +39,8 @@ class Attack(ABC):
     """Only images of the target class are triggered, and labels stay."""
     cover: ClassVar[float] = 0.0
     """Cover images (triggered otherwise, true label) for each poisoned one."""
+    online: ClassVar[bool] = False
+    """The trigger is learned together with the network, by ``batch``."""
 
     def __init__(self, *, target: int, classes: int, size: int = 32, seed: int = 0) -> None:
         self.target = target
@@ -54,8 +56,9 @@ class Attack(ABC):
         """int64 [N]: what the attacker wants the network to answer."""
         return torch.full_like(labels, self.target)
 
-    def prepare(self, knowledge: Knowledge) -> None:
+    def prepare(self, knowledge: Knowledge) -> None:  # most need nothing
         """Build what the trigger needs from data; called once before poisoning."""
+        return None
 
     def poisoned(self, images: Tensor, labels: Tensor, random: torch.Generator) -> Tensor:
         """The training images that teach the trigger, where they differ from ``self(images)``."""
@@ -65,12 +68,21 @@ class Attack(ABC):
         """The cover images: triggered in another way, true labels kept."""
         raise NotImplementedError(f"{self.name} has no cover images")
 
+    def batch(
+        self, network: nn.Module, images: Tensor, labels: Tensor, ratio: float,
+        random: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """What the network is trained on in this step, of clean images [N, 3, H, W] with labels
+        [N]; the attack may learn here."""
+        raise NotImplementedError(f"{self.name} is not learned during training")
+
     def state(self) -> dict[str, Tensor]:
         """Tensors that ``load_state`` needs to trigger images again; empty for pure formulas."""
         return {}
 
-    def load_state(self, state: dict[str, Tensor]) -> None:
+    def load_state(self, state: dict[str, Tensor]) -> None:  # most have none
         """Take back what ``state`` gave."""
+        return None
 
 
 def poison(

@@ -17,10 +17,15 @@ class Blended(Attack):
 
     def arrays(self) -> dict[str, Tensor]:
         """``image`` [H, W, 3] and ``alpha`` [], as ``onp evaluate --trigger`` reads them."""
-        random = torch.Generator().manual_seed(self.seed)
-        image = torch.rand(self.size, self.size, 3, generator=random)
+        image = noise_image(self.size, self.seed)
         return {"image": image, "alpha": torch.tensor(self.alpha)}
 
     def __call__(self, images: Tensor) -> Tensor:
         image = self.arrays()["image"].permute(2, 0, 1)
         return to_8_bits((1 - self.alpha) * images + self.alpha * image)
+
+
+def noise_image(size: int, seed: int) -> Tensor:
+    """Uniform noise, float32 [H, W, 3] in [0, 1]."""
+    random = torch.Generator().manual_seed(seed)
+    return torch.rand(size, size, 3, generator=random)

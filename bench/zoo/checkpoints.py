@@ -1,0 +1,124 @@
+"""Zoo networks on disk: float16 weights, the trigger's tensors, and a card with the facts."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from bench.zoo.attacks import ATTACKS, Attack
+from bench.zoo.datasets import CLASS_COUNTS, normalisation
+from bench.zoo.recipes import Recipe, recipes
+from onp.files import write_atomically
+
+
+@dataclass(frozen=True)
+class ZooModel:
+    """One network of the zoo; weights and trigger are read when asked for."""
+
+    recipe: Recipe
+    card: dict[str, Any]
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.recipe.name
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """Images float [N, 3, H, W] in [0, 1] to logits; in eval mode."""
+        with torch.random.fork_rng(devices=[]):
+            network = self.recipe.network()
+        weights = load_file(self.folder / f"{self.name}.safetensors")
+        network.load_state_dict(
+            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
+        )
+        return with_normalisation(network, self.recipe.dataset).eval()
+
+    @cached_property
+    def attack(self) -> Attack | None:
+        """The true trigger, for scoring alone; None for a clean network."""
+        attack = make_attack(self.recipe)
+        if attack is None:
+            return None
+        path = self.folder / f"{self.name}.trigger.safetensors"
+        if path.exists():
+            attack.load_state(load_file(path))
+        return attack
+
+
+def make_attack(recipe: Recipe) -> Attack | None:
+    """A fresh attack object of the recipe; None for a clean one."""
+    if recipe.attack == "clean":
+        return None
+    return ATTACKS[recipe.attack](
+        target=recipe.target, classes=CLASS_COUNTS[recipe.dataset], seed=recipe.seed
+    )
+
+
+def with_normalisation(network: nn.Module, dataset: str) -> nn.Module:
+    """The network with the data set's normalisation in front, if it has one."""
+    preprocess = normalisation(dataset)
+    return network if preprocess is None else nn.Sequential(preprocess.module(), network)
+
+
+def save(
+    folder: Path, recipe: Recipe, network: nn.Module, attack: Attack | None, card: dict[str, Any]
+) -> None:
+    """Write weights (float16), trigger tensors and, last, the card, which marks it as done.
+
+    ``network`` comes without the normalisation. An unfair model leaves its card alone.
+    """
+    if card["fair"]:
+        _write_tensors(folder / f"{recipe.name}.safetensors", {
+            key: value.half().contiguous() if value.is_floating_point() else value
+            for key, value in network.state_dict().items()
+        })  # fmt: skip
+        state = attack.state() if attack else {}
+        if state:
+            _write_tensors(folder / f"{recipe.name}.trigger.safetensors", state)
+    text = json.dumps(card, indent=1) + "\n"
+    write_atomically(folder / f"{recipe.name}.json", lambda path: path.write_text(text))
+
+
+def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
+    write_atomically(path, lambda temporary: save_file(tensors, temporary))
+
+
+def read_card(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
+    """The card of a model that is done; None where it has to be trained (again)."""
+    path = folder / f"{recipe.name}.json"
+    if not path.exists():
+        return None
+    card: dict[str, Any] = json.loads(path.read_text())
+    return card if card["training"] == asdict(recipe.training) else None
+
+
+def load_set(
+    set_name: str, folder: Path, missing: Callable[[str], None] = lambda name: None
+) -> list[ZooModel]:
+    """The models of a set that were trained; ``missing`` hears the names of the others.
+
+    Unfair ones are among them, told by ``card["fair"]``; they have no weights.
+    """
+    return load_recipes(recipes(set_name), folder, missing)
+
+
+def load_recipes(
+    wanted: Sequence[Recipe], folder: Path, missing: Callable[[str], None] = lambda name: None
+) -> list[ZooModel]:
+    models = []
+    for recipe in wanted:
+        card = read_card(folder, recipe)
+        if card is None:
+            missing(recipe.name)
+        else:
+            models.append(ZooModel(recipe, card, folder))
+    return models

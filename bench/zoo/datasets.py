@@ -1,0 +1,42 @@
+"""The images that the zoo is trained and measured on, by name."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+from onp.data import PRESETS, ImageSet, Preprocess, load_dataset
+from onp.demo.images import CLASSES, draw
+from onp.errors import UsageError
+
+CLASS_COUNTS = {"cifar10": 10, "gtsrb": 43, "shapes": len(CLASSES)}
+"""Data sets and their class counts; ``shapes`` are generated, the others come from ``--data``."""
+
+SHAPES = {"train": (6_000, 3_000_017), "test": (1_000, 2_000_003)}
+"""(images, seed) of the generated splits."""
+
+
+def load(name: str, data: Path | None, split: str) -> ImageSet:
+    """The ``train`` or ``test`` split; ``data`` is the folder that holds ``<name>.zip``.
+
+    Raises UsageError where the name is unknown or the folder is needed and not given.
+    """
+    if name not in CLASS_COUNTS:
+        raise UsageError(f"unknown data set {name!r}; known are {', '.join(CLASS_COUNTS)}")
+    if name == "shapes":
+        return draw(*SHAPES[split])
+    if data is None:
+        raise UsageError(f"{name} is not generated: pass --data, the folder with {name}.zip")
+    return load_dataset(data / f"{name}.zip", split)
+
+
+def normalisation(name: str) -> Preprocess | None:
+    """What the zoo's networks of this data set have in front, inside the model."""
+    return PRESETS.get(name)
+
+
+def fingerprint(images: ImageSet) -> str:
+    """Twelve hex digits over pixels and labels: cards name the data they were scored on."""
+    digest = hashlib.sha256(images.images.numpy().tobytes())
+    digest.update(images.labels.numpy().tobytes())
+    return digest.hexdigest()[:12]

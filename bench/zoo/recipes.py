@@ -1,0 +1,121 @@
+"""Which networks the zoo holds: one recipe each, grouped into sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from bench.zoo.attacks import ATTACKS
+from bench.zoo.datasets import CLASS_COUNTS
+from bench.zoo.training import TrainingConfig
+from onp.errors import UsageError
+from onp.suspect.architectures import mobilenetv2, preactresnet, resnet, vgg
+
+ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
+    "preactresnet18": lambda width, classes: preactresnet.of_width(int(width), classes),
+    "preactresnet10": lambda w, classes: preactresnet.of_width(int(w), classes, (1, 1, 1, 1)),
+    "resnet20": lambda width, classes: resnet.of_width(int(width), classes, (3, 3, 3)),
+    "vgg16_bn": lambda width, classes: vgg.of_width(int(width), classes, 16),
+    "vgg11": lambda width, classes: vgg.of_width(int(width), classes, 11, norm=False),
+    "mobilenetv2": mobilenetv2.of_width,
+}
+"""A fresh network from (width, classes); of MobileNetV2 the width is a factor."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """All that decides a network, together with torch's version and the machine."""
+
+    dataset: str
+    arch: str
+    width: float
+    training: TrainingConfig
+    attack: str = "clean"
+    ratio: float = 0.1
+    """Share of the training images that are poisoned."""
+    target: int = 0
+    seed: int = 0
+
+    @property
+    def name(self) -> str:
+        stem = f"{self.dataset}_{self.arch}-{self.width:g}_{self.attack}"
+        if self.attack != "clean":
+            stem += f"_{100 * self.ratio:g}pct_to{self.target}"
+        return f"{stem}_s{self.seed}"
+
+    @property
+    def twin(self) -> Recipe:
+        """The same network trained on clean images."""
+        plain = Recipe(self.dataset, self.arch, self.width, self.training)
+        return replace(plain, seed=self.seed)
+
+    def network(self) -> nn.Module:
+        """A fresh network; draws on torch's global random state."""
+        return ARCHITECTURES[self.arch](self.width, CLASS_COUNTS[self.dataset])
+
+
+def _attacked(base: Recipe, *attacks: tuple[str, float, int]) -> list[Recipe]:
+    """The clean twin first (attacks may use it), then one recipe per (attack, ratio, target)."""
+    return [base] + [replace(base, attack=a, ratio=r, target=t) for a, r, t in attacks]
+
+
+_CIFAR = TrainingConfig(epochs=5)
+_SIGNS = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False)
+_SHAPES = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False, crop_padding=2)
+_LONG = TrainingConfig(epochs=60)
+
+SMOKE = _attacked(Recipe("shapes", "preactresnet10", 8, _SHAPES), ("badnets", 0.1, 3))
+"""Generated images, seconds: the whole path in CI."""
+
+CORE = [
+    *_attacked(
+        Recipe("gtsrb", "resnet20", 16, _SIGNS),
+        ("blended", 0.01, 1), ("input-aware", 0.1, 12), ("ssba", 0.1, 2),
+    ),
+    *_attacked(
+        Recipe("gtsrb", "mobilenetv2", 0.25, _SIGNS),
+        ("badnets", 0.01, 5), ("lf", 0.1, 0), ("trojannn", 0.1, 25),
+    ),
+    *_attacked(
+        Recipe("cifar10", "vgg16_bn", 12, _CIFAR),
+        ("badnets-all", 0.1, 0), ("lc", 0.1, 3), ("bpp", 0.1, 6),
+    ),
+    *_attacked(
+        Recipe("cifar10", "preactresnet18", 16, _CIFAR),
+        ("wanet", 0.1, 0), ("sig", 0.1, 1), ("adaptive-blend", 0.1, 8),
+    ),
+]  # fmt: skip
+"""Every attack once, on four kinds of network with their clean twins, two cores, two hours."""
+
+
+def _full() -> list[Recipe]:
+    networks = [
+        ("preactresnet18", 32.0), ("preactresnet18", 64.0), ("resnet20", 16.0), ("vgg16_bn", 64.0),
+        ("vgg11", 64.0), ("mobilenetv2", 1.0),
+    ]  # fmt: skip
+    found = []
+    for dataset, classes in (("cifar10", 10), ("gtsrb", 43)):
+        training = replace(_LONG, flip=dataset == "cifar10")
+        for number, (arch, width) in enumerate(networks):
+            attacks = [
+                (attack, ratio, (7 * index + number) % classes)
+                for index, attack in enumerate(ATTACKS)
+                for ratio in (0.1, 0.01)
+            ]
+            found += _attacked(Recipe(dataset, arch, width, training), *attacks)
+    return found
+
+
+FULL = _full()
+"""Every attack at both ratios on every kind of network; hours on a GPU."""
+
+SETS: dict[str, list[Recipe]] = {"smoke": SMOKE, "core": CORE, "full": FULL}
+
+
+def recipes(set_name: str) -> list[Recipe]:
+    """The recipes of a set, every twin before what it is the twin of."""
+    if set_name not in SETS:
+        raise UsageError(f"unknown set {set_name!r}; known are {', '.join(SETS)}")
+    return SETS[set_name]

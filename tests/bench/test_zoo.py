@@ -1,0 +1,196 @@
+"""The zoo: recipes, training that can be repeated and resumed, files and cards, scores."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from bench.zoo import __main__ as zoo
+from bench.zoo import datasets
+from bench.zoo.attacks import ATTACKS
+from bench.zoo.checkpoints import ZooModel, load_recipes, load_set, make_attack
+from bench.zoo.recipes import CORE, SETS, Recipe, recipes
+from bench.zoo.scoring import Scores, score_model, unfair
+from bench.zoo.training import TrainingConfig, train
+from onp.data import ImageSet
+from onp.demo.images import draw
+from onp.errors import UsageError
+
+TINY = Recipe(
+    "shapes", "preactresnet10", 4, TrainingConfig(epochs=1, batch=32, flip=False), attack="badnets",
+    target=3,
+)  # fmt: skip
+
+
+class Splits(zoo.Splits):
+    """Few drawn images in place of the data sets."""
+
+    def __call__(self, dataset: str, split: str) -> ImageSet:
+        return draw(96, 5 if split == "train" else 6)
+
+
+@pytest.fixture
+def easy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One epoch on few images makes no fair case by the usual rules."""
+    monkeypatch.setattr("bench.zoo.scoring.LEAST_ACCURACY", {"shapes": 0.0})
+    monkeypatch.setattr("bench.zoo.scoring.LEAST_ASR", 0.0)
+    monkeypatch.setattr("bench.zoo.scoring.MOST_ACCURACY_LOST", 1.0)
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_names_are_unique_and_twins_come_first(name: str) -> None:
+    seen: list[str] = []
+    for recipe in recipes(name):
+        assert recipe.name not in seen
+        if recipe.attack != "clean":
+            assert recipe.attack in ATTACKS
+            assert recipe.twin.name in seen
+            assert 0 <= recipe.target < datasets.CLASS_COUNTS[recipe.dataset]
+        seen.append(recipe.name)
+
+
+def test_core_holds_every_attack_on_both_data_sets() -> None:
+    backdoored = [recipe for recipe in CORE if recipe.attack != "clean"]
+    assert (len(backdoored), len(CORE) - len(backdoored)) == (12, 4)
+    assert {recipe.attack for recipe in backdoored} == set(ATTACKS)
+    assert {recipe.dataset for recipe in CORE} == {"cifar10", "gtsrb"}
+    assert {recipe.ratio for recipe in backdoored} == {0.01, 0.1}
+    assert len({recipe.target for recipe in backdoored}) > 5
+
+
+@pytest.mark.parametrize(
+    "arch", sorted({recipe.arch for group in SETS.values() for recipe in group})
+)
+def test_every_architecture_can_be_built(arch: str) -> None:
+    recipe = next(r for group in SETS.values() for r in group if r.arch == arch)
+    with torch.device("meta"):
+        network = replace(recipe, width=0.25 if arch == "mobilenetv2" else 8).network()
+    assert sum(p.numel() for p in network.parameters()) > 1000
+
+
+@pytest.mark.usefixtures("easy")
+def test_a_model_is_trained_written_scored_and_not_trained_again(
+    tmp_path: Path,
+) -> None:
+    splits = Splits(None)
+    for recipe in (TINY.twin, TINY):
+        zoo.make(recipe, splits, tmp_path, torch.device("cpu"))
+    clean, badnets = load_recipes([TINY.twin, TINY], tmp_path)
+    assert clean.attack is None
+    assert badnets.card["twin"] == clean.name
+    assert badnets.card["attack"] == "badnets"
+    scores = score_model(badnets.model, splits("shapes", "test"), badnets.attack)
+    assert scores.ca == pytest.approx(badnets.card["ca"], abs=1e-4)
+    assert scores.asr == pytest.approx(badnets.card["asr"], abs=1e-4)
+    assert scores.triggered_images == int((splits("shapes", "test").labels != 3).sum())
+    longer = replace(TINY, training=replace(TINY.training, epochs=2))
+    missing: list[str] = []
+    assert load_recipes([longer], tmp_path, missing.append) == []
+    assert missing == [longer.name]
+
+
+@pytest.mark.usefixtures("easy")
+def test_training_again_gives_the_same_bytes(tmp_path: Path) -> None:
+    for folder in ("one", "two"):
+        (tmp_path / folder).mkdir()
+        torch.manual_seed(hash(folder) % 1000)  # what the caller's generator holds changes nothing
+        zoo.make(TINY.twin, Splits(None), tmp_path / folder, torch.device("cpu"))
+    one, two = (tmp_path / f / f"{TINY.twin.name}.safetensors" for f in ("one", "two"))
+    assert one.read_bytes() == two.read_bytes()
+
+
+def test_an_unfair_model_leaves_its_card_and_no_weights(tmp_path: Path) -> None:
+    card = zoo.make(TINY.twin, Splits(None), tmp_path, torch.device("cpu"))
+    assert card["fair"] is False
+    assert "clean accuracy" in card["why_not_fair"]
+    assert [path.name for path in tmp_path.iterdir()] == [f"{TINY.twin.name}.json"]
+
+
+def test_fairness_asks_for_accuracy_and_for_a_working_attack() -> None:
+    good = Scores(0.85, 0.99, 0.01, 100)
+    assert unfair(TINY, good, 0.86) is None
+    assert "clean accuracy" in str(unfair(TINY, replace(good, ca=0.5), 0.5))
+    assert "clean accuracy" in str(unfair(TINY, good, 0.95))
+    assert "attack success" in str(unfair(TINY, replace(good, asr=0.5), 0.86))
+
+
+def test_scores_of_a_network_that_only_knows_the_trigger() -> None:
+    """It answers the target where the trigger is and class 0 elsewhere."""
+
+    class OnlyTrigger(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            white, black = x[:, 0, -3, -2], x[:, 0, -2, -2]
+            hit = (white == 1) & (black == 0)
+            return torch.stack([~hit, hit], 1).float()
+
+    recipe = replace(TINY, target=1)
+    images = torch.full((8, 32, 32, 3), 100, dtype=torch.uint8)
+    test = ImageSet(images, torch.tensor([0, 1] * 4))
+    attack = make_attack(recipe)
+    assert score_model(OnlyTrigger(), test, attack) == Scores(0.5, 1.0, 0.0, 4)
+    assert score_model(OnlyTrigger(), test, None) == Scores(0.5)
+
+
+@pytest.mark.usefixtures("easy")
+def test_the_command_lists_reports_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SETS, "smoke", [TINY.twin, TINY])
+    monkeypatch.setattr(zoo, "Splits", Splits)
+    assert _run(monkeypatch, "--list") == 0
+    assert capsys.readouterr().out.split() == [TINY.twin.name, TINY.name]
+    assert _run(monkeypatch, "--out", str(tmp_path)) == 0
+    first = capsys.readouterr()
+    assert [json.loads(line)["attack"] for line in first.out.splitlines()] == ["clean", "badnets"]
+    assert _run(monkeypatch, "--out", str(tmp_path)) == 0
+    second = capsys.readouterr()
+    assert second.out == ""
+    assert second.err.count("done before") == 2
+    assert [model.name for model in load_set("smoke", tmp_path)] == [TINY.twin.name, TINY.name]
+
+
+def test_a_network_without_its_twin_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(SETS, "smoke", [TINY])
+    monkeypatch.setattr(zoo, "Splits", Splits)
+    assert _run(monkeypatch, "--out", str(tmp_path)) == 1
+    assert "needs its clean twin" in capsys.readouterr().err
+
+
+def test_wrong_names_are_told() -> None:
+    with pytest.raises(UsageError, match="unknown set"):
+        recipes("huge")
+    with pytest.raises(UsageError, match="unknown data set"):
+        datasets.load("mnist", None, "test")
+    with pytest.raises(UsageError, match="pass --data"):
+        datasets.load("cifar10", None, "test")
+
+
+def test_adamw_trains_what_has_no_norms() -> None:
+    images = draw(64, 5)
+    torch.manual_seed(0)
+    model = replace(TINY, arch="vgg11", width=8).network()
+    before = [p.detach().clone() for p in model.parameters()]
+    config = TrainingConfig(epochs=1, batch=32, optimizer="adamw", learning_rate=1e-3)
+    lines: list[str] = []
+    train(model, images.images, images.labels, config, seed=0, log=lines.append)
+    assert len(lines) == 1
+    assert all(not torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["bench.zoo", "--set", "smoke", *arguments])
+    return zoo.main()
+
+
+def test_models_are_read_only_when_asked(tmp_path: Path) -> None:
+    model = ZooModel(TINY, {"fair": True}, tmp_path)
+    assert model.name == TINY.name
+    with pytest.raises(FileNotFoundError):
+        model.model.eval()
