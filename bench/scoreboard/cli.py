@@ -17,8 +17,9 @@ from bench.scoreboard.scoring import Examiner, LoadImages, Subject
 from bench.scoreboard.summary import summarise
 from onp.errors import OnpError, UsageError
 
-LoadSet = Callable[[str, Path], Sequence[Subject]]
-"""(name of the set, folder of the checkpoints) to its networks."""
+LoadSet = Callable[[str, Path, Callable[[str], None]], Sequence[Subject]]
+"""(name of the set, folder of the checkpoints, what hears the names of networks that are not there)
+to the networks of the set."""
 
 _BENCH = Path(__file__).parents[1]
 _CLEAN_SAMPLES = 500
@@ -36,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
     add("--models", nargs="+", metavar="NAME", help="these networks alone")
     add("--defences", nargs="+", default=["all"], metavar="NAME", help="names, or all")
-    add("--data", help="folder with the data sets")
+    add("--data", type=Path, help="folder with the data sets")
     add("--seeds", type=int, nargs="+", default=[0])
     add("--clean-samples", type=int, default=_CLEAN_SAMPLES, help="training images for a defence")
     add("--test-images", type=int, default=4000, help="test images that score, at most")
@@ -78,17 +79,19 @@ def _main(
     load: LoadImages,
     defences: Mapping[str, Defence],
 ) -> int:
-    subjects = {subject.card["name"]: subject for subject in load_set(args.set, args.models_dir)}
+    absent: list[str] = []
+    found = load_set(args.set, args.models_dir, absent.append)
+    subjects = {str(subject.card["name"]): subject for subject in found}
     names = chosen("network", args.models or ["all"], subjects)
     wanted = chosen("defence", args.defences, defences)
     seeds = list(dict.fromkeys(args.seeds))
     cards = [subjects[name].card for name in names if subjects[name].card["fair"]]
-    unfair = {
+    left_out = {
         name: str(subjects[name].card["why_not_fair"])
         for name in names
         if not subjects[name].card["fair"]
-    }
-    for name, reason in unfair.items():
+    } | dict.fromkeys(absent, "not trained")
+    for name, reason in left_out.items():
         print(f"left out: {name}: {reason}", file=sys.stderr)
 
     out = args.out or default_out(args.set, args.clean_samples)
@@ -126,7 +129,7 @@ def _main(
         command=_command(args),
         rows=shown,
         summary=summarise(shown, cards, seeds, args.by),
-        unfair=unfair,
+        left_out=left_out,
         public=public_context(args.leaderboard, shown) if args.leaderboard else {},
     )
     print(report.as_json() if args.json else report.markdown(), end="")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from pathlib import Path
 
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -25,7 +27,14 @@ class PeakMemory:
 
 
 def _reset() -> bool:
-    """Whether the peak is now the present size: some kernels ignore or refuse the request."""
+    """Whether the peak is now the present size: some kernels ignore or refuse the request.
+
+    What was freed before is given back to the system first, or it would count as in use.
+    """
+    gc.collect()
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's own
+    if trim is not None:
+        trim(0)
     try:
         _CLEAR_REFS.write_text("5")
     except OSError:

@@ -33,7 +33,7 @@ class Report:
     rows: Sequence[Row]
     """The rows that are summarised."""
     summary: Summary
-    unfair: Mapping[str, str]
+    left_out: Mapping[str, str]
     """Networks that were left out, and why."""
     public: Mapping[str, Sequence[PublicMean]]
     """BackdoorBench's means by data set."""
@@ -42,8 +42,8 @@ class Report:
         """Command, environment and tables."""
         parts = [f"# Scoreboard: {self.title}", f"`{self.command}`"]
         parts += [markdown.environment(self.rows), markdown.tables(self.summary)]
-        if self.unfair:
-            parts += ["### Left out", markdown.left_out(self.unfair)]
+        if self.left_out:
+            parts += ["### Left out", markdown.left_out(self.left_out)]
         for dataset, means in self.public.items():
             parts += ["### Elsewhere", _PUBLIC_NOTE.format(dataset=dataset, backbone=_BACKBONE)]
             parts += [markdown.public_table(means)]
@@ -54,7 +54,7 @@ class Report:
         public = {
             dataset: [asdict(mean) for mean in means] for dataset, means in self.public.items()
         }
-        value = asdict(self.summary) | {"left_out": dict(self.unfair), "public": public}
+        value = asdict(self.summary) | {"left_out": dict(self.left_out), "public": public}
         return json.dumps(value, indent=2, allow_nan=False) + "\n"
 
     def write(self, out: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -15,7 +16,7 @@ from onp.data import ImageSet, draw_balanced
 from onp.errors import BadData
 from onp.metrics import predict
 
-LoadImages = Callable[[str, str | None, str], ImageSet]
+LoadImages = Callable[[str, Path | None, str], ImageSet]
 """(data set, folder of the data, split) to its images."""
 
 TEST_SEED = 0
@@ -27,7 +28,8 @@ _BATCH = 250
 class Subject(Protocol):
     """A network of the zoo, its card and its attack."""
 
-    card: dict[str, Any]
+    @property
+    def card(self) -> dict[str, Any]: ...
 
     @property
     def model(self) -> nn.Module:
@@ -122,7 +124,7 @@ class Examiner:
         subjects: Mapping[str, Subject],
         load: LoadImages,
         *,
-        data: str | None,
+        data: Path | None,
         test_images: int,
         clean_samples: int,
         seeds: Sequence[int],
@@ -167,10 +169,9 @@ class Examiner:
         """The network and its clean twin before any defence."""
         if name not in self._baselines:
             exam, subject = self.exam(name), self._subjects[name]
-            twin = self._subjects.get(subject.card.get("twin") or "")
-            self._baselines[name] = Baseline(
-                exam.score(subject.model), exam.attack_success(twin.model) if twin else None
-            )
+            twin = self._subjects.get(subject.card["twin"])
+            excused = exam.attack_success(twin.model) if twin and twin.card["fair"] else None
+            self._baselines[name] = Baseline(exam.score(subject.model), excused)
         return self._baselines[name]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
 from dataclasses import dataclass, field, replace
@@ -61,7 +61,7 @@ class Reader(nn.Module):
         return nn.functional.one_hot(answers, CLASSES).float()
 
 
-def images(name: str, _data: str | None, split: str) -> ImageSet:
+def images(name: str, _data: Path | None, split: str) -> ImageSet:
     """Drawn images with the label in the first pixel and no white where the trigger is."""
     if name == "none":
         raise BadData("clean data not found: none")
@@ -124,9 +124,13 @@ class Stubs:
         for name, change in changes.items():
             self.add(name, change)
 
+    def load(self, _set: str, _folder: Path, missing: Callable[[str], None]) -> Sequence[ZooModel]:
+        missing("untrained")
+        return self.zoo
+
     def run(self, *options: str) -> int:
         argv = ["--test-images", "100", "--clean-samples", "50", "--out", str(self.out), *options]
-        return main(argv, lambda name, folder: self.zoo, images, self.defences)
+        return main(argv, self.load, images, self.defences)
 
     def rows(self) -> dict[tuple[str, str, int, bool], Row]:
         rows = read_rows(self.out).values()
@@ -446,7 +450,7 @@ def test_unfair_networks_are_listed_and_left_out(
     assert stubs.run("--defences", "nothing") == 0
     captured = capsys.readouterr()
     assert "left out: faint: ASR below 90%" in captured.err
-    assert "- faint: ASR below 90%" in captured.out
+    assert "- faint: ASR below 90%\n- untrained: not trained" in captured.out
     assert {name for name, *_ in stubs.rows()} == {"patched", "twin"}
 
 
