@@ -1,0 +1,1 @@
+"""Defences against backdoored networks, compared on one set of networks, images and rules."""

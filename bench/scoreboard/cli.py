@@ -1,0 +1,185 @@
+"""The command: what to run, running it, and what is printed and written of it."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from bench.defences.api import Defence
+from bench.scoreboard.provenance import provenance
+from bench.scoreboard.report import Report, public_context
+from bench.scoreboard.rows import Key, Row, read_rows
+from bench.scoreboard.run import Job, Runner, pending
+from bench.scoreboard.scoring import Examiner, LoadImages, Subject
+from bench.scoreboard.summary import summarise
+from onp.errors import OnpError, UsageError
+
+LoadSet = Callable[[str, Path, Callable[[str], None]], Sequence[Subject]]
+"""(name of the set, folder of the checkpoints, what hears the names of networks that are not there)
+to the networks of the set."""
+
+_BENCH = Path(__file__).parents[1]
+_CLEAN_SAMPLES = 500
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(
+        prog="python -m bench.scoreboard",
+        description="Run defences on a set of networks; one JSON line per run, appended when it is "
+        "done; a line that is there is not run again. The options choose both what runs and what "
+        "is summarised.",
+    )
+    add = made.add_argument
+    add("--set", default="core", help="name of the set of networks")
+    add("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
+    add("--models", nargs="+", metavar="NAME", help="these networks alone")
+    add("--defences", nargs="+", default=["all"], metavar="NAME", help="names, or all")
+    add("--data", type=Path, help="folder with the data sets")
+    add("--seeds", type=int, nargs="+", default=[0])
+    add("--clean-samples", type=int, default=_CLEAN_SAMPLES, help="training images for a defence")
+    add("--test-images", type=int, default=4000, help="test images that score, at most")
+    add("--out", type=Path, help="JSON lines (default: bench/results/scoreboard_<set>.jsonl)")
+    add(
+        "--oracle",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="score every candidate of a defence with the true trigger: a row marked oracle",
+    )
+    add("--oracle-images", type=int, help="test images to pick by; the pick is scored on all")
+    add("--by", nargs="+", choices=("dataset", "arch", "attack"), default=[])
+    add("--leaderboard", type=Path, metavar="CSV", help="BackdoorBench's results.csv, for context")
+    add("--json", action="store_true", help="print the summary as JSON")
+    add("--summary-only", action="store_true", help="run nothing")
+    add("--retry-errors", action="store_true", help="run again what failed")
+    return made
+
+
+def main(
+    argv: Sequence[str], load_set: LoadSet, load: LoadImages, defences: Mapping[str, Defence]
+) -> int:
+    """0: done; 1: something failed and the rest is done; 2: wrong call; 130: interrupted."""
+    args = parser().parse_args(argv)
+    try:
+        return _main(args, load_set, load, defences)
+    except OnpError as error:
+        print(f"scoreboard: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("scoreboard: interrupted; finished rows are kept, the same call goes on from there",
+              file=sys.stderr)  # fmt: skip
+        return 130
+
+
+def _main(
+    args: argparse.Namespace,
+    load_set: LoadSet,
+    load: LoadImages,
+    defences: Mapping[str, Defence],
+) -> int:
+    absent: list[str] = []
+    found = load_set(args.set, args.models_dir, absent.append)
+    subjects = {str(subject.card["name"]): subject for subject in found}
+    names = chosen("network", args.models or ["all"], subjects)
+    wanted = chosen("defence", args.defences, defences)
+    seeds = list(dict.fromkeys(args.seeds))
+    cards = [subjects[name].card for name in names if subjects[name].card["fair"]]
+    left_out = {
+        name: str(subjects[name].card["why_not_fair"])
+        for name in names
+        if not subjects[name].card["fair"]
+    } | dict.fromkeys(absent, "not trained")
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}", file=sys.stderr)
+
+    out = args.out or default_out(args.set, args.clean_samples)
+    rows = read_rows(out, repair=not args.summary_only)
+    _check_samples(out, rows, args.clean_samples)
+    broken: list[str] = []
+    if not args.summary_only:
+        jobs = [
+            Job(card["name"], defence, seed, args.clean_samples, args.oracle)
+            for card in cards
+            for defence in wanted
+            for seed in seeds
+        ]
+        todo = pending(jobs, rows, retry_errors=args.retry_errors)
+        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {out}", file=sys.stderr)
+        examiner = Examiner(
+            subjects,
+            load,
+            data=args.data,
+            test_images=args.test_images,
+            clean_samples=args.clean_samples,
+            seeds=seeds,
+        )
+        runner = Runner(subjects, defences, examiner, out, provenance(), args.oracle_images)
+        broken = runner.run(todo, rows)
+
+    order = {card["name"]: index for index, card in enumerate(cards)}
+    shown = [
+        row
+        for row in sorted(rows.values(), key=lambda row: order.get(row.model, 0))
+        if row.model in order and row.defence in wanted and row.seed in seeds
+    ]
+    report = Report(
+        title=f"{args.set}, {args.clean_samples} clean images",
+        command=_command(args),
+        rows=shown,
+        summary=summarise(shown, cards, seeds, args.by),
+        left_out=left_out,
+        public=public_context(args.leaderboard, shown) if args.leaderboard else {},
+    )
+    print(report.as_json() if args.json else report.markdown(), end="")
+    if shown:
+        report.write(out)
+    return 0 if args.summary_only else _outcome(shown, broken)
+
+
+def _outcome(rows: Sequence[Row], broken: Sequence[str]) -> int:
+    """Say what failed; the exit code."""
+    failed = [row for row in rows if row.error is not None]
+    if failed:
+        defences = ", ".join(sorted({row.defence for row in failed}))
+        print(
+            f"scoreboard: errors in rows of {defences} ({len(failed)}); --retry-errors runs them "
+            "again",
+            file=sys.stderr,
+        )
+    return 1 if failed or broken else 0
+
+
+def chosen(kind: str, names: Sequence[str], known: Mapping[str, object]) -> list[str]:
+    """``names`` without repeats, ``all`` spelt out. Raises UsageError listing the known ones."""
+    unknown = [name for name in names if name not in known and name != "all"]
+    if unknown:
+        raise UsageError(f"unknown {kind} {', '.join(unknown)}; there are: {', '.join(known)}")
+    return list(known) if "all" in names else list(dict.fromkeys(names))
+
+
+def default_out(set_name: str, clean_samples: int) -> Path:
+    """Another number of clean images has a file of its own."""
+    suffix = "" if clean_samples == _CLEAN_SAMPLES else f"_{clean_samples}clean"
+    return _BENCH / "results" / f"scoreboard_{set_name}{suffix}.jsonl"
+
+
+def _check_samples(out: Path, rows: Mapping[Key, Row], clean_samples: int) -> None:
+    others = {row.clean_samples for row in rows.values()} - {clean_samples}
+    if others:
+        raise UsageError(
+            f"{out} holds rows of {sorted(others)} clean images: use another --out for "
+            f"{clean_samples}"
+        )
+
+
+def _command(args: argparse.Namespace) -> str:
+    """The call that gives these tables, wherever data and checkpoints lie."""
+    command = ["python", "-m", "bench.scoreboard", "--set", args.set, "--data", "DATA"]
+    command += ["--defences", *args.defences]
+    command += ["--models", *args.models] if args.models else []
+    command += ["--seeds", *map(str, args.seeds), "--clean-samples", str(args.clean_samples)]
+    command += ["--test-images", str(args.test_images)]
+    command += ["--by", *args.by] if args.by else []
+    return shlex.join(command)

@@ -1,0 +1,696 @@
+"""The scoreboard on a stub zoo whose scores are known by construction."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from copy import deepcopy
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bench.defences.api import Defence, Info, NotApplicable
+from bench.scoreboard import memory
+from bench.scoreboard.cli import default_out, main
+from bench.scoreboard.figures import cost_points, draw_figures, tradeoff_points
+from bench.scoreboard.leaderboard import public_means
+from bench.scoreboard.markdown import main_table
+from bench.scoreboard.memory import PeakMemory
+from bench.scoreboard.rows import Row, append_rows, der, plain, read_rows
+from bench.scoreboard.run import duration
+from bench.scoreboard.scoring import Exam
+from bench.scoreboard.summary import NO_DEFENCE, aggregate, summarise
+from bench.zoo.attacks import Attack
+from bench.zoo.attacks.badnets import BadNets, BadNetsAllToAll
+from onp.data import ImageSet
+from onp.demo.images import draw
+from onp.errors import BadData, UsageError
+from onp.ledger import Ledger
+
+TARGET, CLASSES = 0, 10
+_STEP = 20
+"""The first pixel of an image is its label times this."""
+
+
+class Reader(nn.Module):
+    """Reads the label from the first pixel; triggered images of ``moved`` go to the target."""
+
+    def __init__(self, moved: Iterable[int] = (), confused: Iterable[int] = ()) -> None:
+        super().__init__()
+        self.moved = set(moved)
+        self.confused = set(confused)
+        """Classes that are answered with the next one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        labels = (x[:, 0, 0, 0] * 255 / _STEP).round().long()
+        triggered = x[:, 0, 28, 29] == 1
+        answers = labels.clone()
+        for label in range(CLASSES):
+            if label in self.confused:
+                answers[labels == label] = (label + 1) % CLASSES
+            if label in self.moved:
+                answers[(labels == label) & triggered] = TARGET
+        return nn.functional.one_hot(answers, CLASSES).float()
+
+
+def images(name: str, _data: Path | None, split: str) -> ImageSet:
+    """Drawn images with the label in the first pixel and no white where the trigger is."""
+    if name == "none":
+        raise BadData("clean data not found: none")
+    drawn = draw({"train": 200, "test": 150}[split], {"train": 1, "test": 2}[split])
+    pixels = drawn.images.clone()
+    pixels[:, 0, 0] = (drawn.labels * _STEP).to(torch.uint8)[:, None]
+    pixels[:, 28, 29].clamp_(max=200)
+    return ImageSet(pixels, drawn.labels)
+
+
+@dataclass
+class ZooModel:
+    card: dict[str, Any]
+    model: nn.Module
+    attack: Attack | None
+
+
+def subject(name: str, model: nn.Module, *, attack: str = "badnets", **card: Any) -> ZooModel:
+    trigger = None if attack == "clean" else BadNets(target=TARGET, classes=CLASSES)
+    common = {
+        "name": name, "dataset": "shapes", "arch": "reader", "attack": attack, "ratio": 0.1,
+        "target": TARGET, "seed": 0, "classes": CLASSES, "ca": 1.0, "asr": 1.0, "twin": None,
+        "fair": True, "why_not_fair": None,
+    }  # fmt: skip
+    return ZooModel(common | card, model, trigger)
+
+
+Change = Callable[[Any, ImageSet, Info], nn.Module]
+
+
+def nothing(model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+    return model
+
+
+@dataclass
+class Stubs:
+    """The zoo and the defences of one test, and what ran."""
+
+    zoo: list[ZooModel]
+    out: Path
+    defences: dict[str, Defence] = field(default_factory=dict)
+    calls: list[tuple[str, int]] = field(default_factory=list)
+
+    def add(self, name: str, change: Change) -> None:
+        """A defence that does what ``change`` does to the model and to what it tells."""
+
+        def defence(
+            model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+        ) -> tuple[nn.Module, Info]:
+            self.calls.append((name, seed))
+            ledger.count(3 * len(clean))
+            info = Info(schedule="1 of 2 epochs")
+            return change(model, clean, info), info
+
+        self.defences[name] = defence
+
+    def only(self, **changes: Change) -> None:
+        """These defences and no others."""
+        self.defences.clear()
+        for name, change in changes.items():
+            self.add(name, change)
+
+    def load(self, _set: str, _folder: Path, missing: Callable[[str], None]) -> Sequence[ZooModel]:
+        missing("untrained")
+        return self.zoo
+
+    def run(self, *options: str) -> int:
+        argv = ["--test-images", "100", "--clean-samples", "50", "--out", str(self.out), *options]
+        return main(argv, self.load, images, self.defences)
+
+    def rows(self) -> dict[tuple[str, str, int, bool], Row]:
+        rows = read_rows(self.out).values()
+        return {(row.model, row.defence, row.seed, row.oracle): row for row in rows}
+
+
+@pytest.fixture
+def stubs(tmp_path: Path) -> Stubs:
+    zoo = [
+        subject("patched", Reader(range(CLASSES)), twin="twin"),
+        subject("twin", Reader({1}), attack="clean", asr=None),
+        subject("faint", Reader({1, 2}), twin="twin", fair=False, why_not_fair="ASR below 90%"),
+    ]
+    made = Stubs(zoo, tmp_path / "rows.jsonl")
+
+    def cure(model: Reader, _clean: ImageSet, info: Info) -> nn.Module:
+        before = deepcopy(model)
+        info.candidates = [("none", lambda: before), ("all", Reader)]
+        info.settings = {"verdict": "backdoor", "pruned": 2, "scores": torch.tensor([1.0, 2.0])}
+        model.moved, model.confused = set(), {5}
+        return model
+
+    def refuse(_model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+        raise NotApplicable("no batch norm")
+
+    def fail(_model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+        raise ValueError("two\nlines")
+
+    made.only(cure=cure, nothing=nothing, refuse=refuse, fail=fail)
+    return made
+
+
+def row(model: str = "m", defence: str = "d", seed: int = 0, **changes: Any) -> Row:
+    """A backdoored row: CA .9 to .8, ASR 1 to .2 with .05 on the twin."""
+    made = Row(
+        model=model, dataset="shapes", arch="reader", attack="badnets", ratio=0.1, target=0,
+        defence=defence, seed=seed, clean_samples=500, ca_before=0.9, ca_after=0.8, asr_before=1.0,
+        asr_after=0.2, asr_clean_twin=0.05, ra_before=0.0, ra_after=0.7, excess_asr=0.15, der=0.85,
+        der_ceiling=1.0, der_shortfall=0.15, seconds=10.0, image_forwards=100, test_images=100,
+        peak_memory_mb=200.0,
+    )  # fmt: skip
+    return replace(made, **changes)
+
+
+def card(name: str, attack: str = "badnets", arch: str = "reader") -> dict[str, Any]:
+    return {"name": name, "attack": attack, "arch": arch, "dataset": "shapes"}
+
+
+# ---- scores ------------------------------------------------------------------------------------
+
+
+def test_der_by_hand() -> None:
+    assert der(1.0, 0.1, 0.9, 0.8) == pytest.approx((0.9 - 0.1 + 1) / 2)
+    assert der(0.9, 0.9, 0.9, 0.9) == 0.5
+    assert der(0.5, 0.8, 0.8, 0.9) == 0.5  # neither more ASR nor more CA counts
+    assert der(0.0, 0.0, 1.0, 0.0) == 0.0  # a lost network
+
+
+def test_row_of_a_repair(stubs: Stubs) -> None:
+    assert stubs.run("--models", "patched", "--defences", "cure") == 0
+    made = stubs.rows()["patched", "cure", 0, False]
+    assert (made.test_images, made.triggered_images) == (100, 90)
+    assert (made.ca_before, made.asr_before, made.ra_before) == (1.0, 1.0, 0.0)
+    assert made.ca_after == 0.9  # class 5 is lost
+    assert made.asr_after == 0.0
+    assert made.ra_after == pytest.approx(80 / 90, abs=1e-6)
+    assert made.asr_clean_twin == pytest.approx(10 / 90, abs=1e-6)  # the twin's class 1
+    assert made.excess_asr == pytest.approx(-10 / 90, abs=1e-6)
+    assert (made.der, made.der_ceiling) == (0.95, 1.0)
+    assert made.der_shortfall == pytest.approx(0.05)
+    assert made.image_forwards == 3 * 50  # scoring is not counted
+    assert (made.schedule, made.verdict, made.pruned) == ("1 of 2 epochs", "backdoor", 2)
+    assert made.settings["scores"] == [1.0, 2.0]
+    assert made.seconds is not None
+    assert made.torch == torch.__version__
+    assert made.threads == torch.get_num_threads()
+
+
+def test_networks_are_not_changed_by_a_defence_that_should_not(stubs: Stubs) -> None:
+    stubs.run("--defences", "cure", "nothing")
+    assert stubs.rows()["patched", "nothing", 0, False].asr_after == 1.0
+
+
+def test_clean_twins_have_accuracy_alone(stubs: Stubs) -> None:
+    assert stubs.run("--models", "twin", "--defences", "cure") == 0
+    assert list(stubs.rows()) == [("twin", "cure", 0, False)]  # nothing for an oracle to pick by
+    made = stubs.rows()["twin", "cure", 0, False]
+    assert (made.ca_before, made.ca_after) == (1.0, 0.9)
+    absent = (made.asr_before, made.asr_after, made.asr_clean_twin, made.excess_asr, made.ra_after)
+    assert absent == (None,) * 5
+    assert (made.der, made.der_ceiling, made.triggered_images) == (None, None, None)
+
+
+def test_all_to_all_takes_every_image_and_its_own_answer() -> None:
+    attack = BadNetsAllToAll(target=0, classes=CLASSES)
+    exam = Exam.of(images("shapes", None, "test"), attack)
+    assert exam.triggered is not None
+    assert len(exam.triggered) == 150
+    scores = exam.score(Reader(confused=range(CLASSES)))
+    assert (scores.ca, scores.asr, scores.ra) == (0.0, 1.0, 0.0)
+
+
+def test_triggered_images_survive_the_way_through_bytes() -> None:
+    attack, test = BadNets(target=TARGET, classes=CLASSES), images("shapes", None, "test")
+    exam = Exam.of(test, attack)
+    assert exam.triggered is not None
+    assert torch.equal(exam.triggered.floats(), attack(test[test.labels != TARGET].floats()))
+
+
+def test_nothing_to_trigger_is_refused() -> None:
+    test = images("shapes", None, "test")
+    with pytest.raises(BadData, match="ASR is undefined"):
+        Exam.of(test[test.labels == TARGET], BadNets(target=TARGET, classes=CLASSES))
+
+
+def test_defences_get_balanced_training_images(stubs: Stubs) -> None:
+    seen: list[ImageSet] = []
+
+    def spy(model: Reader, clean: ImageSet, _info: Info) -> nn.Module:
+        seen.append(clean)
+        return model
+
+    stubs.only(spy=spy)
+    assert stubs.run("--models", "patched", "--seeds", "0", "1") == 0
+    assert all(torch.equal(c.labels.bincount(), torch.full((10,), 5)) for c in seen)
+    train = {bytes(image.numpy()) for image in images("shapes", None, "train").images}
+    assert all(bytes(image.numpy()) in train for clean in seen for image in clean.images)
+    assert not torch.equal(seen[0].images, seen[1].images)
+
+
+def test_defences_cannot_disturb_each_others_draws(stubs: Stubs) -> None:
+    drawn: list[float] = []
+
+    def draws(model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+        drawn.append(float(torch.rand(())))
+        return model
+
+    stubs.only(first=draws, second=draws)
+    state = torch.get_rng_state()
+    assert stubs.run("--models", "patched") == 0
+    assert drawn[0] == drawn[1]
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+# ---- resuming ----------------------------------------------------------------------------------
+
+
+def test_second_run_runs_nothing(stubs: Stubs) -> None:
+    assert stubs.run("--defences", "cure", "nothing", "--seeds", "0", "1") == 0
+    assert len(stubs.calls) == 2 * 2 * 2
+    content = stubs.out.read_bytes()
+    assert stubs.run("--defences", "cure", "nothing", "--seeds", "0", "1") == 0
+    assert len(stubs.calls) == 2 * 2 * 2
+    assert stubs.out.read_bytes() == content
+
+
+def test_a_line_cut_off_is_run_again(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
+    stubs.run("--defences", "nothing")
+    content = stubs.out.read_bytes()
+    stubs.out.write_bytes(content[:-20])
+    assert stubs.run("--defences", "nothing", "--summary-only") == 0
+    assert stubs.out.read_bytes() == content[:-20]
+    assert stubs.run("--defences", "nothing") == 0
+    assert "cut off" in capsys.readouterr().err
+    assert len(stubs.calls) == 3
+    assert len(stubs.rows()) == len(stubs.out.read_text().splitlines()) == 2
+
+
+def test_a_line_that_is_no_row_is_named(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
+    append_rows(stubs.out, [row()])
+    with stubs.out.open("a") as file:
+        file.write('{"model": "other"}\n')
+    assert stubs.run() == 2
+    assert "line 2: not a row" in capsys.readouterr().err
+    assert stubs.calls == []
+
+
+def test_interrupt_keeps_what_is_done(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupt(_model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+        raise KeyboardInterrupt
+
+    stubs.only(nothing=nothing, slow=interrupt)
+    assert stubs.run("--models", "patched") == 130
+    assert "interrupted" in capsys.readouterr().err
+    assert list(stubs.rows()) == [("patched", "nothing", 0, False)]
+
+
+def test_rows_of_another_protocol_are_not_mixed(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--models", "patched", "--defences", "nothing") == 0
+    assert stubs.run("--defences", "nothing", "--test-images", "120") == 2
+    assert "test images of shapes, not 120" in capsys.readouterr().err
+    assert stubs.run("--defences", "nothing", "--clean-samples", "60") == 2
+    assert "[50] clean images" in capsys.readouterr().err
+
+
+def test_another_number_of_clean_images_has_a_file_of_its_own() -> None:
+    assert default_out("core", 500).name == "scoreboard_core.jsonl"
+    assert default_out("core", 100).name == "scoreboard_core_100clean.jsonl"
+
+
+# ---- oracle ------------------------------------------------------------------------------------
+
+
+def test_oracle_row_is_marked_and_left_out_of_the_means(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--models", "patched", "--defences", "cure", "--json") == 0
+    own, oracle = (stubs.rows()["patched", "cure", 0, marked] for marked in (False, True))
+    assert (own.der, oracle.der) == (0.95, 1.0)
+    assert oracle.settings == {"pick": "all"}
+    assert (oracle.seconds, oracle.image_forwards) == (own.seconds, own.image_forwards)
+    assert (oracle.verdict, oracle.pruned) == (None, None)
+    summary = json.loads(capsys.readouterr().out)
+    found = {a["defence"]: a for a in summary["defences"]}
+    assert found["cure"]["measures"]["der"]["mean"] == 0.95
+    assert found["cure"]["scored"] == 1
+    assert [a["measures"]["der"]["mean"] for a in summary["oracle"]] == [1.0]
+    assert not any(r["oracle"] for r in summary["models"]["patched"])
+
+
+def test_oracle_can_come_later_and_by_fewer_images(stubs: Stubs) -> None:
+    options = ("--models", "patched", "--defences", "cure")
+    assert stubs.run(*options, "--no-oracle") == 0
+    first = stubs.rows()
+    assert list(first) == [("patched", "cure", 0, False)]
+    assert stubs.run(*options, "--oracle-images", "30") == 0
+    assert stubs.rows()["patched", "cure", 0, False] == first["patched", "cure", 0, False]
+    assert stubs.rows()["patched", "cure", 0, True].settings == {"pick": "all"}
+    assert stubs.rows()["patched", "cure", 0, True].ca_after == 1.0
+    assert stubs.run(*options) == 0
+    assert len(stubs.calls) == 2
+
+
+def test_a_candidate_that_fails_fails_the_oracle_alone(stubs: Stubs) -> None:
+    def build() -> nn.Module:
+        raise RuntimeError("no such threshold")
+
+    def sweep(model: Reader, _clean: ImageSet, info: Info) -> nn.Module:
+        info.candidates = [("t", build)]
+        return model
+
+    stubs.only(sweep=sweep)
+    assert stubs.run("--models", "patched") == 1
+    rows = stubs.rows()
+    assert rows["patched", "sweep", 0, False].error is None
+    oracle = rows["patched", "sweep", 0, True]
+    assert "no such threshold" in str(oracle.error)
+    assert oracle.ca_after is None
+
+
+# ---- what goes wrong ---------------------------------------------------------------------------
+
+
+def test_not_applicable(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
+    assert stubs.run("--models", "patched", "--defences", "refuse") == 0
+    made = stubs.rows()["patched", "refuse", 0, False]
+    assert (made.applicable, made.reason, made.error) == (False, "no batch norm", None)
+    assert (made.ca_after, made.der, made.seconds) == (None, None, None)
+    assert "| n/a |" in capsys.readouterr().out
+    assert stubs.run("--models", "patched", "--defences", "refuse") == 0
+    assert len(stubs.calls) == 1
+
+
+def test_failing_defence_does_not_stop_the_others(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--models", "patched", "--defences", "fail", "nothing") == 1
+    rows = stubs.rows()
+    assert rows["patched", "nothing", 0, False].der == 0.5
+    failed = rows["patched", "fail", 0, False]
+    assert str(failed.error).startswith("ValueError: two lines (test_scoreboard.py:")
+    assert (failed.applicable, failed.ca_after) == (True, None)
+    captured = capsys.readouterr()
+    assert "FAILED: ValueError: two lines" in captured.err
+    assert "errors in rows of fail" in captured.err
+    assert "fail †" in captured.out
+
+
+def test_errors_stay_until_they_are_tried_again(stubs: Stubs) -> None:
+    options = ("--models", "patched", "--defences", "fail")
+    assert stubs.run(*options) == 1
+    assert stubs.run(*options) == 1
+    assert len(stubs.calls) == 1
+    stubs.add("fail", nothing)
+    assert stubs.run(*options, "--retry-errors") == 0
+    assert stubs.rows()["patched", "fail", 0, False].error is None
+    assert stubs.run(*options) == 0
+
+
+def test_a_repair_without_finite_logits_is_an_error(stubs: Stubs) -> None:
+    class Wrecked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.full((len(x), CLASSES), torch.nan)
+
+    def wreck(_model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+        return Wrecked()
+
+    stubs.only(wreck=wreck)
+    assert stubs.run("--models", "patched") == 1
+    assert "not finite" in str(stubs.rows()["patched", "wreck", 0, False].error)
+
+
+def test_network_that_cannot_be_scored_is_passed_over(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stubs.zoo.insert(0, subject("lost", Reader(), dataset="none"))
+    assert stubs.run("--defences", "nothing") == 1
+    assert "lost: clean data not found" in capsys.readouterr().err
+    assert {name for name, *_ in stubs.rows()} == {"patched", "twin"}
+
+
+def test_unfair_networks_are_listed_and_left_out(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--defences", "nothing") == 0
+    captured = capsys.readouterr()
+    assert "left out: faint: ASR below 90%" in captured.err
+    assert "- faint: ASR below 90%\n- untrained: not trained" in captured.out
+    assert {name for name, *_ in stubs.rows()} == {"patched", "twin"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--defences", "cura"), "unknown defence cura; there are: cure, nothing, refuse, fail"),
+        (("--models", "x"), "unknown network x; there are: patched, twin, faint"),
+    ],
+    ids=["defence", "network"],
+)
+def test_unknown_names(
+    stubs: Stubs, options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run(*options) == 2
+    assert capsys.readouterr().err == f"scoreboard: {message}\n"
+
+
+def test_too_few_clean_images_is_a_wrong_call(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--defences", "nothing", "--clean-samples", "999") == 2
+    assert "asked for 999 clean images" in capsys.readouterr().err
+
+
+# ---- summary -----------------------------------------------------------------------------------
+
+
+def test_aggregates_by_hand() -> None:
+    rows = [
+        row("a"),
+        row("b", ca_after=0.9, asr_after=0.055, excess_asr=0.005, ra_after=0.8, der=0.9725,
+            der_shortfall=0.0275, seconds=20.0, image_forwards=300, peak_memory_mb=100.0),
+        row("c", ca_after=0.87, asr_after=0.09, excess_asr=0.04, ra_after=0.75, der=0.94,
+            der_shortfall=0.06, seconds=30.0),
+        row("t", attack="clean", ca_after=0.88, asr_before=None, asr_after=None, der=None,
+            excess_asr=None, ra_after=None, der_shortfall=None, seconds=40.0),
+        row("u", attack="clean", ca_after=0.91, asr_before=None, asr_after=None, der=None,
+            excess_asr=None, ra_after=None, der_shortfall=None, seconds=None),
+        row("v", ca_after=None, asr_after=None, error="ValueError"),
+        row("w", ca_after=None, asr_after=None, applicable=False, reason="no norm"),
+    ]  # fmt: skip
+    found = aggregate("d", rows, expected=7)
+    assert (found.scored, found.backdoored, found.clean) == (5, 3, 2)
+    assert (found.errors, found.not_applicable, found.complete) == (1, 1, False)
+    expected = {
+        "ca_drop": (0.13 / 3, 0.03, 0.1),
+        "asr_after": (0.345 / 3, 0.09, 0.2),
+        "excess_asr": (0.195 / 3, 0.04, 0.15),
+        "ra_after": (0.75, 0.75, 0.7),
+        "der": (2.7625 / 3, 0.94, 0.85),
+        "der_shortfall": (0.2375 / 3, 0.06, 0.15),
+    }
+    for name, (mean, median, worst) in expected.items():
+        spread = found.measures[name]
+        assert spread is not None
+        assert (spread.mean, spread.median, spread.worst) == pytest.approx((mean, median, worst))
+        assert spread.seed_std is None
+    assert found.repaired == pytest.approx(2 / 3)
+    assert found.traceless == pytest.approx(1 / 3)
+    assert found.clean_drop_mean == pytest.approx(0.005)
+    assert found.clean_drop_max == pytest.approx(0.02)
+    assert found.seconds == 25.0
+    assert found.image_forwards == pytest.approx(140)
+    assert found.peak_memory_mb == 200.0
+
+
+def test_no_rows_have_no_means() -> None:
+    found = aggregate("d", [], expected=2)
+    assert set(found.measures.values()) == {None}
+    assert (found.repaired, found.traceless, found.clean_drop_max, found.seconds) == (None,) * 4
+
+
+def test_spread_over_seeds() -> None:
+    rows = [row(m, seed=s, asr_after=a) for m, s, a in
+            [("a", 0, 0.0), ("b", 0, 0.2), ("a", 1, 0.2), ("b", 1, 0.4)]]  # fmt: skip
+    spread = aggregate("d", rows, expected=4).measures["asr_after"]
+    assert spread is not None
+    assert spread.mean == pytest.approx(0.2)
+    assert spread.seed_std == pytest.approx(math.sqrt(0.02))  # of the means .1 and .3
+
+
+def test_summary_orders_marks_and_groups() -> None:
+    cards = [card("a"), card("b", arch="other"), card("t", attack="clean")]
+    rows = [
+        row("a", "good", der_shortfall=0.01),
+        row("b", "good", arch="other", der_shortfall=0.03),
+        row("t", "good", attack="clean", asr_after=None, asr_before=None, der_shortfall=None),
+        row("a", "bad", der_shortfall=0.3),
+        row("a", "good", oracle=True, der_shortfall=0.0),
+    ]
+    summary = summarise(rows, cards, [0], ["arch", "attack"])
+    assert [a.defence for a in summary.defences] == [NO_DEFENCE, "good", "bad"]
+    none, good, bad = summary.defences
+    assert none.measures["asr_after"] is not None
+    assert none.measures["asr_after"].mean == 1.0
+    assert none.measures["der"] is not None
+    assert none.measures["der"].mean == 0.5
+    assert none.clean_drop_max == 0.0
+    assert (good.complete, bad.complete, bad.expected) == (True, False, 3)
+    assert [(a.defence, a.expected, a.complete) for a in summary.oracle] == [("good", 2, False)]
+    assert list(summary.groups["arch"]) == ["reader", "other"]
+    assert [a.complete for a in summary.groups["arch"]["other"]] == [True, True]
+    assert [a.defence for a in summary.groups["attack"]["clean"]] == [NO_DEFENCE, "good"]
+    text = main_table(summary.defences)
+    assert "| good | 3/3 |" in text
+    assert "| bad † | 1/3 |" in text
+
+
+def test_report_is_written_beside_the_rows(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert stubs.run("--defences", "cure", "nothing", "--seeds", "0", "1", "--by", "attack") == 0
+    captured = capsys.readouterr()
+    text = stubs.out.with_suffix(".md").read_text()
+    assert captured.out == text
+    assert "no figures" in captured.err
+    assert "about 0 s left" in captured.err
+    assert "--data DATA" in text
+    assert f"- torch: {torch.__version__}" in text
+    assert "### attack: badnets" in text
+    assert "### Standard deviation of the means of single seeds" in text
+    assert "### Oracle" in text
+    assert "| patched | 100.0 / 100.0 | 11.1 | 90.0 / 0.0 | 100.0 / 100.0 |" in text
+    assert "| twin | 100.0 | – | 90.0 | 100.0 |" in text
+    stubs.out.with_suffix(".md").unlink()
+    stubs.zoo.pop()
+    assert stubs.run("--defences", "all", "--summary-only") == 0
+    assert stubs.out.with_suffix(".md").exists()
+    assert len(stubs.calls) == 8
+
+
+def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = [row("a", "x"), row("b", "x", asr_after=0.0), row("a", "y"), row("a", "y", oracle=True),
+            row("t", "x", attack="clean", asr_after=None)]  # fmt: skip
+    points = tradeoff_points(rows)
+    assert {name: len(of_defence) for name, of_defence in points.items()} == {"x": 2, "y": 1}
+    assert points["y"] == [pytest.approx((10.0, 20.0))]
+    found = summarise(rows, [card("a"), card("b"), card("t", "clean")], [0], []).defences
+    assert cost_points(found) == {
+        "x": pytest.approx((10.0, 15.0)),
+        "y": pytest.approx((10.0, 15.0)),
+    }
+
+    drawn: list[str] = []
+    axes = SimpleNamespace(
+        **dict.fromkeys(("set_xlabel", "set_ylabel", "set_xscale", "set_ylim", "grid", "legend"),
+                        lambda *_, **__: None),
+        scatter=lambda x, y, **_: drawn.append(f"{len(x)} points"),
+        annotate=lambda text, *_, **__: drawn.append(text),
+    )  # fmt: skip
+    figure = SimpleNamespace(
+        add_subplot=lambda: axes, savefig=lambda path, **_: path.write_text("<svg/>")
+    )
+    library = SimpleNamespace(rc_context=nullcontext)
+    library.figure = SimpleNamespace(Figure=lambda **_: figure)
+    monkeypatch.setitem(sys.modules, "matplotlib", library)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", library.figure)
+    paths = draw_figures(tmp_path / "board.jsonl", rows, found)
+    assert [path.name for path in paths] == ["board_tradeoff.svg", "board_cost.svg"]
+    assert all(path.read_text() == "<svg/>" for path in paths)
+    assert drawn == ["2 points", "1 points", "1 points", "x", "1 points", "y"]
+
+
+# ---- the rest ----------------------------------------------------------------------------------
+
+
+def test_leaderboard_means(
+    tmp_path: Path, stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = [
+        ",dataset,backbone,attack_name,defense_name,ratio,test_acc,test_asr,test_ra",
+        "0,shapes,preactresnet18,badnet,no defense,0.1,0.90,1.0,0.0",
+        "1,shapes,preactresnet18,badnet,clp,0.1,0.80,0.2,0.7",
+        "2,shapes,preactresnet18,wanet,no defense,0.1,0.92,0.9,0.0",
+        "3,shapes,preactresnet18,wanet,clp,0.1,0.93,0.0,0.9",
+        "4,shapes,preactresnet18,wanet,dde,0.1,-1.0,-1.0,-1.0",
+        "5,shapes,preactresnet18,lira,no defense,0.1,0.6,0.3,0.0",
+        "6,shapes,preactresnet18,lira,clp,0.1,0.1,0.9,0.0",
+        "7,shapes,preactresnet18,sig,no defense,0.1,,,",
+        "8,shapes,preactresnet18,sig,clp,0.1,0.1,0.9,0.0",
+        "9,shapes,vgg19_bn,badnet,no defense,0.1,0.9,1.0,0.0",
+        "10,shapes,vgg19_bn,badnet,ft,0.1,0.9,1.0,0.0",
+    ]
+    path = tmp_path / "results.csv"
+    path.write_text("\n".join(lines) + "\n")
+    (clp,) = public_means(path, "shapes", "preactresnet18")
+    assert (clp.defence, clp.cases) == ("CLP", 2)
+    assert clp.ca_drop == pytest.approx((0.10 - 0.01) / 2)
+    assert clp.asr_after == pytest.approx(0.1)
+    assert clp.der == pytest.approx(((0.8 - 0.1 + 1) / 2 + (0.9 + 1) / 2) / 2)
+    assert clp.repaired == 0.5
+    assert stubs.run("--defences", "nothing", "--leaderboard", str(path)) == 0
+    text = capsys.readouterr().out
+    assert "context, not a comparison" in text
+    assert "| CLP | 2 | 4.5 | 10.0 | 90.0 | 50 |" in text
+
+
+def test_leaderboard_of_another_form(tmp_path: Path) -> None:
+    path = tmp_path / "results.csv"
+    path.write_text("a,b\n1,2\n")
+    with pytest.raises(BadData, match="no columns attack_name"):
+        public_means(path, "cifar10", "preactresnet18")
+    with pytest.raises(UsageError, match=r"cannot read .*none\.csv"):
+        public_means(tmp_path / "none.csv", "cifar10", "preactresnet18")
+
+
+def test_rows_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "folder" / "rows.jsonl"
+    first, second = row("a", settings={"u": [3, 4]}), row("b", error="it is\nover")
+    append_rows(path, [first])
+    append_rows(path, [second, replace(first, der=0.1)])
+    assert list(read_rows(path).values()) == [replace(first, der=0.1), second]
+    assert read_rows(tmp_path / "none.jsonl") == {}
+
+
+def test_settings_become_strict_json() -> None:
+    settings = {1: torch.tensor([1.0, torch.inf]), "p": Path("x"), "s": (1, None), "t": True}
+    assert plain(settings) == {"1": [1.0, "inf"], "p": "x", "s": [1, None], "t": True}
+
+
+def test_peak_memory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    status = tmp_path / "status"
+    monkeypatch.setattr(memory, "_STATUS", status)
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "clear_refs")
+    status.write_text("VmHWM:\t    1000 kB\nVmRSS:\t    1000 kB\n")
+    peak = PeakMemory()
+    assert (tmp_path / "clear_refs").read_text() == "5"
+    status.write_text("VmHWM:\t   50000 kB\nVmRSS:\t    1000 kB\n")
+    assert peak.megabytes() == 51.2
+    assert PeakMemory().megabytes() is None  # the reset did nothing
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path)
+    assert PeakMemory().megabytes() is None  # and here it is refused
+    status.unlink()
+    assert peak.megabytes() is None
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(12.3, "12 s"), (600, "10 min"), (9000, "2 h 30 min")]
+)
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
