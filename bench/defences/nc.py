@@ -25,7 +25,7 @@ ADAM_BETAS = (0.5, 0.9)
 FIRST_PRICE = 1e-3
 RAISE, LOWER = 2.0, 2.0**1.5
 PATIENCE = 5
-"""Steps in a row above or below SUCCESS before the price of the mask's L1 norm changes."""
+"""Steps whose images are judged together before the price of the mask's L1 norm changes."""
 SUCCESS = 0.98
 """Share of images that a patch has to send to its class."""
 ANOMALY = 2.0
@@ -136,7 +136,6 @@ def search(
     best = _Best(_unit(raw_mask).detach(), _unit(raw_pattern).detach(), float(height * width))
     price = torch.full((classes,), FIRST_PRICE, device=device)
     recent = torch.zeros(PATIENCE, classes, device=device)  # success of the last steps
-    above, below = torch.zeros(2, classes, device=device)  # steps in a row
     for step in range(steps):
         index = torch.randperm(len(clean), generator=random)[:shown]
         x = images[index].to(device)
@@ -151,12 +150,10 @@ def search(
         with torch.no_grad():
             success = (logits.argmax(2) == wanted[:, None]).float().mean(1)  # [K]
             recent[step % PATIENCE] = success
-            best.keep(mask, pattern, norms, recent.mean(0) >= SUCCESS)
-            good = success >= SUCCESS
-            above, below = (above + 1) * good, (below + 1) * ~good
-            price = torch.where(above >= PATIENCE, price * RAISE, price)
-            price = torch.where(below >= PATIENCE, price / LOWER, price)
-            above, below = above * (above < PATIENCE), below * (below < PATIENCE)
+            good = recent.mean(0) >= SUCCESS
+            best.keep(mask, pattern, norms, good)
+            if step % PATIENCE == PATIENCE - 1:
+                price = torch.where(good, price * RAISE, price / LOWER)
         optimizer.step()
         ledger.tick(step + 1, steps, "patches of all classes")
     return best.patches(), shown
