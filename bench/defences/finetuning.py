@@ -1,0 +1,87 @@
+"""The fine-tuning loop that the tuning defences share: SGD on a few clean images."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from bench.zoo.training import TrainingConfig, augment
+from onp.data import ImageSet
+from onp.ledger import Ledger
+from onp.suspect.network import training_layout
+
+MOMENTUM = 0.9
+WEIGHT_DECAY = 5e-4
+"""BackdoorBench's settings of every defence that fine-tunes."""
+WITH_WEIGHT_GRADIENTS = 3
+"""Image-forwards of a pass forwards and backwards to the weights."""
+
+Step = Callable[[nn.Module, Optimizer, Tensor, Tensor], int]
+"""One update of the network in training mode, from augmented images float [B, 3, H, W] in [0, 1]
+and labels int64 [B]; gives the image-forwards that it ran."""
+
+
+def finetune(
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    epochs: int,
+    seed: int,
+    ledger: Ledger,
+    learning_rate: float = 0.01,
+    batch: int = 128,
+    label_smoothing: float = 0.0,
+    flip: bool = False,
+    step: Step | None = None,
+) -> nn.Module:
+    """A copy of ``model``, all weights tuned on ``clean``, in eval mode.
+
+    SGD with momentum under a cosine from ``learning_rate`` to 0 over all steps; random crops, and
+    mirrored images only with ``flip`` (classes may differ by their side, as traffic signs do).
+    An epoch is cut into batches of even size, at most ``batch``. ``step`` replaces the update on
+    the cross entropy (with ``label_smoothing``).
+    """
+    update = step or cross_entropy_step(label_smoothing)
+    random = torch.Generator().manual_seed(seed)
+    layout = training_layout(model)
+    tuned = copy.deepcopy(model).to(memory_format=layout).requires_grad_(True).train()
+    device = next(tuned.parameters()).device
+    config = TrainingConfig(flip=flip)
+    optimizer = torch.optim.SGD(
+        tuned.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
+    )
+    batches = ceil(len(clean) / batch)
+    steps = epochs * batches
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    with torch.random.fork_rng(devices=[]):  # dropout draws from the global state
+        torch.manual_seed(seed)
+        for epoch in range(epochs):
+            order = torch.randperm(len(clean), generator=random)
+            for number, index in enumerate(order.tensor_split(batches)):
+                images = augment(clean.images[index], config, random).to(device)
+                labels = clean.labels[index].to(device)
+                ledger.count(update(tuned, optimizer, images, labels))
+                schedule.step()
+                ledger.tick(epoch * batches + number + 1, steps, "fine-tuning")
+    return tuned.eval()
+
+
+def cross_entropy_step(label_smoothing: float = 0.0) -> Step:
+    """The plain update: one descent on the cross entropy of the batch."""
+
+    def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> int:
+        layout = training_layout(model)
+        logits = model(images.contiguous(memory_format=layout))
+        loss = F.cross_entropy(logits, labels, label_smoothing=label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        return WITH_WEIGHT_GRADIENTS * len(images)
+
+    return step

@@ -1,0 +1,22 @@
+"""FT: fine-tuning of all weights on clean images (BackdoorBench's baseline)."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bench.defences.api import Info
+from bench.defences.finetuning import finetune
+from onp.data import ImageSet
+from onp.ledger import Ledger
+
+PUBLISHED_EPOCHS = 100
+"""BackdoorBench, ``ft``: 100 epochs, SGD, learning rate 0.01, cosine."""
+EPOCHS = 40
+
+
+def fine_tuning(
+    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, epochs: int = EPOCHS
+) -> tuple[nn.Module, Info]:
+    """Fine-tune all weights on the cross entropy."""
+    tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger)
+    return tuned, Info(schedule=f"{epochs} of {PUBLISHED_EPOCHS} epochs")

@@ -1,0 +1,153 @@
+"""I-BAU: Implicit Backdoor Adversarial Unlearning (Zeng et al., ICLR 2022).
+
+A minimax game in rounds: inside, one universal perturbation is found that changes the network's
+answers; outside, the weights descend on the loss of perturbed images, through the perturbation's
+own dependence on the weights (an implicit hypergradient, by fixed-point steps).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from math import ceil
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.defences.api import Info
+from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS
+from onp.data import ImageSet
+from onp.ledger import Ledger
+
+ROUNDS = 5
+INNER_LEARNING_RATE = 10.0
+PRICE = 0.001
+"""Of the perturbation's squared norm."""
+FIXED_POINT_STEPS = 5
+FIXED_POINT_RATE = 0.1
+"""Step of the descent whose fixed point the perturbation is."""
+STAMPED = 0.01
+"""Share of the images that are perturbed in the outer loss."""
+LEARNING_RATE = 1e-4
+"""Adam's. All of the above: BackdoorBench's ``i-bau``."""
+BATCH = 50
+"""BackdoorBench: 256 of 2,500 images; of 500, 50 leave as many updates a round."""
+
+WITH_IMAGE_GRADIENTS = 2
+SECOND_ORDER = 2
+"""Image-forwards of a Hessian-vector product: it goes back through the forward pass and through
+the first backward pass."""
+SECOND_ORDER_WITH_WEIGHTS = 4
+"""The same with the gradients of the weights, in both passes."""
+
+
+def implicit_unlearning(
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,
+    ledger: Ledger,
+    rounds: int = ROUNDS,
+    learning_rate: float = LEARNING_RATE,
+    batch: int = BATCH,
+) -> tuple[nn.Module, Info]:
+    """Unlearn universal perturbations in rounds; norms stay in eval mode."""
+    random = torch.Generator().manual_seed(seed)
+    layout = torch.contiguous_format  # see onp.suspect.network.training_layout
+    repaired = copy.deepcopy(model).to(memory_format=layout).requires_grad_(True).eval()
+    weights = list(repaired.parameters())
+    images, labels = clean.floats().to(weights[0].device), clean.labels.to(weights[0].device)
+    optimizer = torch.optim.Adam(weights, learning_rate)
+    chunks = ceil(len(clean) / batch)
+    norms = []
+    for number in range(rounds):
+        delta = universal_perturbation(repaired, images, batch, random, ledger)
+        norms.append(round(float(delta.norm()), 3))
+        for step, index in enumerate(torch.randperm(len(clean), generator=random).split(batch)):
+            gradients = _outer_gradients(
+                repaired, weights, delta, images[index], labels[index], random, ledger
+            )
+            for weight, gradient in zip(weights, gradients, strict=True):
+                weight.grad = gradient
+            optimizer.step()
+            ledger.tick(number * chunks + step + 1, rounds * chunks, "unlearning")
+    schedule = f"{rounds} of {ROUNDS} rounds, in batches of {batch} for 256"
+    return repaired, Info(schedule=schedule, settings={"perturbation_norms": norms})
+
+
+def universal_perturbation(
+    model: nn.Module, images: Tensor, batch: int, random: torch.Generator, ledger: Ledger
+) -> Tensor:
+    """float [1, C, H, W], from zero by one pass over the images that raises the loss of the
+    network's own answers."""
+    delta = torch.zeros_like(images[:1])
+    for index in torch.randperm(len(images), generator=random).split(batch):
+        delta.requires_grad_(True)
+        (gradient,) = torch.autograd.grad(_inner_loss(model, images[index], delta), delta)
+        delta = delta.detach() - INNER_LEARNING_RATE * gradient
+        ledger.count((1 + WITH_IMAGE_GRADIENTS) * len(index))
+    return delta
+
+
+def _inner_loss(model: nn.Module, images: Tensor, delta: Tensor) -> Tensor:
+    with torch.no_grad():
+        answers = model(images).argmax(1)
+    return -F.cross_entropy(model(images + delta), answers) + PRICE * delta.square().sum()
+
+
+def _outer_gradients(
+    model: nn.Module,
+    weights: Sequence[Tensor],
+    delta: Tensor,
+    images: Tensor,
+    labels: Tensor,
+    random: torch.Generator,
+    ledger: Ledger,
+) -> list[Tensor]:
+    """Hypergradients of the loss on a batch, some images of which carry ``delta``."""
+    count = max(1, round(STAMPED * len(images)))
+    stamped = torch.zeros(len(images), 1, 1, 1, device=images.device)
+    stamped[torch.randperm(len(images), generator=random)[:count]] = 1
+    ledger.count(WITH_WEIGHT_GRADIENTS * len(images))  # the outer loss
+    ledger.count((1 + WITH_IMAGE_GRADIENTS) * len(images))  # answers and the inner gradient
+    ledger.count(SECOND_ORDER * (FIXED_POINT_STEPS - 1) * len(images))
+    ledger.count(SECOND_ORDER_WITH_WEIGHTS * len(images))
+    return hypergradient(
+        lambda d: F.cross_entropy(model(images + stamped * d), labels),
+        lambda d: _inner_loss(model, images, d),
+        delta,
+        weights,
+    )
+
+
+def hypergradient(
+    outer: Callable[[Tensor], Tensor],
+    inner: Callable[[Tensor], Tensor],
+    delta: Tensor,
+    weights: Sequence[Tensor],
+    *,
+    steps: int = FIXED_POINT_STEPS,
+    rate: float = FIXED_POINT_RATE,
+) -> list[Tensor]:
+    """The derivative of outer(delta*(w), w) by the weights, where delta* minimises inner(., w).
+
+    outer, inner: scalars of the perturbation that also depend on ``weights``. With the descent
+    map P(d, w) = d - rate * (d inner / d d), the derivative is
+    (d outer / d w) + (dP/dw)^T v, where v = (dP/dd)^T v + d outer / d d. v is found by ``steps``
+    iterations from zero (Grazzi et al., ICML 2020, fixed-point method; the paper's section 4).
+    Returns one tensor a weight, of its shape.
+    """
+    delta = delta.detach().requires_grad_(True)
+    by_delta, *direct = torch.autograd.grad(outer(delta), [delta, *weights], allow_unused=True)
+    (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
+    descended = delta - rate * slope
+    v = by_delta  # the first step from zero
+    for _ in range(steps - 1):
+        (product,) = torch.autograd.grad(descended, delta, v, retain_graph=True)
+        v = product + by_delta
+    implicit = torch.autograd.grad(descended, weights, v, allow_unused=True)
+    return [
+        sum((part for part in parts if part is not None), torch.zeros_like(weight))
+        for weight, *parts in zip(weights, direct, implicit, strict=True)
+    ]
