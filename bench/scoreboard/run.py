@@ -17,7 +17,8 @@ from torch import nn
 from bench.defences.api import Defence, NotApplicable
 from bench.scoreboard.memory import PeakMemory
 from bench.scoreboard.rows import Key, Row, append_rows, plain
-from bench.scoreboard.scoring import Baseline, Examiner, Scores, Subject, effectiveness
+from bench.scoreboard.scoring import Baseline, Examiner, Subject, effectiveness
+from bench.zoo.scoring import Scores
 from onp.errors import OnpError, UsageError
 from onp.ledger import Ledger
 

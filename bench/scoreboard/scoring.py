@@ -7,22 +7,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from bench.scoreboard.rows import der
 from bench.zoo.attacks import Attack
+from bench.zoo.scoring import Exam, Scores
 from onp.data import ImageSet, draw_balanced
-from onp.errors import BadData
-from onp.metrics import predict
 
 LoadImages = Callable[[str, Path | None, str], ImageSet]
 """(data set, folder of the data, split) to its images."""
 
 TEST_SEED = 0
 """Of the draw of test images: the same for every network and defence."""
-
-_BATCH = 250
 
 
 class Subject(Protocol):
@@ -43,70 +39,11 @@ class Subject(Protocol):
 
 
 @dataclass(frozen=True)
-class Scores:
-    """Shares in [0, 1]; asr and ra are None without an attack."""
-
-    ca: float
-    asr: float | None = None
-    ra: float | None = None
-
-
-@dataclass(frozen=True)
 class Baseline:
     """A network before any defence."""
 
     scores: Scores
     asr_clean_twin: float | None
-
-
-@dataclass(frozen=True)
-class Exam:
-    """What a network is scored on."""
-
-    clean: ImageSet
-    triggered: ImageSet | None = None
-    """The test images whose label is not what the attack wants, triggered, with true labels."""
-    wanted: Tensor | None = None
-    """int64 [N]: what the attack wants for each of them."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, test: ImageSet, attack: Attack | None) -> Exam:
-        """Trigger what can be triggered. Raises BadData where the attack wants all true labels."""
-        if attack is None:
-            return cls(test)
-        wanted = attack.answers(test.labels)
-        victims = wanted != test.labels
-        if not bool(victims.any()):
-            raise BadData(f"{attack.name} wants every test image's own label: ASR is undefined")
-        floats = test[victims].floats()
-        images = torch.cat([attack(part) for part in floats.split(_BATCH)])
-        pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
-        return cls(test, ImageSet(pixels, test.labels[victims]), wanted[victims])
-
-    def part(self, count: int | None) -> Exam:
-        """The first ``count`` images of both kinds, a fair draw where the test images are one."""
-        if count is None or self.triggered is None or self.wanted is None:
-            return self
-        few = torch.arange(count)
-        victims = few[few < len(self.wanted)]
-        return Exam(
-            self.clean[few[few < len(self.clean)]], self.triggered[victims], self.wanted[victims]
-        )
-
-    def score(self, model: nn.Module) -> Scores:
-        """Raises where the network refuses the images or its logits are not finite."""
-        ca = _share(predict(model, self.clean.floats(), _BATCH), self.clean.labels)
-        if self.triggered is None or self.wanted is None:
-            return Scores(ca)
-        answers = predict(model, self.triggered.floats(), _BATCH)
-        return Scores(ca, _share(answers, self.wanted), _share(answers, self.triggered.labels))
-
-    def attack_success(self, model: nn.Module) -> float | None:
-        """ASR alone: for a twin, how often the triggered images are mistaken without a backdoor."""
-        if self.triggered is None or self.wanted is None:
-            return None
-        return _share(predict(model, self.triggered.floats(), _BATCH), self.wanted)
 
 
 def effectiveness(before: Scores, after: Scores) -> float | None:
@@ -173,7 +110,3 @@ class Examiner:
             excused = exam.attack_success(twin.model) if twin and twin.card["fair"] else None
             self._baselines[name] = Baseline(exam.score(subject.model), excused)
         return self._baselines[name]
-
-
-def _share(answers: Tensor, right: Tensor) -> float:
-    return float((answers == right).double().mean())

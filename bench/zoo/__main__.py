@@ -20,7 +20,7 @@ from bench.zoo import checkpoints, datasets
 from bench.zoo.attacks import Knowledge, poison
 from bench.zoo.checkpoints import ZooModel, make_attack, read_card, with_normalisation
 from bench.zoo.recipes import SETS, Recipe, recipes
-from bench.zoo.scoring import Scores, score_model, unfair
+from bench.zoo.scoring import Exam, unfair
 from bench.zoo.training import train
 from onp.data import ImageSet
 from onp.errors import OnpError
@@ -68,10 +68,9 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
 
     network = network.cpu().half().float()  # scored as it is stored
     whole = with_normalisation(network, recipe.dataset).eval()
-    scores = score_model(whole, test_set, attack)
-    twin_asr = None
-    if attack is not None and twin is not None:
-        twin_asr = score_model(twin.model.cpu(), test_set, attack).asr
+    exam = Exam.of(test_set, attack)
+    scores = exam.score(whole)
+    twin_asr = None if twin is None else exam.attack_success(twin.model.cpu())
     reason = unfair(recipe, scores, None if twin is None else twin.card["ca"])
     card = {
         "name": recipe.name,
@@ -85,8 +84,11 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
         "classes": datasets.CLASS_COUNTS[recipe.dataset],
         "parameters": sum(p.numel() for p in network.parameters()),
         "twin": recipe.twin.name if attack else None,
-        **_rounded(scores),
-        "asr_clean_twin": None if twin_asr is None else round(twin_asr, 4),
+        "ca": _rounded(scores.ca),
+        "asr": _rounded(scores.asr),
+        "ra": _rounded(scores.ra),
+        "triggered_images": 0 if exam.triggered is None else len(exam.triggered),
+        "asr_clean_twin": _rounded(twin_asr),
         "fair": reason is None,
         "why_not_fair": reason,
         "training": asdict(recipe.training),
@@ -102,10 +104,8 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
     return card
 
 
-def _rounded(scores: Scores) -> dict[str, float | None]:
-    return {
-        key: None if value is None else round(value, 4) for key, value in asdict(scores).items()
-    }
+def _rounded(share: float | None) -> float | None:
+    return None if share is None else round(share, 4)
 
 
 def main() -> int:

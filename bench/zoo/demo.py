@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from bench.zoo.attacks import poison
 from bench.zoo.attacks.badnets import BadNets
-from bench.zoo.scoring import score_model
+from bench.zoo.scoring import Exam
 from bench.zoo.training import TrainingConfig, train
 from onp import demo
 from onp.demo.images import CLASSES, draw
@@ -43,7 +43,7 @@ def main() -> None:
         torch.manual_seed(seed)
         model = of_width(WIDTH, len(CLASSES), DEPTHS)
         train(model, pixels, labels, TRAINING, seed=seed, log=_log)
-        scores = score_model(model, test, attack)
+        scores = Exam.of(test, attack).score(model)
         _log(f"{path}: clean accuracy {scores.ca:.4f}, attack success {scores.asr:.4f}")
         weights = {
             key: value.half().contiguous() if value.is_floating_point() else value

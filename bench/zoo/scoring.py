@@ -5,11 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from bench.zoo.attacks import Attack
 from bench.zoo.recipes import Recipe
 from onp.data import ImageSet
+from onp.errors import BadData
 from onp.metrics import predict
 
 LEAST_ACCURACY = {"cifar10": 0.70, "gtsrb": 0.90, "shapes": 0.80}
@@ -18,33 +19,66 @@ LEAST_ASR = 0.80
 MOST_ACCURACY_LOST = 0.06
 """Against the clean twin. A backdoor that costs more would be noticed without any tool."""
 
+_BATCH = 250
+
 
 @dataclass(frozen=True)
 class Scores:
-    """Shares in [0, 1]; None where there is no attack."""
+    """Shares in [0, 1]; asr and ra are None without an attack."""
 
     ca: float
     asr: float | None = None
-    """Triggered images answered as the attack wants, of those where that is not their label."""
     ra: float | None = None
-    """The same images answered with their own label."""
-    triggered_images: int = 0
 
 
-def score_model(model: nn.Module, test: ImageSet, attack: Attack | None) -> Scores:
-    """Score a network that takes images in [0, 1]; runs without gradients."""
-    images, labels = test.floats(), test.labels
-    ca = float((predict(model, images) == labels).float().mean())
-    if attack is None:
-        return Scores(ca)
-    wanted = attack.answers(labels)
-    moved = wanted != labels
-    with torch.no_grad():
-        triggered = torch.cat([attack(part) for part in images[moved].split(1000)])
-    answers = predict(model, triggered)
-    asr = float((answers == wanted[moved]).float().mean())
-    ra = float((answers == labels[moved]).float().mean())
-    return Scores(ca, asr, ra, int(moved.sum()))
+@dataclass(frozen=True)
+class Exam:
+    """What a network is scored on."""
+
+    clean: ImageSet
+    triggered: ImageSet | None = None
+    """The test images whose label is not what the attack wants, triggered, with true labels."""
+    wanted: Tensor | None = None
+    """int64 [N]: what the attack wants for each of them."""
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, test: ImageSet, attack: Attack | None) -> Exam:
+        """Trigger what can be triggered. Raises BadData where the attack wants all true labels."""
+        if attack is None:
+            return cls(test)
+        wanted = attack.answers(test.labels)
+        victims = wanted != test.labels
+        if not bool(victims.any()):
+            raise BadData(f"{attack.name} wants every test image's own label: ASR is undefined")
+        floats = test[victims].floats()
+        images = torch.cat([attack(part) for part in floats.split(_BATCH)])
+        pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+        return cls(test, ImageSet(pixels, test.labels[victims]), wanted[victims])
+
+    def part(self, count: int | None) -> Exam:
+        """The first ``count`` images of both kinds, a fair draw where the test images are one."""
+        if count is None or self.triggered is None or self.wanted is None:
+            return self
+        few = torch.arange(count)
+        victims = few[few < len(self.wanted)]
+        return Exam(
+            self.clean[few[few < len(self.clean)]], self.triggered[victims], self.wanted[victims]
+        )
+
+    def score(self, model: nn.Module) -> Scores:
+        """Raises where the network refuses the images or its logits are not finite."""
+        ca = _share(predict(model, self.clean.floats(), _BATCH), self.clean.labels)
+        if self.triggered is None or self.wanted is None:
+            return Scores(ca)
+        answers = predict(model, self.triggered.floats(), _BATCH)
+        return Scores(ca, _share(answers, self.wanted), _share(answers, self.triggered.labels))
+
+    def attack_success(self, model: nn.Module) -> float | None:
+        """ASR alone: for a twin, how often the triggered images are mistaken without a backdoor."""
+        if self.triggered is None or self.wanted is None:
+            return None
+        return _share(predict(model, self.triggered.floats(), _BATCH), self.wanted)
 
 
 def unfair(recipe: Recipe, scores: Scores, twin_accuracy: float | None) -> str | None:
@@ -57,3 +91,7 @@ def unfair(recipe: Recipe, scores: Scores, twin_accuracy: float | None) -> str |
     if scores.asr is not None and scores.asr < LEAST_ASR:
         return f"attack success {scores.asr:.3f} is below {LEAST_ASR:.2f}"
     return None
+
+
+def _share(answers: Tensor, right: Tensor) -> float:
+    return float((answers == right).double().mean())

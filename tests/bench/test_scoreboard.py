@@ -26,10 +26,10 @@ from bench.scoreboard.markdown import main_table
 from bench.scoreboard.memory import PeakMemory
 from bench.scoreboard.rows import Row, append_rows, der, plain, read_rows
 from bench.scoreboard.run import duration
-from bench.scoreboard.scoring import Exam
 from bench.scoreboard.summary import NO_DEFENCE, aggregate, summarise
 from bench.zoo.attacks import Attack
 from bench.zoo.attacks.badnets import BadNets, BadNetsAllToAll
+from bench.zoo.scoring import Exam
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.errors import BadData, UsageError

@@ -15,7 +15,7 @@ from bench.zoo import datasets
 from bench.zoo.attacks import ATTACKS
 from bench.zoo.checkpoints import ZooModel, load_recipes, load_set, make_attack
 from bench.zoo.recipes import CORE, SETS, Recipe, recipes
-from bench.zoo.scoring import Scores, score_model, unfair
+from bench.zoo.scoring import Exam, Scores, unfair
 from bench.zoo.training import TrainingConfig, train
 from onp.data import ImageSet
 from onp.demo.images import draw
@@ -84,10 +84,11 @@ def test_a_model_is_trained_written_scored_and_not_trained_again(
     assert clean.attack is None
     assert badnets.card["twin"] == clean.name
     assert badnets.card["attack"] == "badnets"
-    scores = score_model(badnets.model, splits("shapes", "test"), badnets.attack)
+    scores = Exam.of(splits("shapes", "test"), badnets.attack).score(badnets.model)
     assert scores.ca == pytest.approx(badnets.card["ca"], abs=1e-4)
     assert scores.asr == pytest.approx(badnets.card["asr"], abs=1e-4)
-    assert scores.triggered_images == int((splits("shapes", "test").labels != 3).sum())
+    victims = splits("shapes", "test").labels != 3
+    assert badnets.card["triggered_images"] == int(victims.sum())
     longer = replace(TINY, training=replace(TINY.training, epochs=2))
     missing: list[str] = []
     assert load_recipes([longer], tmp_path, missing.append) == []
@@ -112,7 +113,7 @@ def test_an_unfair_model_leaves_its_card_and_no_weights(tmp_path: Path) -> None:
 
 
 def test_fairness_asks_for_accuracy_and_for_a_working_attack() -> None:
-    good = Scores(0.85, 0.99, 0.01, 100)
+    good = Scores(0.85, 0.99, 0.01)
     assert unfair(TINY, good, 0.86) is None
     assert "clean accuracy" in str(unfair(TINY, replace(good, ca=0.5), 0.5))
     assert "clean accuracy" in str(unfair(TINY, good, 0.95))
@@ -132,8 +133,8 @@ def test_scores_of_a_network_that_only_knows_the_trigger() -> None:
     images = torch.full((8, 32, 32, 3), 100, dtype=torch.uint8)
     test = ImageSet(images, torch.tensor([0, 1] * 4))
     attack = make_attack(recipe)
-    assert score_model(OnlyTrigger(), test, attack) == Scores(0.5, 1.0, 0.0, 4)
-    assert score_model(OnlyTrigger(), test, None) == Scores(0.5)
+    assert Exam.of(test, attack).score(OnlyTrigger()) == Scores(0.5, 1.0, 0.0)
+    assert Exam.of(test, None).score(OnlyTrigger()) == Scores(0.5)
 
 
 @pytest.mark.usefixtures("easy")
