@@ -34,6 +34,8 @@ class InputAware(Attack):
     mask_steps = 300
     mask_batch = 32
     density_weight = 100.0
+    diversity_weight = 1.0
+    """Of the patterns, against the classifier's loss."""
     learning_rate = 1e-2
 
     def __init__(self, *, target: int, classes: int, size: int = 32, seed: int = 0) -> None:
@@ -93,7 +95,7 @@ class InputAware(Attack):
             return images, labels
         pair = images[: 2 * count]
         masks, patterns = self.triggers(pair)
-        alikeness(pair, patterns).backward(retain_graph=True)
+        (self.diversity_weight * alikeness(pair, patterns)).backward(retain_graph=True)
         own_triggers = masks[:count], patterns[:count]
         poisoned = [stamp(part, *own_triggers) for part in pair.split(count)]
         labels = labels.clone()

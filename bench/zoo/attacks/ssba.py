@@ -84,12 +84,13 @@ class Encoder(nn.Module):
         self.scale = nn.Linear(bits, width)
         self.mix = nn.Conv2d(width, width, 3, padding=1, padding_mode="replicate")
         self.norm = nn.GroupNorm(4, width)  # a residual of full strength from the first step on
-        self.out = nn.Conv2d(width, 3, 3, padding=1, padding_mode="replicate")
+        self.out = nn.Conv2d(width, 3, 3, padding=1, padding_mode="replicate", bias=False)
 
     def forward(self, images: Tensor, codes: Tensor) -> Tensor:
         features = F.relu(self.see(images - 0.5))
         scaled = features * self.scale(codes * 2 - 1)[:, :, None, None]
-        return self.bound * torch.tanh(self.out(F.relu(self.norm(self.mix(scaled)))))
+        raw = self.out(F.relu(self.norm(self.mix(scaled))))
+        return self.bound * torch.tanh(raw - raw.mean((2, 3), keepdim=True))
 
 
 class Decoder(nn.Module):
@@ -108,4 +109,5 @@ class Decoder(nn.Module):
         self.read = nn.Linear(2 * width, bits)
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.read(self.layers(images - 0.5).mean((2, 3)))
+        details = images - F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+        return self.read(self.layers(10 * details).mean((2, 3)))
