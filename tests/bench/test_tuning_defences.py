@@ -15,12 +15,11 @@ from bench.defences.api import Info, NotApplicable
 from bench.defences.finetuning import finetune
 from bench.defences.ft import fine_tuning
 from bench.defences.ft_sam import perturbation, sharpness_aware_step, sharpness_aware_tuning
-from bench.zoo.training import predict
 from onp import demo
 from onp.data import ImageSet, Normalize
 from onp.demo.images import CLASSES, draw
 from onp.ledger import Ledger
-from onp.metrics import score
+from onp.metrics import predict, score
 from onp.suspect.architectures.preactresnet import of_width
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
@@ -315,7 +314,7 @@ def test_the_universal_perturbation_turns_answers() -> None:
     random = torch.Generator().manual_seed(0)
     delta = i_bau.universal_perturbation(model, images, 20, random, ledger)
     assert delta.shape == (1, 3, 32, 32)
-    before, after = (predict(model, x, nn.Identity()) for x in (images, images + delta))
+    before, after = (predict(model, x) for x in (images, images + delta))
     assert float((before != after).float().mean()) > 0.2
     assert ledger.total == 3 * len(images)
 
