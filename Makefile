@@ -16,7 +16,7 @@ SOURCES := pyproject.toml constraints.txt CMakeLists.txt README.md \
 CXX_FILES := $(shell find csrc tests/cpp -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
 .DELETE_ON_ERROR:
-.PHONY: demo test test-native test-python wheel sanitize-native lint bench bench-env scatter gpu clean
+.PHONY: demo test test-native test-python smoke wheel sanitize-native lint bench bench-env scatter gpu clean
 
 demo: $(VENV)/.installed
 	$(BIN)/onp demo
@@ -30,6 +30,13 @@ test-native:
 
 test-python: $(VENV)/.installed-test
 	$(BIN)/python -m pytest $(PYTEST)
+
+# A small network and its clean twin on generated images, repaired by every defence.
+smoke: $(VENV)/.installed-test
+	rm -f build/scoreboard_smoke.jsonl
+	$(BIN)/python -m bench.zoo --set smoke --out build/zoo
+	$(BIN)/python -m bench.scoreboard --set smoke --models-dir build/zoo --clean-samples 100 \
+		--test-images 500 --oracle-images 100 --out build/scoreboard_smoke.jsonl
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the native tests.
 sanitize-native:
