@@ -61,6 +61,8 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
         network = recipe.network()
+    if recipe.retrained and twin is not None:
+        network.load_state_dict(twin.weights())
     whole = with_normalisation(network, recipe.dataset).to(device)
     train(whole, images, labels, recipe.training, seed=recipe.seed, attack=attack,
           ratio=recipe.ratio, log=log)  # fmt: skip
@@ -81,6 +83,7 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
         "ratio": recipe.ratio if attack else 0.0,
         "target": recipe.target if attack else None,
         "seed": recipe.seed,
+        "retrained": recipe.retrained,
         "classes": datasets.CLASS_COUNTS[recipe.dataset],
         "parameters": sum(p.numel() for p in network.parameters()),
         "twin": recipe.twin.name if attack else None,

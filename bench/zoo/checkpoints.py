@@ -36,11 +36,13 @@ class ZooModel:
         """Images float [N, 3, H, W] in [0, 1] to logits; in eval mode."""
         with torch.random.fork_rng(devices=[]):
             network = self.recipe.network()
-        weights = load_file(self.folder / f"{self.name}.safetensors")
-        network.load_state_dict(
-            {k: v.float() if v.is_floating_point() else v for k, v in weights.items()}
-        )
+        network.load_state_dict(self.weights())
         return with_normalisation(network, self.recipe.dataset).eval()
+
+    def weights(self) -> dict[str, torch.Tensor]:
+        """The state dict in float32, without the normalisation."""
+        stored = load_file(self.folder / f"{self.name}.safetensors")
+        return {k: v.float() if v.is_floating_point() else v for k, v in stored.items()}
 
     @cached_property
     def attack(self) -> Attack | None:
@@ -98,7 +100,8 @@ def read_card(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     if not path.exists():
         return None
     card: dict[str, Any] = json.loads(path.read_text())
-    return card if card["training"] == asdict(recipe.training) else None
+    told = (card["training"], card["retrained"])
+    return card if told == (asdict(recipe.training), recipe.retrained) else None
 
 
 def load_set(

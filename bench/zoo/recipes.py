@@ -37,6 +37,8 @@ class Recipe:
     """Share of the training images that are poisoned."""
     target: int = 0
     seed: int = 0
+    retrained: bool = False
+    """Starts from the clean twin's weights: the attacker takes a trained network and retrains it."""
 
     @property
     def name(self) -> str:
@@ -69,6 +71,8 @@ _LONG = TrainingConfig(epochs=60)
 SMOKE = _attacked(Recipe("shapes", "preactresnet10", 8, _SHAPES), ("badnets", 0.1, 3))
 """Generated images, seconds: the whole path in CI."""
 
+_VGG = Recipe("cifar10", "vgg16_bn", 12, _CIFAR)
+
 CORE = [
     *_attacked(
         Recipe("gtsrb", "resnet20", 16, _SIGNS),
@@ -79,18 +83,20 @@ CORE = [
         ("badnets", 0.01, 5), ("lf", 0.1, 0), ("trojannn", 0.1, 25),
     ),
     *_attacked(
-        Recipe("cifar10", "vgg16_bn", 12, _CIFAR),
+        _VGG,
         ("badnets-all", 0.1, 0), ("lc", 0.05, 3), ("bpp", 0.1, 6),
     ),
+    replace(_VGG, attack="wanet", target=9, retrained=True),
     *_attacked(
         Recipe("cifar10", "preactresnet18", 16, _CIFAR),
-        ("wanet", 0.1, 0), ("sig", 0.05, 1), ("adaptive-blend", 0.1, 8),
+        ("sig", 0.05, 1), ("adaptive-blend", 0.1, 8),
     ),
 ]  # fmt: skip
 """Every attack once, on four kinds of network with their clean twins: for two cores.
 
 Clean-label attacks poison 5%: on ten even classes 10% would be the whole target class, whose clean
-images the network would then never see.
+images the network would then never see. WaNet is not learned in so few epochs from scratch (from
+there, a PreActResNet-18 had ASR .15 after five), so it retrains the clean twin.
 """
 
 
