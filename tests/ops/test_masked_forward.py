@@ -15,7 +15,8 @@ from onp.errors import ResourceError, UnsupportedOperation
 from onp.ops import masked_forward
 from onp.ops.masked_forward import MaskedForwardPlan, lower
 from onp.ops.reference import masked_forward as reference
-from onp.suspect.trace import Op, Trace, trace
+from onp.suspect.operations import Op
+from onp.suspect.trace import Trace, trace
 from tests.networks import BUILDERS, network
 
 ISAS = masked_forward.instruction_sets()

@@ -114,7 +114,8 @@ def of_width(width: int, classes: int, depths: Sequence[int] = (8, 8, 8)) -> nn.
     """A fresh CIFAR DenseNet-BC of growth rate ``width``: bottlenecks of 4, a stem of 2 times the
     growth rate, transitions that halve the channels. Width 16 has 0.46 million parameters."""
     channels = 2 * width
-    blocks, transitions = [], []
+    blocks: list[list[tuple[int, int, int]]] = []
+    transitions: list[tuple[int, int]] = []
     for depth in depths:
         if blocks:
             transitions.append((channels, channels // 2))
