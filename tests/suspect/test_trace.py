@@ -16,7 +16,7 @@ from tests.networks import BUILDERS, network
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_frozen_network_computes_what_the_module_does(name: str) -> None:
-    model = network(name)
+    model = network(name, size=(40, 40))
     images = torch.rand(5, 3, 40, 40)
     with torch.no_grad():
         got = FrozenNetwork(trace(model, (3, 40, 40)), model)(images)
