@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -115,7 +116,7 @@ class _Lowering:
             return view.source, view.last
         found = movement.layout(view)
         if found is None:
-            _refuse(node, f"reads {argument}, which mixes channels and positions")
+            _refuse(node, f"reads {argument}, which takes channels apart or mixes them")
         shape, positions = view.shape, found.positions
         if positions is None and len(shape) == 1:
             self.views[argument] = View(view.source, shape)
@@ -410,7 +411,9 @@ class _Lowering:
             self._emit("flatten", node, (pooled,), (channels,))
 
     def _concat(self, node: fx.Node) -> None:
-        parts = list(_argument(node, 0, "tensors"))
+        parts = _argument(node, 0, "tensors")
+        if not isinstance(parts, list | tuple):
+            _refuse(node, "must list its tensors one by one")
         count = len(self.shapes[node]) + 1
         dim = _argument(node, 1, "dim", 0) % count
         images = [self._read(node, part) for part in parts if self._is_value(part)]
@@ -425,7 +428,7 @@ class _Lowering:
         else:
             _refuse(node, "only channels, or one value's tokens and constants, are concatenated")
 
-    def _extend(self, node: fx.Node, parts: list[Any], value: int, last: bool) -> None:
+    def _extend(self, node: fx.Node, parts: Sequence[Any], value: int, last: bool) -> None:
         """Concatenate tokens of the model's own before and behind those of a value."""
         place = next(i for i, part in enumerate(parts) if self._is_value(part))
         for number in (*range(place - 1, -1, -1), *range(place + 1, len(parts))):
