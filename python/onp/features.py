@@ -93,6 +93,7 @@ def channel_lipschitz(trace: Trace, model: nn.Module) -> Tensor:
     reshaped [inputs, kernel], times the absolute scale of the norm that belongs to the site.
     """
     bound = torch.zeros(trace.sites)
+    filter_norms: dict[int, Tensor] = {}  # by producer
     for layer in trace.layers:
         channels = trace.channels.of_value[layer.value]
         missing = torch.ones(layer.channels, dtype=torch.bool)
@@ -100,9 +101,11 @@ def channel_lipschitz(trace: Trace, model: nn.Module) -> Tensor:
         for producer in layer.producers:
             if not bool(missing.any()):
                 break
-            module = model.get_submodule(str(trace.ops[producer].module))
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            norms = _filter_norms(module)
+            if producer not in filter_norms:
+                module = model.get_submodule(str(trace.ops[producer].module))
+                assert isinstance(module, nn.Conv2d | nn.Linear)
+                filter_norms[producer] = _filter_norms(module)
+            norms = filter_norms[producer]
             made = trace.channels.of_value[producer]
             if torch.equal(made, channels):
                 rows, sites = torch.arange(len(made)), torch.arange(len(channels))

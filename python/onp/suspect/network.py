@@ -210,10 +210,9 @@ class FrozenNetwork:
             return out
         if kind == "pick":
             positions = attrs["positions"]
-            x = x.flatten(2)
-            if not in_order(positions) or positions.numel() != x.shape[2]:
-                x = x[:, :, positions.flatten().to(x.device)]
-            return x.reshape(*x.shape[:2], *positions.shape)
+            return _select(x.flatten(2), positions.flatten()).reshape(
+                *x.shape[:2], *positions.shape
+            )
         if kind == "flatten":
             return x.contiguous().flatten(1)
         return x  # output
@@ -231,12 +230,20 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, *values.shape, *(1,) * (x.ndim - 1 - values.ndim))
 
 
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """x[:, :, index]; without a copy where the index only counts up."""
+    first = int(index[0])
+    if in_order(index - first):
+        return x[:, :, first : first + len(index)]
+    return x.index_select(2, index.to(x.device))
+
+
 def _attend(op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """Softmax attention: values [N, C, *space] in, [N, heads * D, T] out."""
 
     def heads(x: Tensor, channels: Tensor) -> Tensor:  # [N, heads, T, D]
-        x = x.flatten(2).transpose(1, 2)[:, :, channels.flatten().to(x.device)]
-        return x.unflatten(2, channels.shape).transpose(1, 2)
+        part = _select(x.flatten(2).transpose(1, 2), channels.flatten())
+        return part.unflatten(2, channels.shape).transpose(1, 2)
 
     out = F.scaled_dot_product_attention(
         heads(q, op.attrs["q"]),
