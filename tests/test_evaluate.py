@@ -44,6 +44,21 @@ class _Big(nn.Module):
         return self.linear(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
 
 
+@pytest.mark.parametrize(
+    ("name", "lacks"),
+    [("densenet", "concat"), ("vit", "pick"), ("vit-mean", "pick"), ("convnext", "layernorm")],
+)
+def test_networks_beyond_the_engine_go_to_torch(
+    name: str, lacks: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = network(name)
+    traced = trace(model, (3, 32, 32))
+    with caplog.at_level(logging.WARNING, "onp"):
+        assert MaskEvaluator(traced, model).backend == "torch"
+    assert len(caplog.records) == 1
+    assert f"an operation that the engine has, got {lacks}" in caplog.text
+
+
 def test_what_the_engine_lacks_goes_to_torch_with_one_line(
     caplog: pytest.LogCaptureFixture,
 ) -> None:

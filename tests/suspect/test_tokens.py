@@ -209,6 +209,10 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
         lambda net, x: torch.cat([x, x], 2).mean((2, 3)),
         "only channels, or one value's tokens and constants",
     ),
+    "rounded division": (
+        lambda net, x: torch.div(x, 2, rounding_mode="floor").mean((2, 3)),
+        "div with keywords",
+    ),
     "mean over some positions": (lambda net, x: x.mean(2)[:, :, 0], "mean over all positions"),
     "split as a whole": (
         lambda net, x: torch.cat(x.chunk(2, 1), 1).mean((2, 3)),

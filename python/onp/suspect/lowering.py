@@ -73,7 +73,7 @@ class _Lowering:
 
     def run(self) -> None:
         for node in self.graph.nodes:
-            if node.op == "output" or node not in self.sizes:
+            if node.op in ("placeholder", "output") or node not in self.sizes:
                 getattr(self, f"_{node.op}")(node)
 
     # ---- values
@@ -270,7 +270,7 @@ class _Lowering:
         self._elementwise("gelu", node, {"approximate": approximate})
 
     def _arithmetic(self, kind: str, node: fx.Node) -> None:
-        if len(node.args) != 2 or node.kwargs.get("alpha", 1) != 1:
+        if len(node.args) != 2 or node.kwargs not in ({}, {"alpha": 1}):
             _refuse(node, f"{kind} with keywords is not handled")
         left, right = node.args
         if not (self._is_value(left) and self._is_value(right)):
