@@ -7,10 +7,18 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from onp.suspect.architectures import mobilenetv2, preactresnet, resnet, vgg
+from onp.suspect.architectures import (
+    convnext,
+    densenet,
+    mobilenetv2,
+    preactresnet,
+    resnet,
+    vgg,
+    vit,
+)
 from onp.suspect.trace import Trace
 
-BUILDERS: dict[str, Callable[[], nn.Module]] = {
+NATIVE: dict[str, Callable[[], nn.Module]] = {
     "preactresnet18": lambda: preactresnet.of_width(8, 10),
     "resnet18": lambda: resnet.of_width(8, 10),
     "resnet20": lambda: resnet.of_width(8, 7, (3, 3, 3)),
@@ -21,22 +29,44 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vgg16_bn": lambda: vgg.of_width(8, 10, 16),
     "mobilenetv2": lambda: mobilenetv2.of_width(0.25, 10),
 }
+"""Those that the native engine runs."""
+
+BUILDERS: dict[str, Callable[[], nn.Module]] = {
+    **NATIVE,
+    "densenet": lambda: densenet.of_width(4, 10, (2, 3, 1)),
+    "vit": lambda: vit.of_width(16, 10, 2),
+    "vit-mean": lambda: vit.of_width(12, 7, 3, patch=8, class_token=False),
+    "convnext": lambda: convnext.of_width(8, 10, (1, 2)),
+}
 
 
-def network(name: str, seed: int = 0) -> nn.Module:
-    """A seeded network in eval mode whose norms scale and shift, with logits of order one."""
+def network(name: str, seed: int = 0, size: tuple[int, int] = (32, 32)) -> nn.Module:
+    """A seeded network in eval mode whose norms scale and shift, with logits of order one.
+
+    size: of its images; it matters to networks with an embedding for every position.
+    """
     torch.manual_seed(seed)
     model = BUILDERS[name]()
+    if isinstance(model, vit.ViT):
+        patch, width = model.patch_embed.proj.kernel_size[0], model.pos_embed.shape[2]
+        tokens = (size[0] // patch) * (size[1] // patch) + (model.cls_token is not None)
+        model.pos_embed = nn.Parameter(torch.empty(1, tokens, width))
     with torch.no_grad():
+        for key, parameter in model.named_parameters():
+            if key.rpartition(".")[2] in ("pos_embed", "cls_token", "gamma"):
+                parameter.uniform_(-1, 1)
         for module in model.modules():
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = 1.0  # the statistics of the one batch below
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.3, 0.3)
+            elif isinstance(module, nn.LayerNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.3, 0.3)
             elif isinstance(module, nn.Conv2d | nn.Linear):
                 fan_in = module.weight[0].numel()
                 module.weight.normal_(0, (2 / fan_in) ** 0.5)
-        model.train()(torch.rand(32, 3, 32, 32))
+        model.train()(torch.rand(32, 3, *size))
     return model.eval()
 
 
@@ -47,14 +77,15 @@ def hooked_logits(model: nn.Module, trace: Trace, pruned: Tensor, images: Tensor
         for consumer in layer.consumers:
             span = trace.consumer_span(layer, consumer)
             keep = (~pruned[layer.sites]).float().repeat_interleave(span)
+            module = model.get_submodule(str(trace.ops[consumer].module))
+            if isinstance(module, nn.Conv2d):  # a linear layer reads its channels last
+                keep = keep.view(-1, 1, 1)
 
             def zero(
                 _module: nn.Module, args: tuple[Tensor, ...], keep: Tensor = keep
             ) -> tuple[Tensor]:
-                x = args[0]
-                return (x * keep.view(1, -1, *(1,) * (x.ndim - 2)),)
+                return (args[0] * keep,)
 
-            module = model.get_submodule(str(trace.ops[consumer].module))
             handles.append(module.register_forward_pre_hook(zero))
     try:
         with torch.no_grad():

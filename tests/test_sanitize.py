@@ -181,14 +181,19 @@ def test_unusable_options_are_refused() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["vgg11", "vgg16_bn", "resnet18", "resnet20-option-a", "mobilenetv2"]
-)
+    "name",
+    [
+        "vgg11", "vgg16_bn", "resnet18", "resnet20-option-a", "mobilenetv2", "densenet", "vit",
+        "convnext",
+    ],
+)  # fmt: skip
 def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Untrained networks judged by their own answers, a backdoor taken for granted: the path must
     hold, whatever its outcome."""
-    model = network(name)
+    size = (32, 32) if name == "vit" else (64, 64)
+    model = network(name, size=size)
     torch.manual_seed(0)
-    images = torch.rand(60, 3, 64, 64)
+    images = torch.rand(60, 3, *size)
     with torch.no_grad():
         labels = model(images).argmax(1)
     if len(labels.unique()) < 2:  # an untrained network may answer one class

@@ -3,6 +3,7 @@ between architectures. Probe and unlearning responses arrive as arrays."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -56,7 +57,7 @@ def node_features(
         deviation = part.std(0, correction=0).clamp_min(1e-6)
         normalised[layer.sites] = ((part - part.mean(0)) / deviation).clamp(-CLAMP, CLAMP)
         pixels = trace.shapes[layer.value][1:]
-        area = float(pixels[0] * pixels[1]) if pixels else 1.0
+        area = float(math.prod(pixels))
         places[layer.sites] = torch.tensor(
             [
                 2 * number / max(len(trace.layers) - 1, 1) - 1,
@@ -68,11 +69,18 @@ def node_features(
 
 
 def _norms(trace: Trace, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each site's own norm; (1, 0) where it has none."""
+    """Scale and shift of each site's own norm (a layer norm's after it standardised); (1, 0) where
+    it has none."""
     scale, shift = torch.ones(trace.sites), torch.zeros(trace.sites)
     for layer in trace.layers:
-        if layer.norm is not None:
-            module = model.get_submodule(str(trace.ops[layer.norm].module))
+        if layer.norm is None:
+            continue
+        module = model.get_submodule(str(trace.ops[layer.norm].module))
+        if isinstance(module, nn.LayerNorm):
+            scale[layer.sites] = module.weight.detach().float().cpu()
+            if module.bias is not None:
+                shift[layer.sites] = module.bias.detach().float().cpu()
+        else:
             assert isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
             scale[layer.sites], shift[layer.sites] = (part.cpu() for part in norm_affine(module))
     return scale, shift
@@ -81,24 +89,43 @@ def _norms(trace: Trace, model: nn.Module) -> tuple[Tensor, Tensor]:
 def channel_lipschitz(trace: Trace, model: nn.Module) -> Tensor:
     """Upper bound of each channel's Lipschitz constant, float32 [S] (CLP, Zheng et al., ECCV 2022).
 
-    The largest singular value of the nearest producer's filter, reshaped [inputs, kernel], times
-    the absolute scale of the norm that belongs to the site. Singular values of all filters of a
-    layer are taken in one batched call on the small Gram matrices.
+    The largest singular value of the filter of the nearest producer that makes the channel,
+    reshaped [inputs, kernel], times the absolute scale of the norm that belongs to the site.
     """
     bound = torch.zeros(trace.sites)
-    scale, _ = _norms(trace, model)
+    filter_norms: dict[int, Tensor] = {}  # by producer
     for layer in trace.layers:
-        producer = layer.producers[0]
-        channels = trace.channels.of_value[producer]
-        if not torch.equal(channels, trace.channels.of_value[layer.value]):
-            continue  # an option-A shortcut or a reshape between them: no filter is the site's own
-        module = model.get_submodule(str(trace.ops[producer].module))
-        assert isinstance(module, nn.Conv2d | nn.Linear)
-        filters = module.weight.detach().float().flatten(2) if module.weight.ndim > 2 else None
-        if filters is None:
-            norms = module.weight.detach().float().norm(dim=1)
-        else:  # [O, I, K]: K x K Gram matrices
-            gram = filters.transpose(1, 2) @ filters
-            norms = torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt()
-        bound[layer.sites] = norms.cpu()
-    return bound * scale.abs()
+        channels = trace.channels.of_value[layer.value]
+        missing = torch.ones(layer.channels, dtype=torch.bool)
+        part = torch.zeros(layer.channels)
+        for producer in layer.producers:
+            if not bool(missing.any()):
+                break
+            if producer not in filter_norms:
+                module = model.get_submodule(str(trace.ops[producer].module))
+                assert isinstance(module, nn.Conv2d | nn.Linear)
+                filter_norms[producer] = _filter_norms(module)
+            norms = filter_norms[producer]
+            made = trace.channels.of_value[producer]
+            if torch.equal(made, channels):
+                rows, sites = torch.arange(len(made)), torch.arange(len(channels))
+            else:  # a concatenation, an attention's values, an option-A shortcut
+                rows, sites = (made[:, None] == channels).nonzero(as_tuple=True)
+            fresh = missing[sites]
+            part[sites[fresh]] = norms[rows[fresh]]
+            missing[sites] = False
+        bound[layer.sites] = part
+    return bound * _norms(trace, model)[0].abs()
+
+
+def _filter_norms(module: nn.Conv2d | nn.Linear) -> Tensor:
+    """Largest singular value of each output's filter [inputs, kernel], float32 [O].
+
+    All filters of a layer are taken in one batched call on the small Gram matrices.
+    """
+    weight = module.weight.detach().float()
+    if weight.ndim == 2:
+        return weight.norm(dim=1).cpu()
+    filters = weight.flatten(2)  # [O, I, K]
+    gram = filters.transpose(1, 2) @ filters  # [O, K, K]
+    return torch.linalg.eigvalsh(gram)[:, -1].clamp_min(0).sqrt().cpu()

@@ -15,8 +15,9 @@ from onp.errors import ResourceError, UnsupportedOperation
 from onp.ops import masked_forward
 from onp.ops.masked_forward import MaskedForwardPlan, lower
 from onp.ops.reference import masked_forward as reference
-from onp.suspect.trace import Op, Trace, trace
-from tests.networks import BUILDERS, network
+from onp.suspect.operations import Op
+from onp.suspect.trace import Trace, trace
+from tests.networks import NATIVE, network
 
 ISAS = masked_forward.instruction_sets()
 
@@ -53,12 +54,12 @@ def assert_equals_hooks(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 47)], ids=str)
-@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize("name", NATIVE)
 def test_every_architecture_equals_hooks(name: str, size: tuple[int, int]) -> None:
     assert_equals_hooks(network(name), size)
 
 
-@pytest.mark.parametrize("name", [n for n in BUILDERS if "res" in n])
+@pytest.mark.parametrize("name", [n for n in NATIVE if "res" in n])
 def test_small_odd_images(name: str) -> None:
     assert_equals_hooks(network(name), (17, 19), count=5)
 

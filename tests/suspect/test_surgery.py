@@ -26,7 +26,7 @@ def random_mask(traced: Trace, seed: int) -> Tensor:
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (48, 33)], ids=str)
 @pytest.mark.parametrize("name", BUILDERS)
 def test_every_form_of_a_mask_gives_the_same_logits(name: str, size: tuple[int, int]) -> None:
-    model = network(name)
+    model = network(name, size=size)
     traced = trace(model, (3, *size))
     pruned = random_mask(traced, seed=1)
     images = torch.rand(3, 3, *size, generator=torch.Generator().manual_seed(0))

@@ -16,7 +16,7 @@ from tests.networks import BUILDERS, network
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_frozen_network_computes_what_the_module_does(name: str) -> None:
-    model = network(name)
+    model = network(name, size=(40, 40))
     images = torch.rand(5, 3, 40, 40)
     with torch.no_grad():
         got = FrozenNetwork(trace(model, (3, 40, 40)), model)(images)
@@ -82,6 +82,17 @@ def test_functional_forms_are_traced() -> None:
         torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-5)
 
 
+class _Masked(nn.Module):
+    """A second input, though one with a default."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
+        return self.head((self.conv(x) * scale).mean((2, 3)))  # type: ignore[no-any-return]
+
+
 class _Branching(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -96,11 +107,12 @@ class _Branching(nn.Module):
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.PixelShuffle(2)), "1: modules of type PixelShuffle"),
         (_Branching(), "_Branching"),
+        (_Masked(), "second input, scale"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)), "no prunable channels"),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), "does not accept images"),
     ],
-    ids=["unknown module", "control flow", "no logits", "no channels", "wrong size"],
+    ids=["unknown module", "control flow", "two inputs", "no logits", "no channels", "wrong size"],
 )
 def test_what_cannot_be_traced_is_named(model: nn.Module, named: str) -> None:
     with pytest.raises(UntraceableModel, match=named):

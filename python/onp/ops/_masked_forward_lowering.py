@@ -23,7 +23,8 @@ from onp import _C
 from onp.errors import UnsupportedOperation
 
 if TYPE_CHECKING:
-    from onp.suspect.trace import Op, Trace
+    from onp.suspect.operations import Op
+    from onp.suspect.trace import Trace
 
 Pair = tuple[int, int]
 Copy = tuple[int, int | None]

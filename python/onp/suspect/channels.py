@@ -1,26 +1,15 @@
-"""Which channels of which values must be cut together: residual sums, depthwise convolutions."""
+"""Which channels of which values must be cut together: residual sums, depthwise convolutions; and
+which must not be cut: those that a layer norm or the code around them counts."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-
-class TracedOp(Protocol):
-    """What ``couple`` reads of an operation (see ``trace.Op``)."""
-
-    @property
-    def kind(self) -> str: ...
-    @property
-    def inputs(self) -> tuple[int, ...]: ...
-    @property
-    def module(self) -> str | None: ...
-    @property
-    def attrs(self) -> dict[str, object]: ...
+from onp.suspect.operations import Op
 
 
 @dataclass(frozen=True)
@@ -30,7 +19,13 @@ class Channels:
     of_value: tuple[Tensor, ...]
     """int64 [C] (or [F] after flatten) for each op's output."""
     fixed: frozenset[int]
-    """Numbers that must not be cut: image channels, logits, inputs of grouped convolutions."""
+    """Numbers that must not be cut: image channels, logits, inputs of grouped convolutions and of
+    layer norms, heads of an attention, channels that a tensor of the model is added to."""
+
+
+_COUNTED = ("output", "affine", "parameter", "extend", "layernorm")
+"""Kinds that hold a number for every channel, or average over all of them, and that surgery leaves
+as they are."""
 
 
 class _UnionFind:
@@ -53,9 +48,7 @@ class _UnionFind:
         self.parent[max(one, other)] = min(one, other)
 
 
-def couple(
-    ops: Sequence[TracedOp], shapes: Sequence[tuple[int, ...]], model: nn.Module
-) -> Channels:
+def couple(ops: Sequence[Op], shapes: Sequence[tuple[int, ...]], model: nn.Module) -> Channels:
     """Follow every channel through the network; ``shapes`` are the ops' output shapes."""
     sets = _UnionFind()
     values: list[list[int]] = []
@@ -87,14 +80,18 @@ def couple(
             values.append([channel for channel in before for _ in range(span)])
         elif op.kind == "subsample_pad":
             after = sets.fresh(shape[0])
-            positions = op.attrs["positions"]
-            assert isinstance(positions, list)
-            for channel, position in zip(before, positions, strict=True):
+            for channel, position in zip(before, op.attrs["positions"], strict=True):
                 sets.join(channel, after[position])
             values.append(after)
+        elif op.kind == "concat":
+            values.append([channel for value in op.inputs for channel in values[value]])
+        elif op.kind == "attention":  # the code splits its channels into heads
+            for value in op.inputs:
+                fixed.extend(values[value])
+            values.append([values[op.inputs[2]][channel] for channel in op.attrs["v"].flatten()])
         else:  # elementwise or pooled: channel for channel
             values.append(before)
-            if op.kind in ("output", "affine"):  # an affine's constants belong to the code
+            if op.kind in _COUNTED:
                 fixed.extend(before)
     return Channels(
         tuple(torch.tensor([sets.find(c) for c in value], dtype=torch.int64) for value in values),

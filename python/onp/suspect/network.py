@@ -1,5 +1,8 @@
 """The traced network as a frozen function of images and site gates: norms folded, NHWC inside.
 
+Channels come first in every value's shape and last in memory: maps are [N, C, H, W] in the
+channels-last layout, tokens [N, C, T] are transposed views of [N, T, C].
+
 One executor serves the torch backend of mask evaluation, the probes (gradients with respect to
 the images) and the activation statistics. It holds its own copy of the weights.
 """
@@ -13,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onp.suspect.movement import in_order
+from onp.suspect.operations import Op, tensor_of
 from onp.suspect.trace import SiteLayer, Trace
 
 
@@ -65,6 +70,7 @@ class FrozenNetwork:
         self._affines: dict[int, _Affine] = {}
         self._alias: dict[int, int] = {}  # folded norms: their value is their input's
         self._convs: dict[int, nn.Conv2d] = {}
+        self._constants: dict[int, Tensor] = {}  # the model's own tensors, [C] or [C, *space]
         with torch.no_grad():
             for index, op in enumerate(trace.ops):
                 if op.kind in ("conv", "linear"):
@@ -87,9 +93,15 @@ class FrozenNetwork:
                     self._affines[index] = _Affine(
                         op.attrs["scale"].to(self.device), op.attrs["shift"].to(self.device)
                     )
+                elif op.kind == "layernorm" and op.module is not None:
+                    self._read_weights(index, model.get_submodule(op.module))
+                elif op.kind in ("parameter", "extend"):
+                    tensor = tensor_of(model, op.attrs["name"]).detach().float().flatten()
+                    place = op.attrs["index"].to(tensor.device)
+                    self._constants[index] = tensor[place].to(self.device)
 
     def _read_weights(self, index: int, module: nn.Module) -> None:
-        assert isinstance(module, nn.Conv2d | nn.Linear)
+        assert isinstance(module, nn.Conv2d | nn.Linear | nn.LayerNorm)
         weight = module.weight.detach().to(self.device, torch.float32, copy=True)
         if isinstance(module, nn.Conv2d):
             weight = weight.contiguous(memory_format=torch.channels_last)
@@ -117,7 +129,7 @@ class FrozenNetwork:
         """Logits float32 [N, K] of images float32 [N, C, H, W].
 
         gates: [S] or [N, S] factors on the sites (0 prunes). observe: called with each site layer
-        and its activations, [N, C, H, W] or [N, C], before the gate.
+        and its activations, [N, C, H, W], [N, C, T] or [N, C], before the gate.
         """
         values: dict[int, Tensor] = {}
         masked: dict[int, Tensor] = {}
@@ -145,7 +157,8 @@ class FrozenNetwork:
         return values[len(ops) - 1]
 
     def _step(self, index: int, kind: str, inputs: list[Tensor], images: Tensor) -> Tensor:
-        attrs = self.trace.ops[index].attrs
+        op = self.trace.ops[index]
+        attrs = op.attrs
         if kind == "input":
             return images.to(self.device).contiguous(memory_format=torch.channels_last)
         x = inputs[0]
@@ -155,19 +168,32 @@ class FrozenNetwork:
             assert not isinstance(conv.padding, str)
             return F.conv2d(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
         if kind == "linear":
-            return F.linear(x, *self._weights[index])
+            return F.linear(x.movedim(1, -1), *self._weights[index]).movedim(-1, 1)
         if kind in ("norm", "affine"):
             if index in self._alias:
                 return x
             affine = self._affines[index]
-            view = (1, -1) + (1,) * (x.ndim - 2)
-            return x * affine.scale.view(view) + affine.shift.view(view)
-        if kind == "relu":
-            return F.relu(x)
-        if kind == "relu6":
-            return F.relu6(x)
+            return x * _like(affine.scale, x) + _like(affine.shift, x)
+        if kind == "layernorm":
+            scale, shift = self._weights.get(index, (None, None))
+            x = x.movedim(1, -1)
+            return F.layer_norm(x, x.shape[-1:], scale, shift, attrs["eps"]).movedim(-1, 1)
+        if kind == "parameter":
+            function: Callable[[Tensor, Tensor], Tensor] = getattr(torch, attrs["how"])
+            return function(x, _like(self._constants[index], x))
+        if kind in _ELEMENTWISE:
+            return _ELEMENTWISE[kind](x)
+        if kind == "gelu":
+            return F.gelu(x, approximate=attrs["approximate"])
         if kind == "add":
             return x + inputs[1]
+        if kind == "concat":
+            return torch.cat(inputs, 1)
+        if kind == "attention":
+            return _attend(op, *inputs)
+        if kind == "extend":
+            parts = [self._constants[index].T.expand(len(x), -1, -1), x.transpose(1, 2)]
+            return torch.cat(parts if attrs["front"] else parts[::-1], 1).transpose(1, 2)
         if kind == "maxpool":
             return F.max_pool2d(x, attrs["kernel"], attrs["stride"], attrs["padding"])
         if kind == "avgpool":
@@ -176,12 +202,53 @@ class FrozenNetwork:
                 count_include_pad=attrs["count_include_pad"],
             )  # fmt: skip
         if kind == "globalpool":
-            return x.mean((2, 3), keepdim=True)
+            return x.mean(tuple(range(2, x.ndim)), keepdim=True)
         if kind == "subsample_pad":
             s = attrs["stride"]
             out = x.new_zeros(x.shape[0], attrs["channels"], *x[:, :, ::s, ::s].shape[2:])
             out[:, attrs["positions"]] = x[:, :, ::s, ::s]
             return out
+        if kind == "pick":
+            positions = attrs["positions"]
+            return _select(x.flatten(2), positions.flatten()).reshape(
+                *x.shape[:2], *positions.shape
+            )
         if kind == "flatten":
             return x.contiguous().flatten(1)
         return x  # output
+
+
+_ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "relu6": F.relu6,
+    "silu": F.silu,
+}
+
+
+def _like(values: Tensor, x: Tensor) -> Tensor:
+    """Values [C] or [C, *space], shaped to be broadcast to x [N, C, *space]."""
+    return values.view(1, *values.shape, *(1,) * (x.ndim - 1 - values.ndim))
+
+
+def _select(x: Tensor, index: Tensor) -> Tensor:
+    """x[:, :, index]; without a copy where the index only counts up."""
+    first = int(index[0])
+    if in_order(index - first):
+        return x[:, :, first : first + len(index)]
+    return x.index_select(2, index.to(x.device))
+
+
+def _attend(op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention: values [N, C, *space] in, [N, heads * D, T] out."""
+
+    def heads(x: Tensor, channels: Tensor) -> Tensor:  # [N, heads, T, D]
+        part = _select(x.flatten(2).transpose(1, 2), channels.flatten())
+        return part.unflatten(2, channels.shape).transpose(1, 2)
+
+    out = F.scaled_dot_product_attention(
+        heads(q, op.attrs["q"]),
+        heads(k, op.attrs["k"]),
+        heads(v, op.attrs["v"]),
+        scale=op.attrs["scale"],
+    )
+    return out.transpose(1, 2).flatten(2).transpose(1, 2)

@@ -33,12 +33,13 @@ def apply_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> nn.Module:
 def _zero_norm(model: nn.Module, trace: Trace, layer: SiteLayer, cut: Tensor) -> bool:
     assert layer.norm is not None
     norm = model.get_submodule(str(trace.ops[layer.norm].module))
-    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
-    if not norm.affine:
+    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d | nn.LayerNorm)
+    if not (isinstance(norm, nn.LayerNorm) or norm.affine):
         return False
     cut = cut.to(norm.weight.device)
     norm.weight[cut] = 0
-    norm.bias[cut] = 0
+    if norm.bias is not None:
+        norm.bias[cut] = 0
     return True
 
 

@@ -1,0 +1,67 @@
+"""The operations that a traced network is made of."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+WEIGHTED = ("conv", "linear")
+TRANSPARENT = ("maxpool", "avgpool", "globalpool", "flatten", "pick")
+"""Kinds that map zero channels to zero channels and hold no weights."""
+ACTIVATIONS = ("relu", "relu6", "gelu", "silu")
+NORMS = ("norm", "layernorm")
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation of the traced network; value ``i`` is the output of ``trace.ops[i]``.
+
+    A value is a map [N, C, H, W], tokens [N, C, T] or features [N, F]: channels always come first
+    behind the images, wherever the module's own code has them.
+
+    kind: one of
+      input                     the images, [N, C, H, W]
+      conv, linear              ``module`` is the nn.Conv2d / nn.Linear's qualified name; a linear
+                                layer reads features, or the channels of every token or pixel
+      norm                      ``module`` is a BatchNorm2d/1d in eval mode (per-channel affine)
+      layernorm                 over the channels of each token or pixel; ``module`` is the
+                                nn.LayerNorm, None without weights; attrs["eps"]
+      affine                    per-channel scale and shift: attrs["scale"], attrs["shift"] [C]
+      parameter                 x + p, x - p, x * p or x / p with a tensor p of the model (position
+                                embedding, layer scale): attrs["how"] is add, sub, mul or div, p is
+                                attrs["name"]'s elements attrs["index"], int64 [C] or [C, *space]
+      extend                    tokens of the model's own (class token), attrs["name"]'s elements
+                                attrs["index"] int64 [C, T'], before (attrs["front"]) or behind x's
+      relu, relu6, silu         no attrs
+      gelu                      attrs["approximate"]
+      add                       two inputs of the same shape
+      concat                    the inputs' channels, one input behind the other
+      attention                 softmax attention of inputs q, k, v (often one value): attrs["q"],
+                                ["k"], ["v"] int64 [heads, D] are the channels that it reads,
+                                attrs["scale"] or None; channel h * D + d comes from head h
+      maxpool, avgpool          attrs: kernel, stride, padding (int pairs), count_include_pad
+      globalpool                mean over all positions, keeps [N, C, 1, 1] (tokens: [N, C, 1])
+      subsample_pad             option-A shortcut: x[:, :, ::s, ::s] with its channels written to
+                                attrs["positions"] (of attrs["channels"]); attrs["stride"]
+      pick                      positions of the flattened space, attrs["positions"] int64 of the
+                                new space's shape: [N, C, H, W] to tokens, one token to features
+      flatten                   [N, C, *space] -> [N, C * positions]
+      output                    reads the logits
+    Identity and (eval-mode) dropout are elided.
+    """
+
+    kind: str
+    name: str
+    inputs: tuple[int, ...]
+    module: str | None = None
+    attrs: dict[str, Any] = field(default_factory=dict)
+
+
+def tensor_of(model: nn.Module, name: str) -> Tensor:
+    """The parameter or buffer of that qualified name."""
+    owner, _, leaf = name.rpartition(".")
+    found = getattr(model.get_submodule(owner), leaf)
+    assert isinstance(found, Tensor)
+    return found
