@@ -38,7 +38,7 @@ class Recipe:
     target: int = 0
     seed: int = 0
     retrained: bool = False
-    """Starts from the clean twin's weights: the attacker takes a trained network and retrains it."""
+    """Starts from the clean twin: the attacker takes a trained network and retrains it."""
 
     @property
     def name(self) -> str:
