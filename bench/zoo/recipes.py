@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch import nn
 
@@ -11,7 +12,15 @@ from bench.zoo.attacks import ATTACKS
 from bench.zoo.datasets import CLASS_COUNTS
 from bench.zoo.training import TrainingConfig
 from onp.errors import UsageError
-from onp.suspect.architectures import mobilenetv2, preactresnet, resnet, vgg
+from onp.suspect.architectures import (
+    convnext,
+    densenet,
+    mobilenetv2,
+    preactresnet,
+    resnet,
+    vgg,
+    vit,
+)
 
 ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
     "preactresnet18": lambda width, classes: preactresnet.of_width(int(width), classes),
@@ -20,6 +29,9 @@ ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
     "vgg16_bn": lambda width, classes: vgg.of_width(int(width), classes, 16),
     "vgg11": lambda width, classes: vgg.of_width(int(width), classes, 11, norm=False),
     "mobilenetv2": mobilenetv2.of_width,
+    "densenet": lambda width, classes: densenet.of_width(int(width), classes),
+    "vit": lambda width, classes: vit.of_width(int(width), classes),
+    "convnext": lambda width, classes: convnext.of_width(int(width), classes),
 }
 """A fresh network from (width, classes); of MobileNetV2 the width is a factor."""
 
@@ -67,6 +79,8 @@ _CIFAR = TrainingConfig(epochs=5)
 _SIGNS = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False)
 _SHAPES = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False, crop_padding=2)
 _LONG = TrainingConfig(epochs=60)
+_LAYER_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05}
+_NO_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3}
 
 SMOKE = _attacked(Recipe("shapes", "preactresnet10", 8, _SHAPES), ("badnets", 0.1, 3))
 """Generated images, seconds: the whole path in CI."""
@@ -101,14 +115,21 @@ there, a PreActResNet-18 had ASR .15 after five), so it retrains the clean twin.
 
 
 def _full() -> list[Recipe]:
-    networks = [
-        ("preactresnet18", 32.0), ("preactresnet18", 64.0), ("resnet20", 16.0), ("vgg16_bn", 64.0),
-        ("vgg11", 64.0), ("mobilenetv2", 1.0),
-    ]  # fmt: skip
+    networks: list[tuple[str, float, dict[str, Any]]] = [
+        ("preactresnet18", 32, {}),
+        ("preactresnet18", 64, {}),
+        ("resnet20", 16, {}),
+        ("vgg16_bn", 64, {}),
+        ("vgg11", 64, _NO_NORMS),
+        ("mobilenetv2", 1, {}),
+        ("densenet", 12, {}),
+        ("vit", 96, _LAYER_NORMS),
+        ("convnext", 64, _LAYER_NORMS),
+    ]
     found = []
     for dataset, classes in (("cifar10", 10), ("gtsrb", 43)):
-        training = replace(_LONG, flip=dataset == "cifar10")
-        for number, (arch, width) in enumerate(networks):
+        for number, (arch, width, settings) in enumerate(networks):
+            training = replace(_LONG, flip=dataset == "cifar10", **settings)
             attacks = [
                 (attack, ratio, (7 * index + number) % classes)
                 for index, attack in enumerate(ATTACKS)
