@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,11 @@ ADAM_BETAS = (0.5, 0.9)
 FIRST_PRICE = 1e-3
 RAISE, LOWER = 2.0, 2.0**1.5
 PATIENCE = 5
-"""Steps whose images are judged together before the price of the mask's L1 norm changes."""
+"""Steps in a row above or below SUCCESS before the price of the mask's L1 norm changes."""
 SUCCESS = 0.98
 """Share of images that a patch has to send to its class."""
+JUDGED = 40
+"""Images, over at least PATIENCE steps, that a patch is judged on before it is kept."""
 ANOMALY = 2.0
 """Index above which a class is flagged: the paper, section IV-A. The others: BackdoorBench's
 ``nc`` and the authors' code."""
@@ -72,6 +75,7 @@ def neural_cleanse(
     ledger: Ledger,
     steps: int = STEPS,
     search_forwards: int = SEARCH_FORWARDS,
+    anomaly: float = ANOMALY,
     epochs: int = EPOCHS,
 ) -> tuple[nn.Module, Info]:
     """Find patches, flag outliers, unlearn them; without an outlier the network is unchanged.
@@ -83,7 +87,7 @@ def neural_cleanse(
         model, clean, steps=steps, image_forwards=search_forwards, seed=seed, ledger=ledger
     )
     indices = anomaly_indices(patches.sizes)
-    flagged = flagged_classes(patches.sizes)
+    flagged = flagged_classes(patches.sizes, anomaly)
     schedule = f"{steps} of {PUBLISHED_STEPS} steps with {shown} images a class"
     settings = {
         "sizes": [round(size, 2) for size in patches.sizes.tolist()],
@@ -111,8 +115,8 @@ def search(
 
     Each step puts the patches of all K classes on the same B images. The loss is the cross entropy
     towards the patch's class plus a price on the mask's L1 norm; a class's price rises while its
-    patch succeeds and falls while it does not. Kept is the smallest mask that succeeded over
-    PATIENCE steps.
+    patch succeeds and falls while it does not. Kept is the smallest mask of a class
+    that succeeded on the last JUDGED images or more.
     """
     random = torch.Generator().manual_seed(seed)
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
@@ -135,7 +139,9 @@ def search(
     wanted = torch.arange(classes, device=device)
     best = _Best(_unit(raw_mask).detach(), _unit(raw_pattern).detach(), float(height * width))
     price = torch.full((classes,), FIRST_PRICE, device=device)
-    recent = torch.zeros(PATIENCE, classes, device=device)  # success of the last steps
+    window = max(PATIENCE, ceil(JUDGED / shown))
+    recent = torch.zeros(window, classes, device=device)  # success of the last steps
+    above, below = torch.zeros(2, classes, device=device)  # steps in a row
     for step in range(steps):
         index = torch.randperm(len(clean), generator=random)[:shown]
         x = images[index].to(device)
@@ -149,11 +155,13 @@ def search(
         (loss + (price * norms).sum()).backward()
         with torch.no_grad():
             success = (logits.argmax(2) == wanted[:, None]).float().mean(1)  # [K]
-            recent[step % PATIENCE] = success
-            good = recent.mean(0) >= SUCCESS
-            best.keep(mask, pattern, norms, good)
-            if step % PATIENCE == PATIENCE - 1:
-                price = torch.where(good, price * RAISE, price / LOWER)
+            recent[step % window] = success
+            best.keep(mask, pattern, norms, recent.mean(0) >= SUCCESS)
+            good = success >= SUCCESS
+            above, below = (above + 1) * good, (below + 1) * ~good
+            price = torch.where(above >= PATIENCE, price * RAISE, price)
+            price = torch.where(below >= PATIENCE, price / LOWER, price)
+            above, below = above * (above < PATIENCE), below * (below < PATIENCE)
         optimizer.step()
         ledger.tick(step + 1, steps, "patches of all classes")
     return best.patches(), shown
@@ -194,9 +202,9 @@ def anomaly_indices(sizes: Tensor) -> Tensor:
     return away / (CONSISTENT_MAD * _median(away.abs())).clamp_min(1e-6)
 
 
-def flagged_classes(sizes: Tensor) -> list[int]:
+def flagged_classes(sizes: Tensor, anomaly: float = ANOMALY) -> list[int]:
     """The classes whose patches are outliers on the small side, smallest first."""
-    outliers = (anomaly_indices(sizes) < -ANOMALY).nonzero().squeeze(1)
+    outliers = (anomaly_indices(sizes) < -anomaly).nonzero().squeeze(1)
     return outliers[sizes[outliers].argsort()].tolist()
 
 
