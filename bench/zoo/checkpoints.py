@@ -16,7 +16,7 @@ from torch import nn
 from bench.zoo.attacks import ATTACKS, Attack
 from bench.zoo.datasets import CLASS_COUNTS, normalisation
 from bench.zoo.recipes import Recipe, recipes
-from onp.files import write_atomically
+from onp.files import write_atomically, write_json
 
 
 @dataclass(frozen=True)
@@ -86,8 +86,7 @@ def save(
         state = attack.state() if attack else {}
         if state:
             _write_tensors(folder / f"{recipe.name}.trigger.safetensors", state)
-    text = json.dumps(card, indent=1) + "\n"
-    write_atomically(folder / f"{recipe.name}.json", lambda path: path.write_text(text))
+    write_json(folder / f"{recipe.name}.json", card)
 
 
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
