@@ -18,7 +18,12 @@ from onp.ledger import Ledger
 
 
 def bnp(
-    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, deviations: float = DEVIATIONS
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,  # noqa: ARG001
+    ledger: Ledger,
+    deviations: float = DEVIATIONS,
 ) -> tuple[nn.Module, Info]:
     """Prune norm channels whose clean statistics diverge from the running ones by more than the
     layer's mean + u standard deviations. One pass over the clean images; the seed has no effect."""

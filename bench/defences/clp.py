@@ -22,7 +22,12 @@ PASSED = ("add", "relu", "relu6", "maxpool", "avgpool", "globalpool")
 
 
 def clp(
-    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, deviations: float = DEVIATIONS
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,  # noqa: ARG001
+    ledger: Ledger,  # noqa: ARG001
+    deviations: float = DEVIATIONS,
 ) -> tuple[nn.Module, Info]:
     """Prune norm channels whose Lipschitz bound exceeds the layer's mean + u standard deviations.
 
@@ -39,9 +44,9 @@ def clp(
 def channel_lipschitz(model: nn.Module, trace: Trace, layers: list[NormLayer]) -> Tensor:
     """sigma_max(K_j as [C_in, kh * kw]) * |scale_j| for every norm channel: float32 [U].
 
-    scale_j = w_j / sqrt(running_var_j + eps), the factor the norm applies (the published code leaves
-    out eps, and divides by zero on dead channels). K is the kernel that produces the norm's input
-    in the traced graph. A norm that reads a residual sum (pre-activation) has several: the sum is
+    scale_j = w_j / sqrt(running_var_j + eps), the factor the norm applies (the published code has
+    no eps there, and divides by zero on dead channels). K is the kernel that produces the norm's
+    input in the traced graph. A norm that reads a residual sum (pre-activation) has several: the sum is
     one linear map of all their inputs, so their kernels are stacked along C_in, smaller ones
     centred in the largest. Producers behind another norm or a change of layout are left out; a
     norm without any has NaN.

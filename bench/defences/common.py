@@ -110,7 +110,7 @@ def training_copy(model: nn.Module, *, weights: bool) -> nn.Module:
     for module in student.modules():
         if "Dropout" in type(module).__name__:
             module.eval()
-    return student.to(memory_format=training_layout(student))
+    return student.to(memory_format=training_layout(student))  # type: ignore[call-overload]
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -41,6 +41,7 @@ def rnp(
     seed: int,
     ledger: Ledger,
     recovery_epochs: int = RECOVERY_EPOCHS,
+    recovery_rate: float = RECOVERY_RATE,
 ) -> tuple[nn.Module, Info]:
     """Prune on the original network the units that recovering the clean task did without.
 
@@ -54,7 +55,7 @@ def rnp(
     frozen = training_copy(unlearned, weights=False)
     soft = recover(
         units_of(frozen, unlearned, clean), clean,
-        epochs=recovery_epochs, random=random, ledger=ledger,
+        epochs=recovery_epochs, learning_rate=recovery_rate, random=random, ledger=ledger,
     )  # fmt: skip
     repaired, info = cut_by_threshold(units, soft, clean, ledger)
     info.settings["unlearning_epochs"] = epochs
@@ -94,7 +95,13 @@ def unlearn(
 
 
 def recover(
-    units: Units, clean: ImageSet, *, epochs: int, random: torch.Generator, ledger: Ledger
+    units: Units,
+    clean: ImageSet,
+    *,
+    epochs: int,
+    learning_rate: float,
+    random: torch.Generator,
+    ledger: Ledger,
 ) -> Tensor:
     """The mask float32 [U] in [0, 1] on frozen weights that brings the clean task back.
 
@@ -102,7 +109,7 @@ def recover(
     """
     device = units.device
     mask = torch.ones(units.count, device=device, requires_grad=True)
-    optimizer = torch.optim.SGD([mask], RECOVERY_RATE, momentum=MOMENTUM)
+    optimizer = torch.optim.SGD([mask], learning_rate, momentum=MOMENTUM)
     for epoch in range(epochs):
         for images, labels in epoch_batches(clean, BATCH, random):
             loss = RECOVERY_WEIGHT * F.cross_entropy(units.logits(images, mask), labels.to(device))
