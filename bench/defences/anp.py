@@ -1,0 +1,101 @@
+"""ANP: masks that hold under noise on the neurons (Wu & Wang, "Adversarial Neuron Pruning Purifies
+Backdoored Deep Models", NeurIPS 2021, algorithm 1)."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.defences.api import Info
+from bench.defences.common import (
+    ACTIVATION_GRADIENTS,
+    AUGMENTATION,
+    BATCH,
+    training_copy,
+)
+from bench.defences.units import Units, cut_by_threshold, units_of
+from bench.zoo.training import augment
+from onp.data import ImageSet
+from onp.ledger import Ledger
+
+EPS = 0.4
+"""Bound of the random start of the noise, and length of its ascent."""
+ASCENT_STEPS = 1
+CLEAN_WEIGHT = 0.2
+"""Alpha: weight of the loss without noise."""
+LEARNING_RATE, MOMENTUM = 0.2, 0.9
+"""Of the masks, as in the authors' code (BackdoorBench: 0.01)."""
+PUBLISHED_ITERATIONS = 2000
+ITERATIONS = 70
+"""What 60,000 image-forwards allow with the sweep of thresholds: 768 an iteration."""
+
+
+def anp(
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,
+    ledger: Ledger,
+    iterations: int = ITERATIONS,
+    learning_rate: float = LEARNING_RATE,
+) -> tuple[nn.Module, Info]:
+    """Prune the units that a mask robust to noise does without, by a threshold picked on clean
+    accuracy (``cut_by_threshold``); the authors' log and BackdoorBench pick it by test scores."""
+    suspect = copy.deepcopy(model).eval()
+    # Gates on sites run the frozen network; with norms, batch statistics are used throughout.
+    noisy = units_of(training_copy(model, weights=False), suspect, clean)
+    soft = robust_mask(
+        noisy, clean, iterations=iterations, learning_rate=learning_rate, seed=seed, ledger=ledger
+    )
+    repaired, info = cut_by_threshold(units_of(suspect, suspect, clean), soft, clean, ledger)
+    info.schedule = f"{iterations} of {PUBLISHED_ITERATIONS} iterations"
+    return repaired, info
+
+
+def robust_mask(
+    units: Units,
+    clean: ImageSet,
+    *,
+    iterations: int,
+    learning_rate: float,
+    seed: int,
+    ledger: Ledger,
+) -> Tensor:
+    """The mask float32 [U] in [0, 1] that minimises alpha * CE + (1 - alpha) * CE under noise.
+
+    Noise d on the mask and x on the shift start uniform in [-eps, eps] at every batch and take one
+    step of eps along the sign of the gradient of CE: scale * (m + d), shift * (1 + x). As in the
+    authors' code, the result is not projected back to [-eps, eps].
+    """
+    random = torch.Generator().manual_seed(seed)
+    device = units.device
+    mask = torch.ones(units.count, device=device, requires_grad=True)
+    optimizer = torch.optim.SGD([mask], learning_rate, momentum=MOMENTUM)
+    rows = 2 if units.shifted else 1
+    for iteration in range(iterations):
+        index = torch.randint(len(clean), (BATCH,), generator=random)
+        images = augment(clean.images[index], AUGMENTATION, random)
+        labels = clean.labels[index].to(device)
+        noise = (torch.rand(rows, units.count, generator=random) * 2 - 1).mul(EPS).to(device)
+        for _ in range(ASCENT_STEPS):
+            noise.requires_grad_(True)
+            loss = F.cross_entropy(_noisy_logits(units, images, mask.detach(), noise), labels)
+            (gradient,) = torch.autograd.grad(loss, noise)
+            noise = noise.detach() + EPS / ASCENT_STEPS * gradient.sign()
+        plain = F.cross_entropy(units.logits(images, mask), labels)
+        robust = F.cross_entropy(_noisy_logits(units, images, mask, noise), labels)
+        optimizer.zero_grad()
+        (CLEAN_WEIGHT * plain + (1 - CLEAN_WEIGHT) * robust).backward()
+        optimizer.step()
+        with torch.no_grad():
+            mask.clamp_(0, 1)
+        ledger.count((ASCENT_STEPS + 2) * ACTIVATION_GRADIENTS * BATCH)
+        ledger.tick(iteration + 1, iterations, "masks")
+    return mask.detach()
+
+
+def _noisy_logits(units: Units, images: Tensor, mask: Tensor, noise: Tensor) -> Tensor:
+    return units.logits(images, mask + noise[0], 1 + noise[1] if units.shifted else None)

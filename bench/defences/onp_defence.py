@@ -1,0 +1,42 @@
+"""The package itself, at its standard budget, in the form of a defence."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from bench.defences.api import Info, NotApplicable
+from onp.config import Config
+from onp.data import ImageSet
+from onp.errors import UntraceableModel
+from onp.ledger import Ledger
+from onp.sanitize import sanitize
+
+
+def onp_defence(
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,
+    ledger: Ledger,
+    budget: str | Config = "standard",
+) -> tuple[nn.Module, Info]:
+    """Optimized neuron pruning; a network judged clean comes back with nothing pruned."""
+
+    def progress(stage: str, done: int, total: int, message: str) -> None:
+        ledger.tick(done, total, f"{stage} {message}".strip())
+
+    try:
+        result = sanitize(model, clean, seed=seed, budget=budget, progress=progress)
+    except UntraceableModel as error:
+        raise NotApplicable(f"the network cannot be traced: {error}") from error
+    report = result.report
+    ledger.count(report["image_forwards"]["total"])
+    settings = {
+        "verdict": result.verdict,
+        "score": report["score"],
+        "target_classes": report["target_classes"],
+        "pruned": report["sites"]["pruned"],
+        "sites": report["sites"]["total"],
+    }
+    name = budget if isinstance(budget, str) else budget.budget
+    return result.model, Info(schedule=f"{name} budget", settings=settings)
