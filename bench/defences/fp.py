@@ -14,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from bench.defences.api import Info, NotApplicable
 from bench.defences.common import accuracy, logits_on
+from bench.defences.finetuning import finetune
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -30,8 +31,6 @@ def fp(
     model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, epochs: int = EPOCHS
 ) -> tuple[nn.Module, Info]:
     """Prune dormant inputs of the last linear layer, then fine-tune all weights but those."""
-    from bench.defences.finetuning import finetune
-
     pruned, name, keep = prune_dormant(model, clean, ledger)
     layer = pruned.get_submodule(name)
     parametrize.register_parametrization(layer, "weight", _KeptColumns(keep))
