@@ -50,7 +50,8 @@ def finetune(
     update = step or cross_entropy_step(label_smoothing)
     random = torch.Generator().manual_seed(seed)
     layout = training_layout(model)
-    tuned = copy.deepcopy(model).to(memory_format=layout).requires_grad_(True).train()
+    tuned: nn.Module = copy.deepcopy(model).requires_grad_(True).train()
+    tuned.to(memory_format=layout)  # type: ignore[call-overload]  # not among torch's overloads
     device = next(tuned.parameters()).device
     config = TrainingConfig(flip=flip)
     optimizer = torch.optim.SGD(

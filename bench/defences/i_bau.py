@@ -14,6 +14,7 @@ from math import ceil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.defences.api import Info
 from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS
@@ -54,8 +55,10 @@ def implicit_unlearning(
 ) -> tuple[nn.Module, Info]:
     """Unlearn universal perturbations in rounds; norms stay in eval mode."""
     random = torch.Generator().manual_seed(seed)
-    layout = torch.contiguous_format  # see onp.suspect.network.training_layout
-    repaired = copy.deepcopy(model).to(memory_format=layout).requires_grad_(True).eval()
+    repaired = copy.deepcopy(model).requires_grad_(True).eval()
+    # Second derivatives run backwards through layers as narrow as an image has channels: see
+    # onp.suspect.network.training_layout.
+    repaired.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     weights = list(repaired.parameters())
     images, labels = clean.floats().to(weights[0].device), clean.labels.to(weights[0].device)
     optimizer = torch.optim.Adam(weights, learning_rate)
@@ -140,7 +143,8 @@ def hypergradient(
     """
     delta = delta.detach().requires_grad_(True)
     by_delta, *direct = torch.autograd.grad(outer(delta), [delta, *weights], allow_unused=True)
-    (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
+    with sdpa_kernel(SDPBackend.MATH):  # fused attention has no second derivatives
+        (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
     descended = delta - rate * slope
     v = by_delta  # the first step from zero
     for _ in range(steps - 1):

@@ -34,6 +34,9 @@ POWER = 2
 """p in the sum of |F|^p over the channels: the paper, section 3.2."""
 BATCH = 64
 
+_CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
+"""Their outputs of four dimensions are [N, H, W, C]: no maps (ConvNeXt has such)."""
+
 
 def attention_distillation(
     model: nn.Module,
@@ -143,6 +146,7 @@ def listening(model: nn.Module) -> Iterator[Heard]:
     handles = [
         module.register_forward_hook(lambda _module, _inputs, output: heard.map(output))
         for module in modules
+        if type(module) not in _CHANNELS_LAST
     ]
     for stack in stacks:
         hook = _member_hook(heard, stack)
