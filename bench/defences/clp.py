@@ -46,10 +46,10 @@ def channel_lipschitz(model: nn.Module, trace: Trace, layers: list[NormLayer]) -
 
     scale_j = w_j / sqrt(running_var_j + eps), the factor the norm applies (the published code has
     no eps there, and divides by zero on dead channels). K is the kernel that produces the norm's
-    input in the traced graph. A norm that reads a residual sum (pre-activation) has several: the sum is
-    one linear map of all their inputs, so their kernels are stacked along C_in, smaller ones
-    centred in the largest. Producers behind another norm or a change of layout are left out; a
-    norm without any has NaN.
+    input in the traced graph. A norm that reads a residual sum (pre-activation) has several: the
+    sum is one linear map of all their inputs, so their kernels are stacked along C_in, smaller
+    ones centred in the largest. Producers behind another norm or a change of layout are left out;
+    a norm without any has NaN.
     """
     bounds = torch.full((sum(layer.channels for layer in layers),), torch.nan)
     by_name = {layer.name: layer for layer in layers}

@@ -43,9 +43,9 @@ def planted_network(*, norm: bool = True) -> nn.Module:
         seen = conv(colour_images(300, 99).floats()).transpose(0, 1).flatten(1)
         norm_layer.running_mean.copy_(seen.mean(1))
         norm_layer.running_var.copy_(seen.var(1))
-        norm_layer.bias[BACKDOOR] = -2.0
-        linear.weight[:] = torch.cat([8 * torch.eye(3), torch.zeros(3, 1)], 1)
-        linear.weight[TARGET, BACKDOOR] = 40.0
+        norm_layer.bias[BACKDOOR] = -1.0
+        linear.weight[:] = torch.cat([2 * torch.eye(3), torch.zeros(3, 1)], 1)
+        linear.weight[TARGET, BACKDOOR] = 10.0
         linear.bias.zero_()
         if not norm:
             scale = (norm_layer.running_var + norm_layer.eps).rsqrt()

@@ -21,23 +21,24 @@ from bench.defences.common import ACCURACY_LIMIT, norm_layers, norm_of
 from bench.defences.fp import RELATIVE_LIMIT, fp, prune_dormant
 from bench.defences.onp_defence import onp_defence
 from bench.defences.outliers import outliers
-from bench.defences.probe_race import probe_race
+from bench.defences.probe_race import Judge, probe_race, restore
 from bench.defences.rnp import rnp
 from bench.defences.units import NormUnits, SiteUnits, cut_by_threshold
 from onp import demo
 from onp.config import AgentConfig, Config, SynthesisConfig
 from onp.data import ImageSet
+from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
-from onp.metrics import score
+from onp.probes.patch import Patch
+from onp.probes.synthesis import Probe
 from onp.suspect.architectures import preactresnet
 from onp.suspect.load import load_suspect
 from onp.suspect.trace import trace
-from onp.triggers import load_trigger
-from tests.bench.planted import BACKDOOR, colour_images, planted_network, scores
+from tests.bench.planted import BACKDOOR, TARGET, colour_images, planted_network, scores
 from tests.networks import network
 
 Run = Callable[[nn.Module, ImageSet, Ledger], tuple[nn.Module, Info]]
-CLEAN = colour_images(120, 0)
+CLEAN = colour_images(240, 0)
 
 
 def _anp(model: nn.Module, clean: ImageSet, ledger: Ledger) -> tuple[nn.Module, Info]:
@@ -316,24 +317,39 @@ def test_threshold_is_the_largest_that_clean_accuracy_allows() -> None:
     assert _zeroed(repaired) == []
 
 
-# ---- what needs a real network ------------------------------------------------------------------
+# ---- the probe race and onp ---------------------------------------------------------------------
 
 
-def test_probe_race_repairs_the_demo_network() -> None:
-    model = load_suspect(demo.CHECKPOINT, demo.ARCH).model
+def test_probe_race_prunes_the_planted_channel() -> None:
+    model = planted_network()
     state = copy.deepcopy(model.state_dict())
     ledger = Ledger()
-    clean = demo.clean_images()[torch.arange(200)]
-    repaired, info = probe_race(model, clean, seed=0, ledger=ledger, steps=25, draw=12)
+    repaired, info = probe_race(model, CLEAN, seed=0, ledger=ledger, steps=30, draw=16)
     assert _same_state(model, state)
-    assert info.settings["probe"].endswith(f"->{demo.TARGET}")
-    assert info.settings["pruned"] <= info.settings["pruned_before_restoring"]
+    assert info.settings["probe"] == f"patch->{TARGET}"
+    assert info.settings["score"] > 0.9
+    assert _zeroed(repaired) == [("norm", BACKDOOR)]
+    assert scores(repaired) == (1.0, 0.0)
     assert len(info.candidates) == 8
-    test = demo.scoring_images()[torch.arange(200)]
-    after = score(repaired, test, load_trigger(str(demo.TRIGGER)), demo.TARGET)
-    assert after["clean_accuracy"] > 0.9
-    assert after["attack_success_rate"] < 0.2
-    assert ledger.total > 2 * 25 * 12 * 8
+    assert scores(info.candidates[0][1]()) == (1.0, 0.0)
+    assert ledger.total > 2 * 30 * 16 * 8
+
+
+def test_restoring_gives_back_what_the_probe_does_not_need() -> None:
+    model = planted_network()
+    evaluator = MaskEvaluator(trace(model, (3, 8, 8)), model)
+    probe = Probe(Patch(), TARGET, _white_corner(), (0.0, 1.0), 1.0)
+    judge = Judge(evaluator, CLEAN, probe)
+    assert judge.success == 1.0
+    mask = torch.tensor([False, True, False, True])
+    assert restore(mask, judge).tolist() == [False, False, False, True]
+
+
+def _white_corner() -> list[Tensor]:
+    """Parameters of a patch that makes the corner white."""
+    mask = torch.full((1, 1, 1, 8, 8), -20.0)
+    mask[..., :4, :4] = 20.0
+    return [mask, torch.full((1, 1, 3, 8, 8), 20.0)]
 
 
 def test_onp_in_the_form_of_a_defence() -> None:
@@ -341,7 +357,7 @@ def test_onp_in_the_form_of_a_defence() -> None:
     state = copy.deepcopy(model.state_dict())
     budget = Config(
         "tiny",
-        synthesis=SynthesisConfig(steps=10, images_per_step=6, classes=2, renewal_steps=4),
+        synthesis=SynthesisConfig(steps=6, images_per_step=4, classes=2, renewal_steps=2),
         agent=AgentConfig(updates=1, copies=4, steps=1, images=16),
     )
     ledger = Ledger()
@@ -352,7 +368,7 @@ def test_onp_in_the_form_of_a_defence() -> None:
     assert info.schedule == "tiny budget"
     assert info.settings["sites"] == 368 + 128
     assert (info.settings["pruned"] > 0) == (info.settings["verdict"] == "backdoor")
-    assert ledger.total > 2 * 10 * 6 * 8
+    assert ledger.total > 2 * 6 * 4 * 8
 
 
 # ---- refusals -----------------------------------------------------------------------------------
