@@ -19,6 +19,7 @@ import torch
 from bench.zoo import checkpoints, datasets
 from bench.zoo.attacks import Knowledge, poison
 from bench.zoo.checkpoints import ZooModel, make_attack, read_card, with_normalisation
+from bench.zoo.jobs import run_side_by_side
 from bench.zoo.recipes import SETS, Recipe, recipes
 from bench.zoo.scoring import Exam, unfair
 from bench.zoo.training import train
@@ -47,7 +48,7 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
     started = time.perf_counter()
 
     def log(line: str) -> None:
-        print(f"  {line}", file=sys.stderr, flush=True)
+        print(f"{recipe.name}: {line}", file=sys.stderr, flush=True)
 
     attack, twin = make_attack(recipe), None
     if attack is not None:
@@ -120,6 +121,8 @@ def main() -> int:
     parser.add_argument("--models", nargs="+", metavar="TEXT",
                         help="only recipes whose name contains one of these")  # fmt: skip
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--jobs", type=int, default=1,
+                        help="trainings side by side, each with its part of the cores")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the recipes and stop")
     args = parser.parse_args()
     wanted = [
@@ -133,6 +136,10 @@ def main() -> int:
         print("\n".join(recipe.name for recipe in wanted))
         return 0
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.jobs > 1:
+        options = ["--set", args.set, "--out", str(args.out), "--device", args.device]
+        options += ["--data", str(args.data)] if args.data else []
+        return 1 if run_side_by_side(wanted, options, args.jobs) else 0
     splits, wrong, started = Splits(args.data), 0, time.perf_counter()
     for number, recipe in enumerate(wanted, start=1):
         head = f"[{number}/{len(wanted)}] {recipe.name}"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -153,6 +155,25 @@ def test_the_command_lists_reports_and_resumes(
     assert second.out == ""
     assert second.err.count("done before") == 2
     assert [model.name for model in load_set("smoke", tmp_path)] == [TINY.twin.name, TINY.name]
+
+
+def test_side_by_side_every_recipe_is_trained_after_its_twin(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls: list[list[str]] = []
+
+    def run(command: list[str], **options: Any) -> subprocess.CompletedProcess[bytes]:
+        assert int(options["env"]["OMP_NUM_THREADS"]) >= 1
+        calls.append(command)
+        return subprocess.CompletedProcess(command, 1 if command[-1] == TINY.name else 0)
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setitem(SETS, "smoke", [TINY.twin, TINY])
+    assert _run(monkeypatch, "--out", str(tmp_path), "--jobs", "2") == 1
+    assert [call[-1] for call in calls] == [TINY.twin.name, TINY.name]
+    assert calls[0][1:-2] == [
+        "-m", "bench.zoo", "--set", "smoke", "--out", str(tmp_path), "--device", "cpu",
+    ]  # fmt: skip
 
 
 def test_a_network_without_its_twin_is_refused(
