@@ -111,8 +111,8 @@ CORE = [
 """Every attack once, on four kinds of network with their clean twins: for two cores.
 
 Clean-label attacks poison 5%: on ten even classes 10% would be the whole target class, whose clean
-images the network would then never see. WaNet and LF are not learned in so few epochs from scratch (ASR
-.15 and .71), so they retrain the clean twin.
+images the network would then never see. WaNet and LF are not learned in so few epochs from scratch
+(ASR .15 and .71), so they retrain the clean twin.
 """
 
 
