@@ -14,6 +14,7 @@ from bench.scoreboard.report import Report, public_context
 from bench.scoreboard.rows import Key, Row, read_rows
 from bench.scoreboard.run import Job, Runner, pending
 from bench.scoreboard.scoring import Examiner, LoadImages, Subject
+from bench.scoreboard.side_by_side import ROWS_ONLY, run_side_by_side
 from bench.scoreboard.summary import summarise
 from onp.errors import OnpError, UsageError
 
@@ -54,6 +55,9 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the summary as JSON")
     add("--summary-only", action="store_true", help="run nothing")
     add("--retry-errors", action="store_true", help="run again what failed")
+    add("--jobs", type=int, default=1, help="networks side by side, each with its part of the "
+        "cores")  # fmt: skip
+    add(ROWS_ONLY, action="store_true", help=argparse.SUPPRESS)
     return made
 
 
@@ -91,11 +95,11 @@ def _main(
         for name in names
         if not subjects[name].card["fair"]
     } | dict.fromkeys(absent, "not trained")
-    for name, reason in left_out.items():
+    for name, reason in left_out.items() if not args.rows_only else ():
         print(f"left out: {name}: {reason}", file=sys.stderr)
 
     out = args.out or default_out(args.set, args.clean_samples)
-    rows = read_rows(out, repair=not args.summary_only)
+    rows = read_rows(out, repair=not (args.summary_only or args.rows_only))
     _check_samples(out, rows, args.clean_samples)
     broken: list[str] = []
     if not args.summary_only:
@@ -106,17 +110,25 @@ def _main(
             for seed in seeds
         ]
         todo = pending(jobs, rows, retry_errors=args.retry_errors)
-        print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {out}", file=sys.stderr)
-        examiner = Examiner(
-            subjects,
-            load,
-            data=args.data,
-            test_images=args.test_images,
-            clean_samples=args.clean_samples,
-            seeds=seeds,
-        )
-        runner = Runner(subjects, defences, examiner, out, provenance(), args.oracle_images)
-        broken = runner.run(todo, rows)
+        if not args.rows_only:
+            print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {out}", file=sys.stderr)
+        if args.jobs > 1:
+            left = list(dict.fromkeys(job.model for job in todo))
+            broken = run_side_by_side(left, _options(args, out), args.jobs)
+            rows = read_rows(out)
+        else:
+            examiner = Examiner(
+                subjects,
+                load,
+                data=args.data,
+                test_images=args.test_images,
+                clean_samples=args.clean_samples,
+                seeds=seeds,
+            )
+            runner = Runner(subjects, defences, examiner, out, provenance(), args.oracle_images)
+            broken = runner.run(todo, rows)
+        if args.rows_only:
+            return 1 if broken else 0
 
     order = {card["name"]: index for index, card in enumerate(cards)}
     shown = [
@@ -174,6 +186,18 @@ def _check_samples(out: Path, rows: Mapping[Key, Row], clean_samples: int) -> No
         )
 
 
+def _options(args: argparse.Namespace, out: Path) -> list[str]:
+    """What runs a part of the call's networks, given ``--models``."""
+    options = ["--set", args.set, "--models-dir", str(args.models_dir), "--out", str(out)]
+    options += ["--defences", *args.defences, "--seeds", *map(str, args.seeds)]
+    options += ["--clean-samples", str(args.clean_samples), "--test-images", str(args.test_images)]
+    options += ["--data", str(args.data)] if args.data else []
+    options += ["--oracle" if args.oracle else "--no-oracle"]
+    options += ["--oracle-images", str(args.oracle_images)] if args.oracle_images else []
+    options += ["--retry-errors"] if args.retry_errors else []
+    return options
+
+
 def _command(args: argparse.Namespace) -> str:
     """The call that gives these tables, wherever data and checkpoints lie."""
     command = ["python", "-m", "bench.scoreboard", "--set", args.set, "--data", "DATA"]
@@ -181,5 +205,7 @@ def _command(args: argparse.Namespace) -> str:
     command += ["--models", *args.models] if args.models else []
     command += ["--seeds", *map(str, args.seeds), "--clean-samples", str(args.clean_samples)]
     command += ["--test-images", str(args.test_images)]
+    command += ["--oracle-images", str(args.oracle_images)] if args.oracle_images else []
+    command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     command += ["--by", *args.by] if args.by else []
     return shlex.join(command)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
@@ -18,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.defences.api import Defence, Info, NotApplicable
-from bench.scoreboard import memory
+from bench.scoreboard import memory, side_by_side
 from bench.scoreboard.cli import default_out, main
 from bench.scoreboard.figures import cost_points, draw_figures, tradeoff_points
 from bench.scoreboard.leaderboard import public_means
@@ -285,6 +287,40 @@ def test_second_run_runs_nothing(stubs: Stubs) -> None:
     assert stubs.run("--defences", "cure", "nothing", "--seeds", "0", "1") == 0
     assert len(stubs.calls) == 2 * 2 * 2
     assert stubs.out.read_bytes() == content
+
+
+def test_side_by_side_gives_the_same_rows(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--defences", "cure", "nothing", "--jobs", "2", "--oracle-images", "40")
+    lock = threading.Lock()
+
+    def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess[bytes]:
+        assert command[1:3] == ["-m", "bench.scoreboard"]
+        assert int(settings["env"]["OMP_NUM_THREADS"]) >= 1
+        with lock:  # in this process, where the stubs are
+            code = main(command[3:], stubs.load, images, stubs.defences)
+        return subprocess.CompletedProcess(command, code)
+
+    monkeypatch.setattr(side_by_side, "subprocess", SimpleNamespace(run=run))
+    assert stubs.run(*options) == 0
+    beside = stubs.rows()
+    assert len(stubs.calls) == 4
+    assert stubs.run(*options) == 0
+    assert len(stubs.calls) == 4
+    stubs.out.unlink()
+    assert stubs.run(*options[:3], *options[5:]) == 0
+    assert beside.keys() == stubs.rows().keys()
+    for key, alone in stubs.rows().items():
+        assert beside[key].asr_after == alone.asr_after
+        assert beside[key].settings == alone.settings
+
+
+def test_a_process_beside_that_fails_is_told(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(command: list[str], **_: Any) -> subprocess.CompletedProcess[bytes]:
+        return subprocess.CompletedProcess(command, 1)
+
+    monkeypatch.setattr(side_by_side, "subprocess", SimpleNamespace(run=run))
+    assert stubs.run("--defences", "nothing", "--jobs", "2") == 1
+    assert stubs.rows() == {}
 
 
 def test_a_line_cut_off_is_run_again(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
