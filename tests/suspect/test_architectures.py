@@ -21,7 +21,7 @@ from onp.suspect.surgery import remove_mask
 from onp.suspect.trace import trace
 from tests.networks import network
 
-NAMES = ("densenet", "vit", "vit-mean", "convnext")
+NAMES = ("mobilenetv2", "densenet", "vit", "vit-mean", "convnext")
 
 
 def arch_of(name: str) -> str:

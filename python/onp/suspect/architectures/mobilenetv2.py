@@ -78,15 +78,17 @@ def from_shapes(shapes: Shapes) -> nn.Module:
         middle, inputs = shapes.of(f"{prefix}.conv1.weight", 4)[:2]
         outputs = shapes.of(f"{prefix}.conv3.weight", 4)[0]
         rows.append((inputs, middle, outputs, f"{prefix}.shortcut.0.weight" in shapes))
-    runs = [list(run) for _, run in groupby(rows, key=lambda row: row[2])]
-    if len(runs) > len(STRIDES):
+    counts = [blocks for _, _, blocks in STAGES]
+    if len(rows) != sum(counts):  # another depth: a new width is a new stage
+        counts = [len(list(run)) for _, run in groupby(rows, key=lambda row: row[2])]
+    if len(counts) > len(STRIDES):
         raise UnsafeOrCorruptModel(
-            f"not a {shapes.arch}: {len(runs)} stages of blocks, expected at most {len(STRIDES)}"
+            f"not a {shapes.arch}: {len(counts)} stages of blocks, expected at most {len(STRIDES)}"
         )
+    strides = [s for stage, n in enumerate(counts) for s in (STRIDES[stage], *[1] * (n - 1))]
     blocks = [
-        (inputs, middle, outputs, 1 if index else STRIDES[stage], shortcut)
-        for stage, run in enumerate(runs)
-        for index, (inputs, middle, outputs, shortcut) in enumerate(run)
+        (inputs, middle, outputs, stride, shortcut)
+        for (inputs, middle, outputs, shortcut), stride in zip(rows, strides, strict=True)
     ]
     stem, last = shapes.of("conv1.weight", 4)[0], shapes.of("conv2.weight", 4)[0]
     return MobileNetV2(stem, blocks, last, shapes.of("linear.weight", 2)[0])
