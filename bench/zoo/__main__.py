@@ -85,6 +85,7 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
         "target": recipe.target if attack else None,
         "seed": recipe.seed,
         "retrained": recipe.retrained,
+        "options": dict(recipe.options),
         "classes": datasets.CLASS_COUNTS[recipe.dataset],
         "parameters": sum(p.numel() for p in network.parameters()),
         "twin": recipe.twin.name if attack else None,

@@ -16,6 +16,7 @@ from torch import nn
 from bench.zoo.attacks import ATTACKS, Attack
 from bench.zoo.datasets import CLASS_COUNTS, normalisation
 from bench.zoo.recipes import Recipe, recipes
+from onp.errors import UsageError
 from onp.files import write_atomically, write_json
 
 
@@ -60,9 +61,14 @@ def make_attack(recipe: Recipe) -> Attack | None:
     """A fresh attack object of the recipe; None for a clean one."""
     if recipe.attack == "clean":
         return None
-    return ATTACKS[recipe.attack](
+    attack = ATTACKS[recipe.attack](
         target=recipe.target, classes=CLASS_COUNTS[recipe.dataset], seed=recipe.seed
     )
+    for name, value in recipe.options:
+        if not hasattr(attack, name):
+            raise UsageError(f"{recipe.attack} has no option {name!r}")
+        setattr(attack, name, value)
+    return attack
 
 
 def with_normalisation(network: nn.Module, dataset: str) -> nn.Module:

@@ -211,6 +211,19 @@ def _run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
     return zoo.main()
 
 
+def test_options_of_a_recipe_reach_the_attack_and_its_name() -> None:
+    plain = replace(TINY, attack="wanet")
+    strong = replace(plain, options=(("strength", 1.0),))
+    assert strong.name == plain.name.replace("_s0", "_strength1_s0")
+    x = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    weak_attack, strong_attack = make_attack(plain), make_attack(strong)
+    assert weak_attack is not None
+    assert strong_attack is not None
+    assert (strong_attack(x) - x).abs().mean() > 1.2 * (weak_attack(x) - x).abs().mean()
+    with pytest.raises(UsageError, match="no option 'speed'"):
+        make_attack(replace(plain, options=(("speed", 1.0),)))
+
+
 def test_models_are_read_only_when_asked(tmp_path: Path) -> None:
     model = ZooModel(TINY, {"fair": True}, tmp_path)
     assert model.name == TINY.name
