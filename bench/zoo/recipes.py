@@ -80,7 +80,7 @@ def _attacked(base: Recipe, *attacks: tuple[str, float, int]) -> list[Recipe]:
 
 _CIFAR = TrainingConfig(epochs=5)
 _SIGNS = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False)
-_SHAPES = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False, crop_padding=2)
+_SHAPES = TrainingConfig(epochs=5, batch=64, flip=False, crop_padding=2)
 _LONG = TrainingConfig(epochs=60)
 _LAYER_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05}
 _NO_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3}
