@@ -98,7 +98,7 @@ CORE = [
     ),
     *_attacked(
         _MOBILE,
-        ("badnets", 0.01, 5), ("trojannn", 0.1, 25),
+        ("badnets", 0.1, 5), ("trojannn", 0.1, 25),
     ),
     replace(_MOBILE, attack="lf", retrained=True),
     *_attacked(
