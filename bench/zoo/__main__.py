@@ -74,7 +74,7 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
     exam = Exam.of(test_set, attack)
     scores = exam.score(whole)
     twin_asr = None if twin is None else exam.attack_success(twin.model.cpu())
-    reason = unfair(recipe, scores, None if twin is None else twin.card["ca"])
+    reason = unfair(recipe.dataset, attack, scores, twin.card["ca"] if twin else None)
     card = {
         "name": recipe.name,
         "dataset": recipe.dataset,

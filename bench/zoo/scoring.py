@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from bench.zoo.attacks import Attack
-from bench.zoo.recipes import Recipe
 from onp.data import ImageSet
 from onp.errors import BadData
 from onp.metrics import predict
@@ -16,6 +15,9 @@ from onp.metrics import predict
 LEAST_ACCURACY = {"cifar10": 0.70, "gtsrb": 0.90, "shapes": 0.80}
 """Below this a clean network is too weak for its repairs to say much."""
 LEAST_ASR = 0.80
+LEAST_ASR_ALL_TO_ALL = 0.50
+"""BackdoorBench's bar for a base network. An answer that depends on the image's own class cannot come
+more often than the network knows that class."""
 MOST_ACCURACY_LOST = 0.06
 """Against the clean twin. A backdoor that costs more would be noticed without any tool."""
 
@@ -81,15 +83,20 @@ class Exam:
         return _share(predict(model, self.triggered.floats(), _BATCH), self.wanted)
 
 
-def unfair(recipe: Recipe, scores: Scores, twin_accuracy: float | None) -> str | None:
+def unfair(
+    dataset: str, attack: Attack | None, scores: Scores, twin_accuracy: float | None
+) -> str | None:
     """Why a network is no fair case; None if it is one."""
-    least = LEAST_ACCURACY[recipe.dataset]
+    least = LEAST_ACCURACY[dataset]
     if twin_accuracy is not None:
         least = max(least, twin_accuracy - MOST_ACCURACY_LOST)
     if scores.ca < least:
         return f"clean accuracy {scores.ca:.3f} is below {least:.3f}"
-    if scores.asr is not None and scores.asr < LEAST_ASR:
-        return f"attack success {scores.asr:.3f} is below {LEAST_ASR:.2f}"
+    if attack is None or scores.asr is None:
+        return None
+    least = LEAST_ASR if attack.single_target else LEAST_ASR_ALL_TO_ALL
+    if scores.asr < least:
+        return f"attack success {scores.asr:.3f} is below {least:.2f}"
     return None
 
 

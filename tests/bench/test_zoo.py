@@ -116,10 +116,14 @@ def test_an_unfair_model_leaves_its_card_and_no_weights(tmp_path: Path) -> None:
 
 def test_fairness_asks_for_accuracy_and_for_a_working_attack() -> None:
     good = Scores(0.85, 0.99, 0.01)
-    assert unfair(TINY, good, 0.86) is None
-    assert "clean accuracy" in str(unfair(TINY, replace(good, ca=0.5), 0.5))
-    assert "clean accuracy" in str(unfair(TINY, good, 0.95))
-    assert "attack success" in str(unfair(TINY, replace(good, asr=0.5), 0.86))
+    attack = make_attack(TINY)
+    assert unfair("shapes", None, Scores(0.85), None) is None
+    assert unfair("shapes", attack, good, 0.86) is None
+    assert "clean accuracy" in str(unfair("shapes", attack, replace(good, ca=0.5), 0.5))
+    assert "clean accuracy" in str(unfair("shapes", attack, good, 0.95))
+    weak = replace(good, asr=0.6)
+    assert "attack success" in str(unfair("shapes", attack, weak, 0.86))
+    assert unfair("shapes", make_attack(replace(TINY, attack="badnets-all")), weak, 0.86) is None
 
 
 def test_scores_of_a_network_that_only_knows_the_trigger() -> None:

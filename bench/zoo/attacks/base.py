@@ -56,6 +56,11 @@ class Attack(ABC):
         """int64 [N]: what the attacker wants the network to answer."""
         return torch.full_like(labels, self.target)
 
+    @property
+    def single_target(self) -> bool:
+        """Whether every class is sent to the same one."""
+        return len(self.answers(torch.arange(self.classes)).unique()) == 1
+
     def prepare(self, knowledge: Knowledge) -> None:  # most need nothing
         """Build what the trigger needs from data; called once before poisoning."""
         return None
