@@ -16,8 +16,8 @@ LEAST_ACCURACY = {"cifar10": 0.70, "gtsrb": 0.90, "shapes": 0.80}
 """Below this a clean network is too weak for its repairs to say much."""
 LEAST_ASR = 0.80
 LEAST_ASR_ALL_TO_ALL = 0.50
-"""BackdoorBench's bar for a base network. An answer that depends on the image's own class cannot come
-more often than the network knows that class."""
+"""BackdoorBench's bar for a base network. An answer that depends on the image's own class cannot
+come more often than the network knows that class."""
 MOST_ACCURACY_LOST = 0.06
 """Against the clean twin. A backdoor that costs more would be noticed without any tool."""
 
