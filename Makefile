@@ -36,7 +36,8 @@ smoke: $(VENV)/.installed-test
 	rm -f build/scoreboard_smoke.jsonl
 	$(BIN)/python -m bench.zoo --set smoke --out build/zoo
 	$(BIN)/python -m bench.scoreboard --set smoke --models-dir build/zoo --clean-samples 100 \
-		--test-images 500 --oracle-images 100 --out build/scoreboard_smoke.jsonl
+		--test-images 500 --oracle-images 100 --jobs 2 \
+		--out build/scoreboard_smoke.jsonl
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the native tests.
 sanitize-native:
