@@ -59,7 +59,7 @@ class Patches:
     patterns: Tensor
     """float32 [K, C, H, W] in [0, 1]."""
     sizes: Tensor
-    """float32 [K]: the masks' L1 norms; a whole image's for classes without a patch."""
+    """float32 [K]: the masks' L1 norms; NaN for classes without a patch."""
 
     def stamp(self, images: Tensor, classes: Tensor) -> Tensor:
         """Images [N, C, H, W] with the patches of classes int64 [N]."""
@@ -90,8 +90,8 @@ def neural_cleanse(
     flagged = flagged_classes(patches.sizes, anomaly)
     schedule = f"{steps} of {PUBLISHED_STEPS} steps with {shown} images a class"
     settings = {
-        "sizes": [round(size, 2) for size in patches.sizes.tolist()],
-        "anomaly_indices": [round(index, 2) for index in indices.tolist()],
+        "sizes": _told(patches.sizes),
+        "anomaly_indices": _told(indices),
         "flagged": flagged,
     }
     if not flagged:
@@ -137,7 +137,7 @@ def search(
         betas=ADAM_BETAS,
     )
     wanted = torch.arange(classes, device=device)
-    best = _Best(_unit(raw_mask).detach(), _unit(raw_pattern).detach(), float(height * width))
+    best = _Best(_unit(raw_mask).detach(), _unit(raw_pattern).detach())
     price = torch.full((classes,), FIRST_PRICE, device=device)
     window = max(PATIENCE, ceil(JUDGED / shown))
     recent = torch.zeros(window, classes, device=device)  # success of the last steps
@@ -170,12 +170,12 @@ def search(
 class _Best:
     """The smallest successful patch of every class so far."""
 
-    def __init__(self, masks: Tensor, patterns: Tensor, largest: float) -> None:
+    def __init__(self, masks: Tensor, patterns: Tensor) -> None:
         self._masks, self._patterns = masks.clone(), patterns.clone()
-        self._sizes = torch.full((len(masks),), largest, device=masks.device)
+        self._sizes = torch.full((len(masks),), torch.nan, device=masks.device)
 
     def keep(self, masks: Tensor, patterns: Tensor, sizes: Tensor, succeeded: Tensor) -> None:
-        better = succeeded & (sizes < self._sizes)
+        better = succeeded & ~(sizes >= self._sizes)  # NaN: the first that succeeds
         self._masks[better], self._patterns[better] = masks[better], patterns[better]
         self._sizes[better] = sizes[better]
 
@@ -196,16 +196,28 @@ def _arctanh_uniform(shape: tuple[int, ...], random: torch.Generator) -> Tensor:
 def anomaly_indices(sizes: Tensor) -> Tensor:
     """float32 [K]: distances of sizes [K] from their median, in robust standard deviations.
 
-    Section IV-A; signed, so that classes of a patch below the median have negative indices.
+    Section IV-A; signed, so that classes of a patch below the median have negative indices. A class
+    without a patch (NaN) has none and counts for nothing. Where fewer than half of the classes have
+    one, or half of those agree, nothing can stand out: all are NaN.
     """
-    away = sizes - _median(sizes)
-    return away / (CONSISTENT_MAD * _median(away.abs())).clamp_min(1e-6)
+    found = sizes[~sizes.isnan()]
+    if 2 * len(found) < len(sizes) or len(found) == 0:
+        return torch.full_like(sizes, torch.nan)
+    spread = _median((found - _median(found)).abs())
+    if float(spread) == 0:
+        return torch.full_like(sizes, torch.nan)
+    return (sizes - _median(found)) / (CONSISTENT_MAD * spread)
 
 
 def flagged_classes(sizes: Tensor, anomaly: float = ANOMALY) -> list[int]:
     """The classes whose patches are outliers on the small side, smallest first."""
     outliers = (anomaly_indices(sizes) < -anomaly).nonzero().squeeze(1)
     return outliers[sizes[outliers].argsort()].tolist()
+
+
+def _told(values: Tensor) -> list[float | None]:
+    """For the settings: NaN as None."""
+    return [None if value != value else round(value, 2) for value in values.tolist()]
 
 
 def _median(values: Tensor) -> Tensor:

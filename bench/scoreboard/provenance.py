@@ -12,6 +12,7 @@ import torch
 from onp import __version__
 
 _ROOT = Path(__file__).parents[2]
+_NOT_RESULTS = ":!bench/results"
 _CPUINFO = Path("/proc/cpuinfo")
 
 
@@ -27,12 +28,19 @@ def provenance() -> dict[str, Any]:
 
 
 def _commit() -> str | None:
-    """The commit of the sources, with ``-dirty`` where tracked files differ from it."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--exclude", "*"]
+    """The commit of the sources, with ``-dirty`` where tracked files differ from it; the results,
+    which grow while rows are made, do not count."""
     try:
-        run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
+        commit = _git("rev-parse", "--short", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", _NOT_RESULTS)
     except (OSError, subprocess.SubprocessError):
         return None
+    return f"{commit}-dirty" if changed else commit
+
+
+def _git(*arguments: str) -> str:
+    command = ["git", "-C", str(_ROOT), *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30)
     return run.stdout.strip()
 
 

@@ -167,7 +167,9 @@ class Runner:
             verdict=settings.get("verdict"),
             pruned=settings.get("pruned"),
         )
-        return row, info.candidates
+        # What the defence chose is a candidate too: no pick of the oracle's is worse.
+        own: Candidates = [("the defence's own", lambda: model)] if info.candidates else []
+        return row, [*info.candidates, *own]
 
     def _oracle(self, job: Job, row: Row, before: Baseline, candidates: Candidates) -> Row:
         """The candidate of highest DER under the true trigger, at the cost of the whole run."""

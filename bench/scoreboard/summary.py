@@ -97,14 +97,15 @@ def summarise(
         groups[field] = {
             value: aggregates(
                 [row for row in main if str(getattr(row, field)) == value],
-                len(seeds) * sum(str(card[field]) == value for card in cards),
+                sum(str(card[field]) == value for card in cards),
+                len(seeds),
             )
             for value in values
         }
     names = [str(card["name"]) for card in cards]
     return Summary(
-        defences=aggregates(main, len(cards) * len(seeds)),
-        oracle=aggregates(oracle, len(backdoored) * len(seeds))[1:],
+        defences=aggregates(main, len(cards), len(seeds)),
+        oracle=aggregates(oracle, len(backdoored), len(seeds))[1:],
         groups=groups,
         models={name: [row for row in main if row.model == name] for name in names},
         expected=names,
@@ -112,13 +113,14 @@ def summarise(
     )
 
 
-def aggregates(rows: Sequence[Row], expected: int) -> list[Aggregate]:
+def aggregates(rows: Sequence[Row], networks: int, seeds: int) -> list[Aggregate]:
     """No defence first, as a yardstick, then every defence, the smallest DER shortfall first."""
     defences = dict.fromkeys(row.defence for row in rows)
+    expected = networks * seeds
     found = [aggregate(d, [row for row in rows if row.defence == d], expected) for d in defences]
     found.sort(key=_order)
     undefended = list({row.model: _undefended(row) for row in rows if row.ca_before}.values())
-    return [aggregate(NO_DEFENCE, undefended, len(undefended)), *found]
+    return [aggregate(NO_DEFENCE, undefended, networks), *found]
 
 
 def aggregate(defence: str, rows: Sequence[Row], expected: int) -> Aggregate:

@@ -350,7 +350,11 @@ def test_anomalies_are_small_outliers_smallest_first() -> None:
     assert nc.flagged_classes(sizes) == [6, 3]
     deviations = (sizes - 99).abs()  # 99 is the median, 3 the median deviation
     torch.testing.assert_close(nc.anomaly_indices(sizes).abs(), deviations / (1.4826 * 3))
-    assert nc.flagged_classes(torch.full((10,), 1024.0)) == []
+    assert nc.flagged_classes(torch.full((10,), 50.0)) == []
+    unfound = torch.full((9,), torch.nan)
+    assert nc.flagged_classes(torch.cat([sizes, unfound])) == [6, 3]  # they count for nothing
+    assert nc.flagged_classes(torch.cat([sizes, unfound, unfound[:1]])) == []  # too few are found
+    assert nc.flagged_classes(unfound) == []
 
 
 def test_the_demos_target_is_found_and_its_backdoor_unlearned() -> None:
@@ -377,7 +381,7 @@ def test_stamped_images_keep_their_labels_and_share_the_patches() -> None:
     patches = nc.Patches(
         masks=torch.ones(10, 1, 32, 32),
         patterns=torch.arange(10).view(10, 1, 1, 1).expand(10, 3, 32, 32) / 10.0,
-        sizes=torch.full((10,), 1024.0),
+        sizes=torch.full((10,), torch.nan),
     )
     seen: list[Tensor] = []
     model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 10))

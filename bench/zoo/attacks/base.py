@@ -96,7 +96,8 @@ def poison(
     """Poison ``ratio`` of all images, uint8 [N, H, W, 3]; returns new (images, labels).
 
     Dirty-label attacks take images whose wanted answer is not their label and relabel them;
-    clean-label attacks take images of the target class (at most all of them) and keep the label.
+    clean-label attacks take images of the target class (at most half of them, so that the network
+    still sees clean ones) and keep the label.
     Cover images are taken from the rest and keep their label.
     """
     random = torch.Generator().manual_seed(seed)
@@ -105,6 +106,8 @@ def poison(
     order = torch.randperm(len(labels), generator=random)
     order = order[eligible[order]]
     count = round(ratio * len(labels))
+    if attack.clean_label:
+        count = min(count, len(order) // 2)
     chosen = order[:count]
     images, labels = images.clone(), labels.clone()
     _write(images, chosen, lambda x: attack.poisoned(x, labels[chosen], random))
