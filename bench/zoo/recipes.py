@@ -88,7 +88,7 @@ _NO_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3}
 _SMALL = Recipe("shapes", "preactresnet10", 8, _SHAPES)
 
 SMOKE = [_SMALL, replace(_SMALL, attack="badnets", target=3, retrained=True)]
-"""Generated images, seconds: the whole path in CI."""
+"""Generated images, a minute or two: the whole path, small."""
 
 _PREACT = Recipe("cifar10", "preactresnet18", 16, _CIFAR)
 _VGG = Recipe("cifar10", "vgg16_bn", 12, _CIFAR)
