@@ -112,7 +112,7 @@ def _main(
         todo = pending(jobs, rows, retry_errors=args.retry_errors)
         if not args.rows_only:
             print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {out}", file=sys.stderr)
-        if args.jobs > 1:
+        if args.jobs > 1 and not args.rows_only:
             left = list(dict.fromkeys(job.model for job in todo))
             broken = run_side_by_side(left, _options(args, out), args.jobs)
             rows = read_rows(out)
@@ -125,7 +125,8 @@ def _main(
                 clean_samples=args.clean_samples,
                 seeds=seeds,
             )
-            runner = Runner(subjects, defences, examiner, out, provenance(), args.oracle_images)
+            measured = provenance() | {"jobs": args.jobs}
+            runner = Runner(subjects, defences, examiner, out, measured, args.oracle_images)
             broken = runner.run(todo, rows)
         if args.rows_only:
             return 1 if broken else 0
@@ -187,7 +188,11 @@ def _check_samples(out: Path, rows: Mapping[Key, Row], clean_samples: int) -> No
 
 
 def _options(args: argparse.Namespace, out: Path) -> list[str]:
-    """What runs a part of the call's networks, given ``--models``."""
+    """What runs a part of the call's networks, given ``--models``.
+
+    A process that makes rows only runs its networks in turn; ``--jobs`` tells it, for the rows, how
+    many networks run side by side.
+    """
     options = ["--set", args.set, "--models-dir", str(args.models_dir), "--out", str(out)]
     options += ["--defences", *args.defences, "--seeds", *map(str, args.seeds)]
     options += ["--clean-samples", str(args.clean_samples), "--test-images", str(args.test_images)]
@@ -195,6 +200,7 @@ def _options(args: argparse.Namespace, out: Path) -> list[str]:
     options += ["--oracle" if args.oracle else "--no-oracle"]
     options += ["--oracle-images", str(args.oracle_images)] if args.oracle_images else []
     options += ["--retry-errors"] if args.retry_errors else []
+    options += ["--jobs", str(args.jobs)]
     return options
 
 

@@ -93,7 +93,7 @@ def public_table(means: Sequence[PublicMean]) -> str:
 def environment(rows: Sequence[Row]) -> str:
     """What the rows were measured with; more than one value where they differ."""
     lines = []
-    for name in ("commit", "onp", "torch", "threads", "cpu", "test_images"):
+    for name in ("commit", "onp", "torch", "threads", "jobs", "cpu", "test_images"):
         values = dict.fromkeys(str(v) for row in rows if (v := getattr(row, name)) is not None)
         lines.append(f"- {name.replace('_', ' ')}: {', '.join(values) or 'unknown'}")
     return "\n".join(lines)

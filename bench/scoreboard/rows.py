@@ -36,6 +36,8 @@ class Row:
     clean_samples: int
     oracle: bool = False
     """The setting was picked with the true trigger: an upper bound, never a result."""
+    oracle_images: int | None = None
+    """Clean test images that an oracle row's setting was picked by, with as many triggered ones."""
 
     applicable: bool = True
     reason: str | None = None
@@ -60,7 +62,10 @@ class Row:
     """``der_ceiling - der``."""
 
     seconds: float | None = None
-    """Wall clock of the defence alone, without scoring."""
+    """Wall clock of the defence alone, without scoring. With ``jobs`` above 1 other
+    networks' runs shared the machine: ``cpu_seconds`` then says better what the work was."""
+    cpu_seconds: float | None = None
+    """User and system time of all of the process's threads during the defence."""
     image_forwards: int | None = None
     """As the defence counted: a forward 1, with input gradients 2, with weight gradients 3."""
     peak_memory_mb: float | None = None
@@ -80,6 +85,8 @@ class Row:
     onp: str | None = None
     torch: str | None = None
     threads: int | None = None
+    jobs: int = 1
+    """Networks that ran side by side, at most, each with its part of the cores."""
     cpu: str | None = None
 
     @property

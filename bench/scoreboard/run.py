@@ -144,12 +144,13 @@ class Runner:
         row = self._row(job, before)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)  # for defences that draw from torch's own generator
-            peak, started = PeakMemory(), time.perf_counter()
+            peak, started, cpu_started = PeakMemory(), time.perf_counter(), time.process_time()
             try:
                 model, info = self._defences[job.defence](
                     suspect, clean, seed=job.seed, ledger=ledger
                 )
-                spent, memory = time.perf_counter() - started, peak.megabytes()
+                spent, cpu_spent = time.perf_counter() - started, time.process_time() - cpu_started
+                memory = peak.megabytes()
                 after = exam.score(model.eval())
             except NotApplicable as reason:
                 return replace(row, applicable=False, reason=str(reason)), []
@@ -159,6 +160,7 @@ class Runner:
         row = replace(
             scored(row, before, after),
             seconds=round(spent, 3),
+            cpu_seconds=round(cpu_spent, 3),
             image_forwards=ledger.total,
             peak_memory_mb=memory,
             schedule=info.schedule,
@@ -175,7 +177,8 @@ class Runner:
         """The candidate of highest DER under the true trigger, at the cost of the whole run."""
         exam = self._examiner.exam(job.model)
         judge = exam.part(self._oracle_images)
-        row = replace(row, oracle=True, verdict=None, pruned=None)
+        by = len(judge.clean)
+        row = replace(row, oracle=True, oracle_images=by, verdict=None, pruned=None)
 
         def rating(build: Callable[[], nn.Module]) -> float:
             return effectiveness(before.scores, judge.score(build().eval())) or 0.0
@@ -185,7 +188,8 @@ class Runner:
             setting, build = candidates[ratings.index(max(ratings))]
             best = exam.score(build().eval())
         except Exception as error:
-            return replace(self._row(job, before), oracle=True, error=described(error))
+            failed = replace(self._row(job, before), error=described(error))
+            return replace(failed, oracle=True, oracle_images=by)
         return replace(scored(row, before, best), settings={"pick": setting})
 
     def _row(self, job: Job, before: Baseline) -> Row:

@@ -207,6 +207,8 @@ def test_row_of_a_repair(stubs: Stubs) -> None:
     assert (made.schedule, made.verdict, made.pruned) == ("1 of 2 epochs", "backdoor", 2)
     assert made.settings["scores"] == [1.0, 2.0]
     assert made.seconds is not None
+    assert made.cpu_seconds is not None
+    assert (made.jobs, made.oracle_images) == (1, None)
     assert made.torch == torch.__version__
     assert made.threads == torch.get_num_threads()
 
@@ -308,6 +310,8 @@ def test_side_by_side_gives_the_same_rows(stubs: Stubs, monkeypatch: pytest.Monk
     assert len(stubs.calls) == 4
     stubs.out.unlink()
     assert stubs.run(*options[:3], *options[5:]) == 0
+    assert {made.jobs for made in beside.values()} == {2}
+    assert {made.jobs for made in stubs.rows().values()} == {1}
     assert beside.keys() == stubs.rows().keys()
     for key, alone in stubs.rows().items():
         assert beside[key].asr_after == alone.asr_after
@@ -379,7 +383,9 @@ def test_oracle_row_is_marked_and_left_out_of_the_means(
     own, oracle = (stubs.rows()["patched", "cure", 0, marked] for marked in (False, True))
     assert (own.der, oracle.der) == (0.95, 1.0)
     assert oracle.settings == {"pick": "all"}
+    assert (own.oracle_images, oracle.oracle_images) == (None, 100)
     assert (oracle.seconds, oracle.image_forwards) == (own.seconds, own.image_forwards)
+    assert oracle.cpu_seconds == own.cpu_seconds
     assert (oracle.verdict, oracle.pruned) == (None, None)
     summary = json.loads(capsys.readouterr().out)
     found = {a["defence"]: a for a in summary["defences"]}
@@ -396,8 +402,9 @@ def test_oracle_can_come_later_and_by_fewer_images(stubs: Stubs) -> None:
     assert list(first) == [("patched", "cure", 0, False)]
     assert stubs.run(*options, "--oracle-images", "30") == 0
     assert stubs.rows()["patched", "cure", 0, False] == first["patched", "cure", 0, False]
-    assert stubs.rows()["patched", "cure", 0, True].settings == {"pick": "all"}
-    assert stubs.rows()["patched", "cure", 0, True].ca_after == 1.0
+    oracle = stubs.rows()["patched", "cure", 0, True]
+    assert oracle.settings == {"pick": "all"}
+    assert (oracle.ca_after, oracle.test_images, oracle.oracle_images) == (1.0, 100, 30)
     assert stubs.run(*options) == 0
     assert len(stubs.calls) == 2
 
