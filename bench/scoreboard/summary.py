@@ -61,7 +61,8 @@ class Aggregate:
     clean_drop_mean: float | None
     clean_drop_max: float | None
     seconds: float | None
-    """Mean, over all scored rows; as are image_forwards."""
+    """Mean, over all scored rows; as are cpu_seconds and image_forwards."""
+    cpu_seconds: float | None
     image_forwards: float | None
     peak_memory_mb: float | None
     """Largest."""
@@ -143,6 +144,7 @@ def aggregate(defence: str, rows: Sequence[Row], expected: int) -> Aggregate:
         clean_drop_mean=fmean(drops) if drops else None,
         clean_drop_max=max(drops, default=None),
         seconds=_mean([row.seconds for row in scored]),
+        cpu_seconds=_mean([row.cpu_seconds for row in scored]),
         image_forwards=_mean([row.image_forwards for row in scored]),
         peak_memory_mb=max(
             (row.peak_memory_mb for row in scored if row.peak_memory_mb is not None), default=None
@@ -165,6 +167,7 @@ def _undefended(row: Row) -> Row:
         der=None if asr is None else 0.5,
         der_shortfall=None if ceiling is None else ceiling - 0.5,
         seconds=None,
+        cpu_seconds=None,
         image_forwards=None,
         peak_memory_mb=None,
     )
