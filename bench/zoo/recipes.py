@@ -121,7 +121,7 @@ CORE = [
 """Every attack once, on four kinds of network with their clean twins: for two cores.
 
 Clean-label attacks poison 5%: on ten even classes 10% would be the whole target class, whose clean
-images the network would then never see. In so few epochs from scratch WaNet, LF and, by MobileNetV2,
+images the network would then never see. In so few epochs from scratch WaNet, LF and MobileNetV2's
 BadNets are not learned (ASR .15, .71 and .02), SSBA and Bpp cost 8 and 11 points of accuracy, so
 they retrain the clean twin; WaNet with a warp of twice the paper's strength.
 """

@@ -251,7 +251,7 @@ def test_mask_defences_count_every_image() -> None:
     _, info = anp(model, CLEAN, seed=0, ledger=ledger, iterations=3)
     sweep = len(info.candidates) * len(CLEAN)
     assert ledger.total == 3 * 3 * 2 * 128 + sweep
-    assert info.schedule == "3 of 2000 iterations"
+    assert info.schedule.startswith("3 of 2000 iterations, mask rate 0.01")
     ledger = Ledger()
     _, info = rnp(model, CLEAN, seed=0, ledger=ledger, recovery_epochs=2)
     sweep = len(info.candidates) * len(CLEAN)
@@ -301,11 +301,10 @@ def test_the_cut_is_the_largest_count_that_clean_accuracy_allows(
     assert _zeroed(repaired) == [("norm", BACKDOOR)]
     names = ["0 units", "1 units", "2 units", "3 units", "4 units"]
     assert [name for name, _ in info.candidates] == names
-    useful = [unit for unit in range(4) if unit != BACKDOOR]
-    soft[useful[0]] = 0.1
+    spare, needed = [unit for unit in range(4) if unit != BACKDOOR][:2]
+    soft[spare], soft[needed] = 0.1, 0.2  # two of three colours still tell all three
     repaired, info = cut_by_number(units, soft, CLEAN, Ledger())
-    assert info.settings["pruned"] == 0
-    assert _zeroed(repaired) == []
+    assert _zeroed(repaired) == [("norm", spare)]
     repaired, info = cut_by_number(units, torch.ones(4), CLEAN, Ledger())
     assert [name for name, _ in info.candidates] == ["0 units"]  # none was let go
     assert _zeroed(repaired) == []
