@@ -70,6 +70,7 @@ def _cost(axes: Axes, points: dict[str, Point]) -> None:
             defence, (max(seconds, 1e-3), shortfall), xytext=(5, 4), textcoords="offset points"
         )
     axes.set_xscale("log")
+    axes.margins(x=0.15)  # room for the names
     axes.set_xlabel("CPU seconds (mean, without scoring)")
     axes.set_ylabel("DER shortfall (points, mean)")
     axes.grid(alpha=0.3)

@@ -756,7 +756,8 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
     drawn: list[str] = []
     axes = SimpleNamespace(
-        **dict.fromkeys(("set_xlabel", "set_ylabel", "set_xscale", "set_ylim", "grid", "legend"),
+        **dict.fromkeys(("set_xlabel", "set_ylabel", "set_xscale", "set_ylim", "margins", "grid",
+                         "legend"),
                         lambda *_, **__: None),
         scatter=lambda x, y, **_: drawn.append(f"{len(x)} points"),
         annotate=lambda text, *_, **__: drawn.append(text),
