@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.zoo.training import TrainingConfig, augment
+from bench.defences.common import AUGMENTATION, BATCH
+from bench.zoo.training import augment
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -19,6 +20,8 @@ from onp.suspect.network import training_layout
 MOMENTUM = 0.9
 WEIGHT_DECAY = 5e-4
 """BackdoorBench's settings of every defence that fine-tunes."""
+PUBLISHED_UPDATES = 10
+"""In an epoch of BackdoorBench: 5% of CIFAR-10, which are 2,500 images, in batches of 256."""
 WITH_WEIGHT_GRADIENTS = 3
 """Image-forwards of a pass forwards and backwards to the weights."""
 
@@ -35,15 +38,13 @@ def finetune(
     seed: int,
     ledger: Ledger,
     learning_rate: float = 0.01,
-    batch: int = 128,
+    batch: int = BATCH,
     label_smoothing: float = 0.0,
-    flip: bool = False,
     step: Step | None = None,
 ) -> nn.Module:
     """A copy of ``model``, all weights tuned on ``clean``, in eval mode.
 
-    SGD with momentum under a cosine from ``learning_rate`` to 0 over all steps; random crops, and
-    mirrored images only with ``flip`` (classes may differ by their side, as traffic signs do).
+    SGD with momentum under a cosine from ``learning_rate`` to 0 over all steps; random crops.
     An epoch is cut into batches of even size, at most ``batch``. ``step`` replaces the update on
     the cross entropy (with ``label_smoothing``).
     """
@@ -53,7 +54,6 @@ def finetune(
     tuned: nn.Module = copy.deepcopy(model).requires_grad_(True).train()
     tuned.to(memory_format=layout)  # type: ignore[call-overload]  # not among torch's overloads
     device = next(tuned.parameters()).device
-    config = TrainingConfig(flip=flip)
     optimizer = torch.optim.SGD(
         tuned.parameters(), learning_rate, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY
     )
@@ -65,12 +65,22 @@ def finetune(
         for epoch in range(epochs):
             order = torch.randperm(len(clean), generator=random)
             for number, index in enumerate(order.tensor_split(batches)):
-                images = augment(clean.images[index], config, random).to(device)
+                images = augment(clean.images[index], AUGMENTATION, random).to(device)
                 labels = clean.labels[index].to(device)
                 ledger.count(update(tuned, optimizer, images, labels))
                 schedule.step()
                 ledger.tick(epoch * batches + number + 1, steps, "fine-tuning")
     return tuned.eval()
+
+
+def told(epochs: int, published: int, clean: ImageSet, batch: int = BATCH) -> str:
+    """A schedule beside the ``published`` epochs, in words: with fewer images and other batches,
+    epochs alone would compare unequal numbers of updates."""
+    updates = epochs * ceil(len(clean) / batch)
+    return (
+        f"{epochs} of {published} epochs, {updates} updates in batches of up to {batch} "
+        f"(on 5% of CIFAR-10: {published * PUBLISHED_UPDATES} in batches of 256)"
+    )
 
 
 def cross_entropy_step(label_smoothing: float = 0.0) -> Step:

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from bench.defences.api import Info, NotApplicable
 from bench.defences.common import accuracy, logits_on
-from bench.defences.finetuning import finetune
+from bench.defences.finetuning import finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -38,7 +38,7 @@ def fp(
     layer = tuned.get_submodule(name)
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     settings = {"layer": name, "pruned": int((~keep).sum()), "units": len(keep)}
-    schedule = f"{epochs} of {PUBLISHED_EPOCHS} epochs of fine-tuning"
+    schedule = f"fine-tuning: {told(epochs, PUBLISHED_EPOCHS, clean)}"
     return tuned, Info(schedule=schedule, settings=settings)
 
 

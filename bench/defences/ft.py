@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bench.defences.api import Info
-from bench.defences.finetuning import finetune
+from bench.defences.finetuning import finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -19,4 +19,4 @@ def fine_tuning(
 ) -> tuple[nn.Module, Info]:
     """Fine-tune all weights on the cross entropy."""
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger)
-    return tuned, Info(schedule=f"{epochs} of {PUBLISHED_EPOCHS} epochs")
+    return tuned, Info(schedule=told(epochs, PUBLISHED_EPOCHS, clean))

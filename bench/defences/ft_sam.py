@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.defences.api import Info
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS, Step, finetune
+from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS, Step, finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -41,7 +41,7 @@ def sharpness_aware_tuning(
     step = sharpness_aware_step(rho)
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger, step=step)
     settings = {"rho": rho, "label_smoothing": LABEL_SMOOTHING}
-    return tuned, Info(schedule=f"{epochs} of {PUBLISHED_EPOCHS} epochs", settings=settings)
+    return tuned, Info(schedule=told(epochs, PUBLISHED_EPOCHS, clean), settings=settings)
 
 
 def sharpness_aware_step(rho: float) -> Step:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.defences.api import Info
-from bench.defences.finetuning import Step, cross_entropy_step, finetune
+from bench.defences.finetuning import Step, cross_entropy_step, finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -40,7 +40,8 @@ CONSISTENT_MAD = 1.4826
 """Makes the median absolute deviation estimate a normal's standard deviation."""
 
 PUBLISHED_STEPS = 800
-"""80 epochs of 10 batches: BackdoorBench's ``nc`` on 2,500 images."""
+PUBLISHED_IMAGES = 256
+"""80 epochs of 10 batches of 256: BackdoorBench's ``nc`` on 2,500 images."""
 STEPS = 200
 SEARCH_FORWARDS = 80_000
 """Bound on the search's image-forwards; it sets the images that a step shows to each class."""
@@ -88,7 +89,10 @@ def neural_cleanse(
     )
     indices = anomaly_indices(patches.sizes)
     flagged = flagged_classes(patches.sizes, anomaly)
-    schedule = f"{steps} of {PUBLISHED_STEPS} steps with {shown} images a class"
+    schedule = (
+        f"search: {steps} of {PUBLISHED_STEPS} updates, each on {shown} of {PUBLISHED_IMAGES} "
+        "images a class"
+    )
     settings = {
         "sizes": _told(patches.sizes),
         "anomaly_indices": _told(indices),
@@ -98,7 +102,7 @@ def neural_cleanse(
         return copy.deepcopy(model).eval(), Info(schedule=schedule, settings=settings)
     step = unlearning_step(patches, flagged, seed)
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger, step=step)
-    schedule += f", {epochs} of {PUBLISHED_EPOCHS} epochs of unlearning"
+    schedule += f"; unlearning: {told(epochs, PUBLISHED_EPOCHS, clean)}"
     return tuned, Info(schedule=schedule, settings=settings)
 
 
