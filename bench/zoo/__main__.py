@@ -23,6 +23,7 @@ from bench.zoo.jobs import train_side_by_side
 from bench.zoo.recipes import SETS, Recipe, recipes
 from bench.zoo.scoring import Exam, unfair
 from bench.zoo.training import train
+from bench.zoo.trigger_fingerprint import trigger_fingerprint
 from onp.data import ImageSet
 from onp.errors import OnpError
 
@@ -92,6 +93,7 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
         "ca": _rounded(scores.ca),
         "asr": _rounded(scores.asr),
         "ra": _rounded(scores.ra),
+        "trigger_fingerprint": trigger_fingerprint(attack) if attack else None,
         "triggered_images": 0 if exam.triggered is None else len(exam.triggered),
         "asr_clean_twin": _rounded(twin_asr),
         "fair": reason is None,

@@ -16,6 +16,7 @@ from torch import nn
 from bench.zoo.attacks import ATTACKS, Attack
 from bench.zoo.datasets import CLASS_COUNTS, normalisation
 from bench.zoo.recipes import Recipe, recipes
+from bench.zoo.trigger_fingerprint import check_trigger
 from onp.errors import UsageError
 from onp.files import write_atomically, write_json
 
@@ -47,13 +48,21 @@ class ZooModel:
 
     @cached_property
     def attack(self) -> Attack | None:
-        """The true trigger, for scoring alone; None for a clean network."""
+        """The true trigger, for scoring alone; None for a clean network.
+
+        Raises TriggerChanged if it is not the one that the network was trained with.
+        """
         attack = make_attack(self.recipe)
         if attack is None:
             return None
         path = self.folder / f"{self.name}.trigger.safetensors"
         if path.exists():
             attack.load_state(load_file(path))
+        card = self.folder / f"{self.name}.json"
+        check_trigger(
+            attack, self.card["trigger_fingerprint"], str(card),
+            f"put the formula back, or delete the card and train with --models {self.name}",
+        )  # fmt: skip
         return attack
 
 

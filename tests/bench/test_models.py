@@ -28,6 +28,7 @@ def test_a_checkpoint_is_what_its_card_says(model: ZooModel) -> None:
         assert model.model(images).shape == (4, card["classes"])
     if model.attack is None:
         assert card["asr"] is None
+        assert card["trigger_fingerprint"] is None
     else:
         triggered = model.attack(images)
         assert triggered.shape == images.shape

@@ -15,10 +15,18 @@ from torch import nn
 from bench.zoo import __main__ as zoo
 from bench.zoo import datasets
 from bench.zoo.attacks import ATTACKS
+from bench.zoo.attacks.badnets import BadNets
+from bench.zoo.attacks.blended import Blended
+from bench.zoo.attacks.bpp import Bpp
+from bench.zoo.attacks.lf import LowFrequency
+from bench.zoo.attacks.patch import checkerboard
+from bench.zoo.attacks.sig import Sig
+from bench.zoo.attacks.wanet import WaNet
 from bench.zoo.checkpoints import ZooModel, load_recipes, load_set, make_attack
 from bench.zoo.recipes import CORE, SETS, Recipe, recipes
 from bench.zoo.scoring import Exam, Scores, unfair
 from bench.zoo.training import TrainingConfig, train
+from bench.zoo.trigger_fingerprint import TriggerChanged, trigger_fingerprint
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.errors import UsageError
@@ -226,6 +234,47 @@ def test_options_of_a_recipe_reach_the_attack_and_its_name() -> None:
     assert (strong_attack(x) - x).abs().mean() > 1.2 * (weak_attack(x) - x).abs().mean()
     with pytest.raises(UsageError, match="no option 'speed'"):
         make_attack(replace(plain, options=(("speed", 1.0),)))
+
+
+def _of_card(recipe: Recipe, folder: Path) -> ZooModel:
+    attack = make_attack(recipe)
+    assert attack is not None
+    return ZooModel(recipe, {"trigger_fingerprint": trigger_fingerprint(attack)}, folder)
+
+
+def test_a_trigger_that_is_still_the_same_passes(tmp_path: Path) -> None:
+    for name in ATTACKS:
+        recipe = replace(TINY, attack=name)
+        assert _of_card(recipe, tmp_path).attack is not None
+    torch.manual_seed(7)  # what the caller's generator holds changes nothing
+    assert _of_card(TINY, tmp_path).card == _of_card(replace(TINY, ratio=0.01), tmp_path).card
+
+
+def _moved(attack: BadNets) -> dict[str, torch.Tensor]:
+    mask = torch.zeros(attack.size, attack.size)
+    mask[-5:-2, -5:-2] = 1
+    return {"mask": mask, "pattern": checkerboard(mask)}
+
+
+@pytest.mark.parametrize(
+    ("attack", "attribute", "value"),
+    [
+        ("badnets", "arrays", _moved),
+        ("blended", "alpha", 1.1 * Blended.alpha),
+        ("sig", "delta", 0.9 * Sig.delta),
+        ("sig", "frequency", Sig.frequency + 1),
+        ("lf", "amplitude", 1.1 * LowFrequency.amplitude),
+        ("wanet", "strength", 0.9 * WaNet.strength),
+        ("bpp", "bits", Bpp.bits + 1),
+    ],
+)
+def test_a_formula_that_changed_since_the_training_is_noticed(
+    attack: str, attribute: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _of_card(replace(TINY, attack=attack), tmp_path)
+    monkeypatch.setattr(ATTACKS[attack], attribute, value)
+    with pytest.raises(TriggerChanged, match=rf"{model.name}\.json.*delete the card and train"):
+        model.attack  # noqa: B018
 
 
 def test_models_are_read_only_when_asked(tmp_path: Path) -> None:
