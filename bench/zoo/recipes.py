@@ -2,38 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
 
+from bench.zoo.architectures import ARCHITECTURES
 from bench.zoo.attacks import ATTACKS
 from bench.zoo.datasets import CLASS_COUNTS
 from bench.zoo.training import TrainingConfig
 from onp.errors import UsageError
-from onp.suspect.architectures import (
-    convnext,
-    densenet,
-    mobilenetv2,
-    preactresnet,
-    resnet,
-    vgg,
-    vit,
-)
-
-ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
-    "preactresnet18": lambda width, classes: preactresnet.of_width(int(width), classes),
-    "preactresnet10": lambda w, classes: preactresnet.of_width(int(w), classes, (1, 1, 1, 1)),
-    "resnet20": lambda width, classes: resnet.of_width(int(width), classes, (3, 3, 3)),
-    "vgg16_bn": lambda width, classes: vgg.of_width(int(width), classes, 16),
-    "vgg11": lambda width, classes: vgg.of_width(int(width), classes, 11, norm=False),
-    "mobilenetv2": mobilenetv2.of_width,
-    "densenet": lambda width, classes: densenet.of_width(int(width), classes),
-    "vit": lambda width, classes: vit.of_width(int(width), classes),
-    "convnext": lambda width, classes: convnext.of_width(int(width), classes),
-}
-"""A fresh network from (width, classes); of MobileNetV2 the width is a factor."""
 
 
 @dataclass(frozen=True)
@@ -144,8 +122,8 @@ def _full() -> list[Recipe]:
         for number, (arch, width, settings) in enumerate(networks):
             training = replace(_LONG, flip=dataset == "cifar10", **settings)
             attacks = [
-                (attack, ratio, (7 * index + number) % classes)
-                for index, attack in enumerate(ATTACKS)
+                (attack, ratio, (sum(attack.encode()) + number) % classes)
+                for attack in ATTACKS
                 for ratio in ((0.05, 0.01) if ATTACKS[attack].clean_label else (0.1, 0.01))
             ]
             found += _attacked(Recipe(dataset, arch, width, training), *attacks)

@@ -15,7 +15,7 @@ from bench.defences.api import Info, NotApplicable
 from bench.defences.finetuning import finetune, told
 from bench.defences.ft import fine_tuning
 from bench.defences.ft_sam import perturbation, sharpness_aware_step, sharpness_aware_tuning
-from bench.zoo.recipes import ARCHITECTURES
+from bench.zoo.architectures import ARCHITECTURES
 from onp import demo
 from onp.data import ImageSet, Normalize
 from onp.demo.images import CLASSES, draw
