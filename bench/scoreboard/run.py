@@ -179,23 +179,31 @@ class Runner:
         return row, [*info.candidates, *own]
 
     def _oracle(self, job: Job, row: Row, before: Baseline, candidates: Candidates) -> Row:
-        """The candidate of highest DER under the true trigger, at the cost of the whole run."""
+        """The candidate of highest DER under the true trigger, at the cost of the whole run.
+
+        Its settings hold the whole sweep as (candidate, CA, ASR): how sharp a threshold's edge is.
+        """
         exam = self._examiner.exam(job.model)
         judge = exam.part(self._oracle_images)
         by = len(judge.clean)
         row = replace(row, oracle=True, oracle_images=by, verdict=None, pruned=None)
 
-        def rating(build: Callable[[], nn.Module]) -> float:
-            return effectiveness(before.scores, judge.score(build().eval())) or 0.0
-
         try:
-            ratings = [rating(build) for _, build in candidates]
+            sweep = [judge.score(build().eval()) for _, build in candidates]
+            ratings = [effectiveness(before.scores, after) or 0.0 for after in sweep]
             setting, build = candidates[ratings.index(max(ratings))]
             best = exam.score(build().eval())
         except Exception as error:
             failed = replace(self._row(job, before), error=described(error))
             return replace(failed, oracle=True, oracle_images=by)
-        return replace(scored(row, before, best), settings={"pick": setting})
+        settings = {
+            "pick": setting,
+            "sweep": [
+                [name, round(after.ca, 3), None if after.asr is None else round(after.asr, 3)]
+                for (name, _), after in zip(candidates, sweep, strict=True)
+            ],
+        }
+        return replace(scored(row, before, best), settings=settings)
 
     def _row(self, job: Job, before: Baseline) -> Row:
         """The row as far as it is known before the defence runs."""

@@ -101,8 +101,9 @@ CORE = [
 
 Clean-label attacks poison 5%: on ten even classes 10% would be the whole target class, whose clean
 images the network would then never see. In so few epochs from scratch WaNet and LF are not learned
-(ASR .15 and .71), SSBA, Bpp and Adaptive-Blend cost 8, 11 and 7 points of accuracy, and BadNets kept
-VGG from learning; these retrain the clean twin. WaNet has a warp of twice the paper's strength.
+(ASR .15 and .71), SSBA, Bpp and Adaptive-Blend cost 8, 11 and 7 points of accuracy, and BadNets
+kept VGG from learning; these retrain the clean twin. WaNet has a warp of twice the paper's
+strength.
 """
 
 

@@ -432,7 +432,10 @@ def test_oracle_row_is_marked_and_left_out_of_the_means(
     assert stubs.run("--models", "patched", "--defences", "cure", "--json") == 0
     own, oracle = (stubs.rows()["patched", "cure", 0, marked] for marked in (False, True))
     assert (own.der, oracle.der) == (0.95, 1.0)
-    assert oracle.settings == {"pick": "all"}
+    assert oracle.settings["pick"] == "all"
+    sweep = {name: tuple(scores) for name, *scores in oracle.settings["sweep"]}
+    assert sweep["all"] == (1.0, 0.0)
+    assert sweep["the defence's own"] == (0.9, 0.0)
     assert (own.oracle_images, oracle.oracle_images) == (None, 100)
     assert (oracle.seconds, oracle.image_forwards) == (own.seconds, own.image_forwards)
     assert oracle.cpu_seconds == own.cpu_seconds
@@ -453,7 +456,7 @@ def test_oracle_can_come_later_and_by_fewer_images(stubs: Stubs) -> None:
     assert stubs.run(*options, "--oracle-images", "30") == 0
     assert stubs.rows()["patched", "cure", 0, False] == first["patched", "cure", 0, False]
     oracle = stubs.rows()["patched", "cure", 0, True]
-    assert oracle.settings == {"pick": "all"}
+    assert oracle.settings["pick"] == "all"
     assert (oracle.ca_after, oracle.test_images, oracle.oracle_images) == (1.0, 100, 30)
     assert stubs.run(*options) == 0
     assert len(stubs.calls) == 2
@@ -468,7 +471,7 @@ def test_what_the_defence_chose_is_a_candidate(stubs: Stubs) -> None:
     stubs.only(refine=refine)
     assert stubs.run("--models", "patched") == 0
     own, oracle = (stubs.rows()["patched", "refine", 0, marked] for marked in (False, True))
-    assert oracle.settings == {"pick": "the defence's own"}
+    assert oracle.settings["pick"] == "the defence's own"
     assert oracle.der == own.der == 1.0
     assert own.candidates == 2
 
