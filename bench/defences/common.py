@@ -1,4 +1,4 @@
-"""What the pruning defences share: norms as prunable channels, batches, accuracy, tracing."""
+"""What the defences share: norms as prunable channels, batches, accuracy, tracing."""
 
 from __future__ import annotations
 
@@ -110,7 +110,8 @@ def training_copy(model: nn.Module, *, weights: bool) -> nn.Module:
     for module in student.modules():
         if "Dropout" in type(module).__name__:
             module.eval()
-    return student.to(memory_format=training_layout(student))  # type: ignore[call-overload]
+    student.to(memory_format=training_layout(student))  # type: ignore[call-overload]
+    return student
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -54,7 +54,7 @@ def prune_dormant(
     computed from the layer's inputs.
     """
     pruned = copy.deepcopy(model).eval()
-    name, features, logits = last_linear(pruned, clean.floats(), ledger)
+    name, features, logits = logit_layer(pruned, clean.floats(), ledger)
     layer = pruned.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     order = features.mean(0).argsort(stable=True)
@@ -75,7 +75,7 @@ def prune_dormant(
 
 
 @torch.no_grad()
-def last_linear(model: nn.Module, images: Tensor, ledger: Ledger) -> tuple[str, Tensor, Tensor]:
+def logit_layer(model: nn.Module, images: Tensor, ledger: Ledger) -> tuple[str, Tensor, Tensor]:
     """The linear layer that gives the logits: its name, its inputs [N, C] on the images, and the
     logits [N, K]. Raises NotApplicable where the last linear layer that runs is none."""
     last: dict[str, Any] = {}

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.defences.api import Info
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS, Step, finetune, told
+from bench.defences.common import WEIGHT_GRADIENTS
+from bench.defences.finetuning import Step, finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -67,7 +68,7 @@ def sharpness_aware_step(rho: float) -> Step:
             for weight, kept in zip(weights, before, strict=True):
                 weight.copy_(kept)
         optimizer.step()
-        return 2 * WITH_WEIGHT_GRADIENTS * len(images)
+        return 2 * WEIGHT_GRADIENTS * len(images)
 
     return step
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from bench.defences.api import Info
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS
+from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, WEIGHT_GRADIENTS, device_of
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -37,7 +37,6 @@ PUBLISHED_BATCH, PUBLISHED_UPDATES = 256, 10
 """BackdoorBench on 5% of CIFAR-10: batches of 256 of 2,500 images, 10 updates a round; of 500, 50
 leave as many."""
 
-WITH_IMAGE_GRADIENTS = 2
 SECOND_ORDER = 2
 """Image-forwards of a Hessian-vector product: it goes back through the forward pass and through
 the first backward pass."""
@@ -62,7 +61,8 @@ def implicit_unlearning(
     # onp.suspect.network.training_layout.
     repaired.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     weights = list(repaired.parameters())
-    images, labels = clean.floats().to(weights[0].device), clean.labels.to(weights[0].device)
+    device = device_of(repaired)
+    images, labels = clean.floats().to(device), clean.labels.to(device)
     optimizer = torch.optim.Adam(weights, learning_rate)
     chunks = ceil(len(clean) / batch)
     norms: list[float] = []
@@ -100,7 +100,7 @@ def universal_perturbation(
         delta.requires_grad_(True)
         (gradient,) = torch.autograd.grad(_inner_loss(model, images[index], delta), delta)
         delta = delta.detach() - INNER_LEARNING_RATE * gradient
-        ledger.count((1 + WITH_IMAGE_GRADIENTS) * len(index))
+        ledger.count((FORWARD + ACTIVATION_GRADIENTS) * len(index))
     return delta
 
 
@@ -129,8 +129,8 @@ def _outer_gradients(
     ``delta``."""
     carried = torch.zeros(len(images), 1, 1, 1, device=images.device)
     carried[stamped] = 1
-    ledger.count(WITH_WEIGHT_GRADIENTS * len(images))  # the outer loss
-    ledger.count((1 + WITH_IMAGE_GRADIENTS) * len(images))  # answers and the inner gradient
+    ledger.count(WEIGHT_GRADIENTS * len(images))  # the outer loss
+    ledger.count((FORWARD + ACTIVATION_GRADIENTS) * len(images))  # answers and the inner gradient
     ledger.count(SECOND_ORDER * (FIXED_POINT_STEPS - 1) * len(images))
     ledger.count(SECOND_ORDER_WITH_WEIGHTS * len(images))
     return hypergradient(

@@ -22,7 +22,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.defences.api import Info, NotApplicable
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS, Step, finetune, told
+from bench.defences.common import FORWARD, WEIGHT_GRADIENTS
+from bench.defences.finetuning import Step, finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -80,7 +81,7 @@ def distillation_step(teacher: nn.Module) -> Step:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return (WITH_WEIGHT_GRADIENTS + 1) * len(images)
+        return (FORWARD + WEIGHT_GRADIENTS) * len(images)
 
     return step
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from bench.defences.api import Info
+from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, device_of
 from bench.defences.finetuning import Step, cross_entropy_step, finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
@@ -48,7 +49,6 @@ SEARCH_FORWARDS = 80_000
 MIN_IMAGES, MAX_IMAGES = 4, 32
 PUBLISHED_EPOCHS = 100
 EPOCHS = 12
-WITH_IMAGE_GRADIENTS = 2
 
 
 @dataclass(frozen=True)
@@ -124,13 +124,13 @@ def search(
     """
     random = torch.Generator().manual_seed(seed)
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    device = next(frozen.parameters()).device
+    device = device_of(frozen)
     images = clean.floats()
     channels, height, width = images.shape[1:]
     with torch.no_grad():
         classes = frozen(images[:1].to(device)).shape[1]
-    ledger.count(1)
-    shown = image_forwards // (WITH_IMAGE_GRADIENTS * classes * max(steps, 1))
+    ledger.count(FORWARD)
+    shown = image_forwards // (ACTIVATION_GRADIENTS * classes * max(steps, 1))
     shown = min(max(shown, MIN_IMAGES), MAX_IMAGES, len(clean))
 
     raw_mask = _arctanh_uniform((classes, 1, height, width), random).to(device)
@@ -152,7 +152,7 @@ def search(
         mask, pattern = _unit(raw_mask), _unit(raw_pattern)
         stamped = x + mask[:, None] * (pattern[:, None] - x)  # [K, B, C, H, W]
         logits = frozen(stamped.flatten(0, 1)).view(classes, shown, -1)
-        ledger.count(WITH_IMAGE_GRADIENTS * classes * shown)
+        ledger.count(ACTIVATION_GRADIENTS * classes * shown)
         loss = F.cross_entropy(logits.flatten(0, 1), wanted.repeat_interleave(shown)) * classes
         norms = mask.flatten(1).sum(1)  # [K]
         optimizer.zero_grad()
@@ -233,12 +233,11 @@ def unlearning_step(patches: Patches, flagged: list[int], seed: int) -> Step:
     """A fine-tuning update in which a share of the images carry flagged patches, with their own
     labels."""
     random = torch.Generator().manual_seed(seed)
-    plain = cross_entropy_step()
 
     def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> int:
         chosen = torch.randperm(len(images), generator=random)[: round(STAMPED * len(images))]
         turn = torch.arange(len(chosen)) % len(flagged)
         images[chosen] = patches.stamp(images[chosen], torch.tensor(flagged)[turn])
-        return plain(model, optimizer, images, labels)
+        return cross_entropy_step(model, optimizer, images, labels)
 
     return step

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.defences.api import Info
-from bench.defences.common import device_of, traced
+from bench.defences.common import FORWARD, device_of, traced
 from onp.agent.race import ranking_masks
 from onp.config import UnlearningConfig
 from onp.data import ImageSet, spread_order
@@ -68,7 +68,7 @@ def probe_race(
     )  # fmt: skip
     some = images[:RESPONSE_IMAGES]
     before = activations(evaluator.network, some)
-    ledger.count(len(some))
+    ledger.count(FORWARD * len(some))
 
     best: tuple[float, Tensor, Judge] | None = None
     raced = []
