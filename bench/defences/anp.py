@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import (
     ACTIVATION_GRADIENTS,
     AUGMENTATION,
@@ -34,6 +34,7 @@ ITERATIONS = 64
 """About 49,000 image-forwards, 768 an iteration; the sweep adds at most 10,000."""
 
 
+@defence("anp")
 def anp(
     model: nn.Module,
     clean: ImageSet,

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import AUGMENTATION, NormLayer, logits_on, norm_of, require_norms
 from bench.defences.outliers import DEVIATIONS, prune_outliers
 from bench.zoo.training import augment
@@ -18,6 +18,7 @@ from onp.data import ImageSet
 from onp.ledger import Ledger
 
 
+@defence("bnp")
 def bnp(
     model: nn.Module,
     clean: ImageSet,

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bench.defences.api import Info, NotApplicable
+from bench.defences.api import Info, NotApplicable, defence
 from bench.defences.common import accuracy, logits_on
 from bench.defences.finetuning import finetune, told
 from onp.data import ImageSet
@@ -27,6 +27,7 @@ PUBLISHED_EPOCHS = 100
 EPOCHS = 40
 
 
+@defence("fp")
 def fp(
     model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, epochs: int = EPOCHS
 ) -> tuple[nn.Module, Info]:

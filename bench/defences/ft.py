@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.finetuning import finetune, told
 from onp.data import ImageSet
 from onp.ledger import Ledger
@@ -14,6 +14,7 @@ PUBLISHED_EPOCHS = 100
 EPOCHS = 40
 
 
+@defence("ft")
 def fine_tuning(
     model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, epochs: int = EPOCHS
 ) -> tuple[nn.Module, Info]:

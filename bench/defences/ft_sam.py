@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import WEIGHT_GRADIENTS
 from bench.defences.finetuning import Step, finetune, told
 from onp.data import ImageSet
@@ -29,6 +29,7 @@ EPOCHS = 20
 _TINY = 1e-12
 
 
+@defence("ft-sam")
 def sharpness_aware_tuning(
     model: nn.Module,
     clean: ImageSet,

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, WEIGHT_GRADIENTS, device_of
 from onp.data import ImageSet
 from onp.ledger import Ledger
@@ -44,6 +44,7 @@ SECOND_ORDER_WITH_WEIGHTS = 4
 """The same with the gradients of the weights, in both passes."""
 
 
+@defence("i-bau")
 def implicit_unlearning(
     model: nn.Module,
     clean: ImageSet,

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.defences.api import Info, NotApplicable
+from bench.defences.api import Info, NotApplicable, defence
 from bench.defences.common import FORWARD, WEIGHT_GRADIENTS
 from bench.defences.finetuning import Step, finetune, told
 from onp.data import ImageSet
@@ -42,6 +42,7 @@ _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 """Their outputs of four dimensions are [N, H, W, C]: no maps (ConvNeXt has such)."""
 
 
+@defence("nad")
 def attention_distillation(
     model: nn.Module,
     clean: ImageSet,

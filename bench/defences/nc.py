@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, device_of
 from bench.defences.finetuning import Step, cross_entropy_step, finetune, told
 from onp.data import ImageSet
@@ -68,6 +68,7 @@ class Patches:
         return images + mask * (pattern - images)
 
 
+@defence("nc")
 def neural_cleanse(
     model: nn.Module,
     clean: ImageSet,

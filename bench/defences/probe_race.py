@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import FORWARD, device_of, traced
 from onp.agent.race import ranking_masks
 from onp.config import UnlearningConfig
@@ -39,6 +39,7 @@ ACCURACY_WEIGHT = 3.0
 """Probe success that one unit of clean accuracy is worth."""
 
 
+@defence("probe-race")
 def probe_race(
     model: nn.Module,
     clean: ImageSet,

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import (
     ACTIVATION_GRADIENTS,
     BATCH,
@@ -39,6 +39,7 @@ RECOVERY_WEIGHT = 0.2
 """Factor on the recovery's loss."""
 
 
+@defence("rnp")
 def rnp(
     model: nn.Module,
     clean: ImageSet,
