@@ -18,8 +18,8 @@ from onp.probes.warp import Warp
 from onp.suspect.network import FrozenNetwork
 
 CPU_CHUNK = 128
-"""Images in one pass on a CPU: the activations of many more leave the caches, and their memory goes
-back to the system after every step; from 512 on an image takes half as long again."""
+"""Images in one pass on a CPU: the memory of larger activations goes back to the system after every
+step; from 512 images on each takes half as long again."""
 
 FAMILIES: tuple[Family, ...] = (Patch(), Additive(), LowFrequency(), Warp())
 
