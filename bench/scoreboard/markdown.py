@@ -55,7 +55,7 @@ def tables(summary: Summary) -> str:
 def main_table(found: Sequence[Aggregate]) -> str:
     """One line a defence; means over backdoored networks, and what clean ones lose."""
     head = (
-        "defence", "rows", *_NAMES.values(), "A", "B", "clean nets: mean drop", "largest",
+        "defence", "seeds", "rows", *_NAMES.values(), "A", "B", "clean nets: mean drop", "largest",
         "seconds", "CPU s", "image-forwards", "MB", "errors", "n/a",
     )  # fmt: skip
     lines = []
@@ -64,6 +64,7 @@ def main_table(found: Sequence[Aggregate]) -> str:
         lines.append(
             (
                 a.defence + ("" if a.complete else " †"),
+                str(a.seeds),
                 f"{a.scored}/{a.expected}",
                 *(_percent(spread.mean if spread else None) for spread in spreads),
                 _percent(a.repaired, 0),

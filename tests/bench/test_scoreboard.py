@@ -614,7 +614,7 @@ def test_aggregates_by_hand() -> None:
         row("v", ca_after=None, asr_after=None, error="ValueError"),
         row("w", ca_after=None, asr_after=None, applicable=False, reason="no norm"),
     ]  # fmt: skip
-    found = aggregate("d", rows, expected=7)
+    found = aggregate("d", rows, networks=7)
     assert (found.scored, found.backdoored, found.clean) == (5, 3, 2)
     assert (found.errors, found.not_applicable, found.complete) == (1, 1, False)
     expected = {
@@ -640,7 +640,7 @@ def test_aggregates_by_hand() -> None:
 
 
 def test_no_rows_have_no_means() -> None:
-    found = aggregate("d", [], expected=2)
+    found = aggregate("d", [], networks=2)
     assert set(found.measures.values()) == {None}
     assert (found.repaired, found.traceless, found.clean_drop_max, found.seconds) == (None,) * 4
 
@@ -648,7 +648,9 @@ def test_no_rows_have_no_means() -> None:
 def test_spread_over_seeds() -> None:
     rows = [row(m, seed=s, asr_after=a) for m, s, a in
             [("a", 0, 0.0), ("b", 0, 0.2), ("a", 1, 0.2), ("b", 1, 0.4)]]  # fmt: skip
-    spread = aggregate("d", rows, expected=4).measures["asr_after"]
+    found = aggregate("d", rows, networks=2)
+    assert (found.seeds, found.expected, found.complete) == (2, 4, True)
+    spread = found.measures["asr_after"]
     assert spread is not None
     assert spread.mean == pytest.approx(0.2)
     assert spread.seed_std == pytest.approx(math.sqrt(0.02))  # of the means .1 and .3
@@ -677,8 +679,8 @@ def test_summary_orders_marks_and_groups() -> None:
     assert [a.complete for a in summary.groups["arch"]["other"]] == [True, True]
     assert [a.defence for a in summary.groups["attack"]["clean"]] == [NO_DEFENCE, "good"]
     text = main_table(summary.defences)
-    assert "| good | 3/3 |" in text
-    assert "| bad † | 1/3 |" in text
+    assert "| good | 1 | 3/3 |" in text
+    assert "| bad † | 1 | 1/3 |" in text
 
 
 def test_report_is_written_beside_the_rows(
