@@ -28,13 +28,15 @@ def bnp(
     deviations: float = DEVIATIONS,
 ) -> tuple[nn.Module, Info]:
     """Prune norm channels whose clean statistics diverge from the running ones by more than the
-    layer's mean + u standard deviations. One pass over the clean images, cropped at random as the
-    images were that the running statistics come from."""
+    layer's mean + u standard deviations. One pass over the clean images, cropped at random as
+    training images are."""
     layers = require_norms(model, "BNP")
     suspect = copy.deepcopy(model).eval()
     images = augment(clean.images, AUGMENTATION, torch.Generator().manual_seed(seed))
     scores = statistics_divergence(suspect, layers, images, ledger)
-    return prune_outliers(suspect, layers, scores, deviations)
+    repaired, info = prune_outliers(suspect, layers, scores, deviations)
+    info.schedule = "all clean images in one pass, where the published code has one batch"
+    return repaired, info
 
 
 @torch.no_grad()

@@ -38,7 +38,9 @@ def clp(
     layers = require_norms(model, "CLP")
     suspect = copy.deepcopy(model).eval()
     bounds = channel_lipschitz(suspect, traced(suspect, clean), layers)
-    return prune_outliers(suspect, layers, bounds, deviations)
+    repaired, info = prune_outliers(suspect, layers, bounds, deviations)
+    info.schedule = "a norm's kernels from the traced graph, stacked where it reads a residual sum"
+    return repaired, info
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def finetune(
     return tuned.eval()
 
 
-def told(epochs: int, published: int, clean: ImageSet, batch: int = BATCH) -> str:
+def schedule_text(epochs: int, published: int, clean: ImageSet, batch: int = BATCH) -> str:
     """A schedule beside the ``published`` epochs, in words: with fewer images and other batches,
     epochs alone would compare unequal numbers of updates."""
     updates = epochs * ceil(len(clean) / batch)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 
 from bench.defences.api import Info, NotApplicable, defence
 from bench.defences.common import accuracy, logits_on
-from bench.defences.finetuning import finetune, told
+from bench.defences.finetuning import finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -39,7 +39,7 @@ def fp(
     layer = tuned.get_submodule(name)
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     settings = {"layer": name, "pruned": int((~keep).sum()), "units": len(keep)}
-    schedule = f"fine-tuning: {told(epochs, PUBLISHED_EPOCHS, clean)}"
+    schedule = f"fine-tuning: {schedule_text(epochs, PUBLISHED_EPOCHS, clean)}"
     return tuned, Info(schedule=schedule, settings=settings)
 
 

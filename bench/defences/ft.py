@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bench.defences.api import Info, defence
-from bench.defences.finetuning import finetune, told
+from bench.defences.finetuning import finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -20,4 +20,4 @@ def fine_tuning(
 ) -> tuple[nn.Module, Info]:
     """Fine-tune all weights on the cross entropy."""
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger)
-    return tuned, Info(schedule=told(epochs, PUBLISHED_EPOCHS, clean))
+    return tuned, Info(schedule=schedule_text(epochs, PUBLISHED_EPOCHS, clean))

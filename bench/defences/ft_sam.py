@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from bench.defences.api import Info, defence
 from bench.defences.common import WEIGHT_GRADIENTS
-from bench.defences.finetuning import Step, finetune, told
+from bench.defences.finetuning import Step, finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -43,7 +43,7 @@ def sharpness_aware_tuning(
     step = sharpness_aware_step(rho)
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger, step=step)
     settings = {"rho": rho, "label_smoothing": LABEL_SMOOTHING}
-    return tuned, Info(schedule=told(epochs, PUBLISHED_EPOCHS, clean), settings=settings)
+    return tuned, Info(schedule=schedule_text(epochs, PUBLISHED_EPOCHS, clean), settings=settings)
 
 
 def sharpness_aware_step(rho: float) -> Step:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 
 from bench.defences.api import Info, NotApplicable, defence
 from bench.defences.common import FORWARD, WEIGHT_GRADIENTS
-from bench.defences.finetuning import Step, finetune, told
+from bench.defences.finetuning import Step, finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -63,8 +63,8 @@ def attention_distillation(
     student = finetune(
         model, clean, epochs=epochs, seed=seed + 1, ledger=ledger, batch=BATCH, step=step
     )
-    taught = told(teacher_epochs, TEACHER_EPOCHS, clean, BATCH)
-    drawn = told(epochs, EPOCHS, clean, BATCH)
+    taught = schedule_text(teacher_epochs, TEACHER_EPOCHS, clean, BATCH)
+    drawn = schedule_text(epochs, EPOCHS, clean, BATCH)
     return student, Info(schedule=f"teacher: {taught}; student: {drawn}")
 
 

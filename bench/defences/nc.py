@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 
 from bench.defences.api import Info, defence
 from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, device_of
-from bench.defences.finetuning import Step, cross_entropy_step, finetune, told
+from bench.defences.finetuning import Step, cross_entropy_step, finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -95,15 +95,15 @@ def neural_cleanse(
         "images a class"
     )
     settings = {
-        "sizes": _told(patches.sizes),
-        "anomaly_indices": _told(indices),
+        "sizes": _without_nan(patches.sizes),
+        "anomaly_indices": _without_nan(indices),
         "flagged": flagged,
     }
     if not flagged:
         return copy.deepcopy(model).eval(), Info(schedule=schedule, settings=settings)
     step = unlearning_step(patches, flagged, seed)
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger, step=step)
-    schedule += f"; unlearning: {told(epochs, PUBLISHED_EPOCHS, clean)}"
+    schedule += f"; unlearning: {schedule_text(epochs, PUBLISHED_EPOCHS, clean)}"
     return tuned, Info(schedule=schedule, settings=settings)
 
 
@@ -220,7 +220,7 @@ def flagged_classes(sizes: Tensor, anomaly: float = ANOMALY) -> list[int]:
     return outliers[sizes[outliers].argsort()].tolist()
 
 
-def _told(values: Tensor) -> list[float | None]:
+def _without_nan(values: Tensor) -> list[float | None]:
     """For the settings: NaN as None."""
     return [None if value != value else round(value, 2) for value in values.tolist()]
 

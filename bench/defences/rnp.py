@@ -26,8 +26,8 @@ from onp.suspect.network import training_layout
 UNLEARNING_EPOCHS, RECOVERY_EPOCHS = 20, 20
 UNLEARNING_RATE, RECOVERY_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.02, 0.9, 5e-4
 PUBLISHED_RECOVERY_RATE = 0.2
-"""Drives one in eight masks of a small network to 0, where their order is lost: a tenth of it cuts
-less accuracy at every number of units."""
+"""On a ResNet-20 of width 16 it drives 103 of 784 masks to 0, where their order is lost; a tenth of
+it, three. The cut by number needs the order."""
 MILESTONE, DECAY = 10, 0.1
 """The unlearning rate falls to a tenth after ten epochs."""
 GRADIENT_NORM = 20.0

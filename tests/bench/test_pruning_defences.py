@@ -14,7 +14,7 @@ from bench.defences.anp import anp
 from bench.defences.api import Info, NotApplicable
 from bench.defences.bnp import bnp, statistics_divergence
 from bench.defences.clp import channel_lipschitz, clp
-from bench.defences.common import ACCURACY_LIMIT, norm_layers, norm_of
+from bench.defences.common import ACCURACY_LIMIT, NormLayer, norm_layers, norm_of
 from bench.defences.fp import RELATIVE_LIMIT, fp, prune_dormant
 from bench.defences.onp_defence import onp_defence
 from bench.defences.outliers import outliers
@@ -169,6 +169,22 @@ def test_bnp_finds_the_channel_with_false_statistics() -> None:
     assert [c for name, c in _zeroed(repaired) if name == "layer3.1.bn2"] == [7]
     assert info.settings["pruned"] == len(_zeroed(repaired))
     assert ledger.total == len(clean)
+
+
+def test_bnp_reads_images_cropped_by_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Tensor] = []
+
+    def note(_model: nn.Module, layers: list[NormLayer], images: Tensor, _ledger: Ledger) -> Tensor:
+        read.append(images)
+        return torch.zeros(sum(layer.channels for layer in layers))
+
+    monkeypatch.setattr("bench.defences.bnp.statistics_divergence", note)
+    for seed in (0, 0, 1):
+        bnp(planted_network(), CLEAN, seed=seed, ledger=Ledger())
+    same, again, other = read
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+    assert not torch.equal(same, CLEAN.floats())
 
 
 def test_divergence_is_that_of_two_normal_distributions() -> None:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from bench.defences import i_bau, nad, nc
 from bench.defences.api import Info, NotApplicable
-from bench.defences.finetuning import finetune, told
+from bench.defences.finetuning import finetune, schedule_text
 from bench.defences.ft import fine_tuning
 from bench.defences.ft_sam import perturbation, sharpness_aware_step, sharpness_aware_tuning
 from bench.zoo.architectures import ARCHITECTURES
@@ -133,7 +133,7 @@ def test_fine_tuning_restores_a_damaged_classifier() -> None:
 
 
 def test_the_schedule_tells_updates_beside_epochs() -> None:
-    assert told(40, 100, draw(500, 1)) == (
+    assert schedule_text(40, 100, draw(500, 1)) == (
         "40 of 100 epochs, 160 updates in batches of up to 128 "
         "(on 5% of CIFAR-10: 1000 in batches of 256)"
     )

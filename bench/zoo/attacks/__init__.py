@@ -13,15 +13,15 @@ from bench.zoo.attacks.base import Attack, Knowledge, poison
 
 
 def _found() -> dict[str, type[Attack]]:
-    """The attacks of the modules in this folder, by name."""
-    modules = [import_module(f"{__name__}.{module.name}") for module in iter_modules(__path__)]
-    classes = [value for module in modules for value in vars(module).values()]
-    attacks = [
-        value
-        for value in classes
-        if isinstance(value, type) and issubclass(value, Attack) and not isabstract(value)
-    ]
-    return {attack.name: attack for attack in sorted(attacks, key=lambda attack: attack.name)}
+    """The attacks of the modules in this folder, by name; raises where two share one."""
+    found: dict[str, type[Attack]] = {}
+    for module in iter_modules(__path__):
+        for value in vars(import_module(f"{__name__}.{module.name}")).values():
+            if not isinstance(value, type) or not issubclass(value, Attack) or isabstract(value):
+                continue
+            if found.setdefault(value.name, value) is not value:
+                raise ValueError(f"two attacks are called {value.name!r}")
+    return dict(sorted(found.items()))
 
 
 ATTACKS = _found()

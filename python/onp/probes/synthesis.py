@@ -46,7 +46,7 @@ class Probe:
         return self.family.apply(self.parameters, images[None], self.valid)[0]
 
 
-def towards(
+def gradients_towards(
     network: FrozenNetwork, images: Tensor, answers: Tensor, gates: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Which images [N, C, H, W] get the answers int64 [N], bool [N], and the gradients of the
@@ -109,7 +109,7 @@ def synthesise(
             [f.apply(state, batch, valid) for f, state in zip(FAMILIES, states, strict=True)]
         )  # [families * targets, draw, C, H, W], family-major
         pixels = triggered.flatten(0, 1)
-        right, gradients = towards(network, pixels.detach(), answers, gates)
+        right, gradients = gradients_towards(network, pixels.detach(), answers, gates)
         success = right.float().view(-1, draw).mean(1)
         weight = ((success - 0.8) / 0.2).clamp(0.05, 1.0)
         penalties = torch.cat([f.penalty(state) for f, state in zip(FAMILIES, states, strict=True)])
