@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from torch import nn
 
@@ -37,6 +37,24 @@ class Defence(Protocol):
         weight gradients 3. Raises ``NotApplicable`` for a network the method cannot treat.
         """
         ...
+
+
+REGISTERED: dict[str, Defence] = {}
+"""Defences by name, as their modules are imported."""
+
+Marked = TypeVar("Marked", bound=Defence)
+
+
+def defence(name: str) -> Callable[[Marked], Marked]:
+    """Marks a function as the defence that the scoreboard calls ``name``."""
+
+    def register(function: Marked) -> Marked:
+        if name in REGISTERED:
+            raise ValueError(f"two defences are called {name!r}")
+        REGISTERED[name] = function
+        return function
+
+    return register
 
 
 class NotApplicable(Exception):

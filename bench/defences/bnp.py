@@ -10,27 +10,33 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from bench.defences.api import Info
-from bench.defences.common import NormLayer, logits_on, norm_of, require_norms
+from bench.defences.api import Info, defence
+from bench.defences.common import AUGMENTATION, NormLayer, logits_on, norm_of, require_norms
 from bench.defences.outliers import DEVIATIONS, prune_outliers
+from bench.zoo.training import augment
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
 
+@defence("bnp")
 def bnp(
     model: nn.Module,
     clean: ImageSet,
     *,
-    seed: int,  # noqa: ARG001
+    seed: int,
     ledger: Ledger,
     deviations: float = DEVIATIONS,
 ) -> tuple[nn.Module, Info]:
     """Prune norm channels whose clean statistics diverge from the running ones by more than the
-    layer's mean + u standard deviations. One pass over the clean images; the seed has no effect."""
+    layer's mean + u standard deviations. One pass over the clean images, cropped at random as
+    training images are."""
     layers = require_norms(model, "BNP")
     suspect = copy.deepcopy(model).eval()
-    scores = statistics_divergence(suspect, layers, clean.floats(), ledger)
-    return prune_outliers(suspect, layers, scores, deviations)
+    images = augment(clean.images, AUGMENTATION, torch.Generator().manual_seed(seed))
+    scores = statistics_divergence(suspect, layers, images, ledger)
+    repaired, info = prune_outliers(suspect, layers, scores, deviations)
+    info.schedule = "all clean images in one pass, where the published code has one batch"
+    return repaired, info
 
 
 @torch.no_grad()

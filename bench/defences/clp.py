@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import NormLayer, norm_of, require_norms, traced
 from bench.defences.outliers import DEVIATIONS, prune_outliers
 from onp.data import ImageSet
@@ -21,6 +21,7 @@ PASSED = ("add", "relu", "relu6", "maxpool", "avgpool", "globalpool")
 """Operations between a convolution and its norm that keep channels apart and add no factor."""
 
 
+@defence("clp")
 def clp(
     model: nn.Module,
     clean: ImageSet,
@@ -37,7 +38,9 @@ def clp(
     layers = require_norms(model, "CLP")
     suspect = copy.deepcopy(model).eval()
     bounds = channel_lipschitz(suspect, traced(suspect, clean), layers)
-    return prune_outliers(suspect, layers, bounds, deviations)
+    repaired, info = prune_outliers(suspect, layers, bounds, deviations)
+    info.schedule = "a norm's kernels from the traced graph, stacked where it reads a residual sum"
+    return repaired, info
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What the pruning defences share: norms as prunable channels, batches, accuracy, tracing."""
+"""What the defences share: norms as prunable channels, batches, accuracy, tracing."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ BATCH = 128
 AUGMENTATION = TrainingConfig(crop_padding=4, flip=False)
 """Random crops only: some classes differ by their side alone, as traffic signs do."""
 
-ACCURACY_LIMIT = 0.05
-"""Clean accuracy (of 1) that a threshold picked on clean data may cost. The difference of two
-networks on 500 images has a standard error of about a point, so a smaller limit would stop at
-chance; BackdoorBench allows 10 points, and picks by the true attack success besides."""
+ACCURACY_LIMIT = 0.02
+"""Clean accuracy (of 1) that a cut picked on clean data may cost; our choice. BackdoorBench allows
+10 points of test accuracy, and picks by the true attack success besides. The clean images are among
+those that the suspect was trained on, so a cut costs more on test images than here."""
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,8 @@ def training_copy(model: nn.Module, *, weights: bool) -> nn.Module:
     for module in student.modules():
         if "Dropout" in type(module).__name__:
             module.eval()
-    return student.to(memory_format=training_layout(student))  # type: ignore[call-overload]
+    student.to(memory_format=training_layout(student))  # type: ignore[call-overload]
+    return student
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from bench.defences.api import Info, NotApplicable
+from bench.defences.api import Info, NotApplicable, defence
 from bench.defences.common import accuracy, logits_on
-from bench.defences.finetuning import finetune
+from bench.defences.finetuning import finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -27,6 +27,7 @@ PUBLISHED_EPOCHS = 100
 EPOCHS = 40
 
 
+@defence("fp")
 def fp(
     model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, epochs: int = EPOCHS
 ) -> tuple[nn.Module, Info]:
@@ -38,7 +39,7 @@ def fp(
     layer = tuned.get_submodule(name)
     parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     settings = {"layer": name, "pruned": int((~keep).sum()), "units": len(keep)}
-    schedule = f"{epochs} of {PUBLISHED_EPOCHS} epochs of fine-tuning"
+    schedule = f"fine-tuning: {schedule_text(epochs, PUBLISHED_EPOCHS, clean)}"
     return tuned, Info(schedule=schedule, settings=settings)
 
 
@@ -54,7 +55,7 @@ def prune_dormant(
     computed from the layer's inputs.
     """
     pruned = copy.deepcopy(model).eval()
-    name, features, logits = last_linear(pruned, clean.floats(), ledger)
+    name, features, logits = logit_layer(pruned, clean.floats(), ledger)
     layer = pruned.get_submodule(name)
     assert isinstance(layer, nn.Linear)
     order = features.mean(0).argsort(stable=True)
@@ -75,7 +76,7 @@ def prune_dormant(
 
 
 @torch.no_grad()
-def last_linear(model: nn.Module, images: Tensor, ledger: Ledger) -> tuple[str, Tensor, Tensor]:
+def logit_layer(model: nn.Module, images: Tensor, ledger: Ledger) -> tuple[str, Tensor, Tensor]:
     """The linear layer that gives the logits: its name, its inputs [N, C] on the images, and the
     logits [N, K]. Raises NotApplicable where the last linear layer that runs is none."""
     last: dict[str, Any] = {}

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.defences.api import Info
-from bench.defences.finetuning import finetune
+from bench.defences.api import Info, defence
+from bench.defences.finetuning import finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -14,9 +14,10 @@ PUBLISHED_EPOCHS = 100
 EPOCHS = 40
 
 
+@defence("ft")
 def fine_tuning(
     model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger, epochs: int = EPOCHS
 ) -> tuple[nn.Module, Info]:
     """Fine-tune all weights on the cross entropy."""
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger)
-    return tuned, Info(schedule=f"{epochs} of {PUBLISHED_EPOCHS} epochs")
+    return tuned, Info(schedule=schedule_text(epochs, PUBLISHED_EPOCHS, clean))

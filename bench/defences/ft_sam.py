@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.defences.api import Info
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS, Step, finetune
+from bench.defences.api import Info, defence
+from bench.defences.common import WEIGHT_GRADIENTS
+from bench.defences.finetuning import Step, finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -28,6 +29,7 @@ EPOCHS = 20
 _TINY = 1e-12
 
 
+@defence("ft-sam")
 def sharpness_aware_tuning(
     model: nn.Module,
     clean: ImageSet,
@@ -41,7 +43,7 @@ def sharpness_aware_tuning(
     step = sharpness_aware_step(rho)
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger, step=step)
     settings = {"rho": rho, "label_smoothing": LABEL_SMOOTHING}
-    return tuned, Info(schedule=f"{epochs} of {PUBLISHED_EPOCHS} epochs", settings=settings)
+    return tuned, Info(schedule=schedule_text(epochs, PUBLISHED_EPOCHS, clean), settings=settings)
 
 
 def sharpness_aware_step(rho: float) -> Step:
@@ -67,7 +69,7 @@ def sharpness_aware_step(rho: float) -> Step:
             for weight, kept in zip(weights, before, strict=True):
                 weight.copy_(kept)
         optimizer.step()
-        return 2 * WITH_WEIGHT_GRADIENTS * len(images)
+        return 2 * WEIGHT_GRADIENTS * len(images)
 
     return step
 

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.defences.api import Info
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS
+from bench.defences.api import Info, defence
+from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, WEIGHT_GRADIENTS, device_of
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -29,13 +29,14 @@ FIXED_POINT_STEPS = 5
 FIXED_POINT_RATE = 0.1
 """Step of the descent whose fixed point the perturbation is."""
 STAMPED = 0.01
-"""Share of the images that are perturbed in the outer loss."""
+"""Share of the images that are perturbed in the outer loss; of a small batch it is one image."""
 LEARNING_RATE = 1e-4
 """Adam's. All of the above: BackdoorBench's ``i-bau``."""
 BATCH = 50
-"""BackdoorBench: 256 of 2,500 images; of 500, 50 leave as many updates a round."""
+PUBLISHED_BATCH, PUBLISHED_UPDATES = 256, 10
+"""BackdoorBench on 5% of CIFAR-10: batches of 256 of 2,500 images, 10 updates a round; of 500, 50
+leave as many."""
 
-WITH_IMAGE_GRADIENTS = 2
 SECOND_ORDER = 2
 """Image-forwards of a Hessian-vector product: it goes back through the forward pass and through
 the first backward pass."""
@@ -43,6 +44,7 @@ SECOND_ORDER_WITH_WEIGHTS = 4
 """The same with the gradients of the weights, in both passes."""
 
 
+@defence("i-bau")
 def implicit_unlearning(
     model: nn.Module,
     clean: ImageSet,
@@ -60,23 +62,33 @@ def implicit_unlearning(
     # onp.suspect.network.training_layout.
     repaired.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     weights = list(repaired.parameters())
-    images, labels = clean.floats().to(weights[0].device), clean.labels.to(weights[0].device)
+    device = device_of(repaired)
+    images, labels = clean.floats().to(device), clean.labels.to(device)
     optimizer = torch.optim.Adam(weights, learning_rate)
     chunks = ceil(len(clean) / batch)
-    norms = []
+    norms: list[float] = []
+    perturbed = 0
     for number in range(rounds):
         delta = universal_perturbation(repaired, images, batch, random, ledger)
         norms.append(round(float(delta.norm()), 3))
         for step, index in enumerate(torch.randperm(len(clean), generator=random).split(batch)):
+            stamped = stamped_places(len(index), random)
+            perturbed += len(stamped)
             gradients = _outer_gradients(
-                repaired, weights, delta, images[index], labels[index], random, ledger
+                repaired, weights, delta, images[index], labels[index], stamped, ledger
             )
             for weight, gradient in zip(weights, gradients, strict=True):
                 weight.grad = gradient
             optimizer.step()
             ledger.tick(number * chunks + step + 1, rounds * chunks, "unlearning")
-    schedule = f"{rounds} of {ROUNDS} rounds, in batches of {batch} for 256"
-    return repaired, Info(schedule=schedule, settings={"perturbation_norms": norms})
+    share = perturbed / max(rounds * len(clean), 1)
+    schedule = (
+        f"{rounds} of {ROUNDS} rounds, {rounds * chunks} updates in batches of up to {batch} with "
+        f"{share:.1%} of the images perturbed (on 5% of CIFAR-10: {ROUNDS * PUBLISHED_UPDATES} in "
+        f"batches of {PUBLISHED_BATCH} with {STAMPED:.0%})"
+    )
+    settings = {"perturbation_norms": norms, "perturbed_share": round(share, 4)}
+    return repaired, Info(schedule=schedule, settings=settings)
 
 
 def universal_perturbation(
@@ -89,7 +101,7 @@ def universal_perturbation(
         delta.requires_grad_(True)
         (gradient,) = torch.autograd.grad(_inner_loss(model, images[index], delta), delta)
         delta = delta.detach() - INNER_LEARNING_RATE * gradient
-        ledger.count((1 + WITH_IMAGE_GRADIENTS) * len(index))
+        ledger.count((FORWARD + ACTIVATION_GRADIENTS) * len(index))
     return delta
 
 
@@ -99,25 +111,31 @@ def _inner_loss(model: nn.Module, images: Tensor, delta: Tensor) -> Tensor:
     return -F.cross_entropy(model(images + delta), answers) + PRICE * delta.square().sum()
 
 
+def stamped_places(count: int, random: torch.Generator) -> Tensor:
+    """Which of a batch's ``count`` images carry the perturbation, int64: the published share, at
+    least one."""
+    return torch.randperm(count, generator=random)[: max(1, round(STAMPED * count))]
+
+
 def _outer_gradients(
     model: nn.Module,
     weights: Sequence[Tensor],
     delta: Tensor,
     images: Tensor,
     labels: Tensor,
-    random: torch.Generator,
+    stamped: Tensor,
     ledger: Ledger,
 ) -> list[Tensor]:
-    """Hypergradients of the loss on a batch, some images of which carry ``delta``."""
-    count = max(1, round(STAMPED * len(images)))
-    stamped = torch.zeros(len(images), 1, 1, 1, device=images.device)
-    stamped[torch.randperm(len(images), generator=random)[:count]] = 1
-    ledger.count(WITH_WEIGHT_GRADIENTS * len(images))  # the outer loss
-    ledger.count((1 + WITH_IMAGE_GRADIENTS) * len(images))  # answers and the inner gradient
+    """Hypergradients of the loss on a batch whose images at the places ``stamped`` (int64) carry
+    ``delta``."""
+    carried = torch.zeros(len(images), 1, 1, 1, device=images.device)
+    carried[stamped] = 1
+    ledger.count(WEIGHT_GRADIENTS * len(images))  # the outer loss
+    ledger.count((FORWARD + ACTIVATION_GRADIENTS) * len(images))  # answers and the inner gradient
     ledger.count(SECOND_ORDER * (FIXED_POINT_STEPS - 1) * len(images))
     ledger.count(SECOND_ORDER_WITH_WEIGHTS * len(images))
     return hypergradient(
-        lambda d: F.cross_entropy(model(images + stamped * d), labels),
+        lambda d: F.cross_entropy(model(images + carried * d), labels),
         lambda d: _inner_loss(model, images, d),
         delta,
         weights,

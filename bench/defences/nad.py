@@ -3,10 +3,12 @@
 A fine-tuned copy teaches the suspect where to look: beside the cross entropy, the student's
 attention maps are drawn to the teacher's.
 
-Maps are taken at the end of each of the last three spatial resolutions above 1x1: from the last
-module that gives an output [N, C, H, W] there, containers counting as called after their contents.
-On a network of tokens (the members of some nn.Sequential or nn.ModuleList all give [N, T, D]) they
-are taken from the last three members of the outermost such stack.
+Maps are the outputs [N, C, H, W] of the blocks or stages that end each of the last three spatial
+resolutions above 1x1, as the paper and BackdoorBench take them from a ResNet: of the last module
+with children that gives an output of the resolution, unless that is what a norm gave, before its
+activation. Where no module with children gives one (a VGG is one flat nn.Sequential), the last
+module without counts. On a network of tokens (the members of some nn.Sequential or nn.ModuleList
+all give [N, T, D]) maps are taken from the last three members of the outermost such stack.
 """
 
 from __future__ import annotations
@@ -19,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.defences.api import Info, NotApplicable
-from bench.defences.finetuning import WITH_WEIGHT_GRADIENTS, Step, finetune
+from bench.defences.api import Info, NotApplicable, defence
+from bench.defences.common import FORWARD, WEIGHT_GRADIENTS
+from bench.defences.finetuning import Step, finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
@@ -34,10 +37,12 @@ POWER = 2
 """p in the sum of |F|^p over the channels: the paper, section 3.2."""
 BATCH = 64
 
+_NORMS = (nn.modules.batchnorm._BatchNorm, nn.GroupNorm, nn.LayerNorm)
 _CHANNELS_LAST = (nn.Linear, nn.LayerNorm)
 """Their outputs of four dimensions are [N, H, W, C]: no maps (ConvNeXt has such)."""
 
 
+@defence("nad")
 def attention_distillation(
     model: nn.Module,
     clean: ImageSet,
@@ -58,11 +63,9 @@ def attention_distillation(
     student = finetune(
         model, clean, epochs=epochs, seed=seed + 1, ledger=ledger, batch=BATCH, step=step
     )
-    schedule = (
-        f"{teacher_epochs} of {TEACHER_EPOCHS} epochs for the teacher, {epochs} of {EPOCHS} for "
-        f"the student, in batches of {BATCH}"
-    )
-    return student, Info(schedule=schedule)
+    taught = schedule_text(teacher_epochs, TEACHER_EPOCHS, clean, BATCH)
+    drawn = schedule_text(epochs, EPOCHS, clean, BATCH)
+    return student, Info(schedule=f"teacher: {taught}; student: {drawn}")
 
 
 def distillation_step(teacher: nn.Module) -> Step:
@@ -79,7 +82,7 @@ def distillation_step(teacher: nn.Module) -> Step:
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        return (WITH_WEIGHT_GRADIENTS + 1) * len(images)
+        return (FORWARD + WEIGHT_GRADIENTS) * len(images)
 
     return step
 
@@ -109,13 +112,22 @@ class Heard:
 
     def __init__(self, stacks: list[nn.Sequential | nn.ModuleList]) -> None:
         """stacks: whose members' tokens to keep, outer ones first."""
-        self._maps: dict[tuple[int, int], Tensor] = {}
+        self._blocks: dict[tuple[int, int], Tensor] = {}
+        self._leaves: dict[tuple[int, int], Tensor] = {}
+        self._normed: Tensor | None = None
         self._tokens: dict[nn.Module, list[Tensor]] = {stack: [] for stack in stacks}
 
-    def map(self, output: object) -> None:
-        """Keep a feature map until a later one of its resolution comes."""
-        if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:].numel() > 1:
-            self._maps[output.shape[2], output.shape[3]] = output
+    def map(self, module: nn.Module, output: object) -> None:
+        """Keep a feature map until a later one of its resolution comes from a module of its kind,
+        with children or without."""
+        if not isinstance(output, Tensor) or output.ndim != 4 or output.shape[2:].numel() == 1:
+            return
+        size = output.shape[2], output.shape[3]
+        if next(module.children(), None) is None:
+            self._leaves[size] = output
+            self._normed = output if isinstance(module, _NORMS) else None
+        elif output is not self._normed:
+            self._blocks[size] = output
 
     def member(self, stack: nn.Module, output: object) -> None:
         """Keep what a member of a stack gave, if it gave tokens."""
@@ -131,10 +143,11 @@ class Heard:
         for stack, outputs in self._tokens.items():
             if len(outputs) == len(list(stack.children())) > 1:
                 return outputs[-count:]
-        if not self._maps:
+        maps = self._leaves | self._blocks
+        if not maps:
             raise NotApplicable("NAD needs feature maps or tokens, and the network has neither")
-        by_area = sorted(self._maps, key=lambda size: -size[0] * size[1])
-        return [self._maps[size] for size in by_area[-count:]]
+        by_area = sorted(maps, key=lambda size: -size[0] * size[1])
+        return [maps[size] for size in by_area[-count:]]
 
 
 @contextmanager
@@ -144,7 +157,7 @@ def listening(model: nn.Module) -> Iterator[Heard]:
     stacks = [module for module in modules if isinstance(module, nn.Sequential | nn.ModuleList)]
     heard = Heard(stacks)
     handles = [
-        module.register_forward_hook(lambda _module, _inputs, output: heard.map(output))
+        module.register_forward_hook(lambda module, _inputs, output: heard.map(module, output))
         for module in modules
         if type(module) not in _CHANNELS_LAST
     ]

@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from bench.defences.api import Info
-from bench.defences.finetuning import Step, cross_entropy_step, finetune
+from bench.defences.api import Info, defence
+from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, device_of
+from bench.defences.finetuning import Step, cross_entropy_step, finetune, schedule_text
 from onp.data import ImageSet
 from onp.ledger import Ledger
 
@@ -40,14 +41,14 @@ CONSISTENT_MAD = 1.4826
 """Makes the median absolute deviation estimate a normal's standard deviation."""
 
 PUBLISHED_STEPS = 800
-"""80 epochs of 10 batches: BackdoorBench's ``nc`` on 2,500 images."""
+PUBLISHED_IMAGES = 256
+"""80 epochs of 10 batches of 256: BackdoorBench's ``nc`` on 2,500 images."""
 STEPS = 200
 SEARCH_FORWARDS = 80_000
 """Bound on the search's image-forwards; it sets the images that a step shows to each class."""
 MIN_IMAGES, MAX_IMAGES = 4, 32
 PUBLISHED_EPOCHS = 100
 EPOCHS = 12
-WITH_IMAGE_GRADIENTS = 2
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,7 @@ class Patches:
         return images + mask * (pattern - images)
 
 
+@defence("nc")
 def neural_cleanse(
     model: nn.Module,
     clean: ImageSet,
@@ -88,17 +90,20 @@ def neural_cleanse(
     )
     indices = anomaly_indices(patches.sizes)
     flagged = flagged_classes(patches.sizes, anomaly)
-    schedule = f"{steps} of {PUBLISHED_STEPS} steps with {shown} images a class"
+    schedule = (
+        f"search: {steps} of {PUBLISHED_STEPS} updates, each on {shown} of {PUBLISHED_IMAGES} "
+        "images a class"
+    )
     settings = {
-        "sizes": _told(patches.sizes),
-        "anomaly_indices": _told(indices),
+        "sizes": _without_nan(patches.sizes),
+        "anomaly_indices": _without_nan(indices),
         "flagged": flagged,
     }
     if not flagged:
         return copy.deepcopy(model).eval(), Info(schedule=schedule, settings=settings)
     step = unlearning_step(patches, flagged, seed)
     tuned = finetune(model, clean, epochs=epochs, seed=seed, ledger=ledger, step=step)
-    schedule += f", {epochs} of {PUBLISHED_EPOCHS} epochs of unlearning"
+    schedule += f"; unlearning: {schedule_text(epochs, PUBLISHED_EPOCHS, clean)}"
     return tuned, Info(schedule=schedule, settings=settings)
 
 
@@ -120,13 +125,13 @@ def search(
     """
     random = torch.Generator().manual_seed(seed)
     frozen = copy.deepcopy(model).requires_grad_(False).eval()
-    device = next(frozen.parameters()).device
+    device = device_of(frozen)
     images = clean.floats()
     channels, height, width = images.shape[1:]
     with torch.no_grad():
         classes = frozen(images[:1].to(device)).shape[1]
-    ledger.count(1)
-    shown = image_forwards // (WITH_IMAGE_GRADIENTS * classes * max(steps, 1))
+    ledger.count(FORWARD)
+    shown = image_forwards // (ACTIVATION_GRADIENTS * classes * max(steps, 1))
     shown = min(max(shown, MIN_IMAGES), MAX_IMAGES, len(clean))
 
     raw_mask = _arctanh_uniform((classes, 1, height, width), random).to(device)
@@ -148,7 +153,7 @@ def search(
         mask, pattern = _unit(raw_mask), _unit(raw_pattern)
         stamped = x + mask[:, None] * (pattern[:, None] - x)  # [K, B, C, H, W]
         logits = frozen(stamped.flatten(0, 1)).view(classes, shown, -1)
-        ledger.count(WITH_IMAGE_GRADIENTS * classes * shown)
+        ledger.count(ACTIVATION_GRADIENTS * classes * shown)
         loss = F.cross_entropy(logits.flatten(0, 1), wanted.repeat_interleave(shown)) * classes
         norms = mask.flatten(1).sum(1)  # [K]
         optimizer.zero_grad()
@@ -215,7 +220,7 @@ def flagged_classes(sizes: Tensor, anomaly: float = ANOMALY) -> list[int]:
     return outliers[sizes[outliers].argsort()].tolist()
 
 
-def _told(values: Tensor) -> list[float | None]:
+def _without_nan(values: Tensor) -> list[float | None]:
     """For the settings: NaN as None."""
     return [None if value != value else round(value, 2) for value in values.tolist()]
 
@@ -229,12 +234,11 @@ def unlearning_step(patches: Patches, flagged: list[int], seed: int) -> Step:
     """A fine-tuning update in which a share of the images carry flagged patches, with their own
     labels."""
     random = torch.Generator().manual_seed(seed)
-    plain = cross_entropy_step()
 
     def step(model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor) -> int:
         chosen = torch.randperm(len(images), generator=random)[: round(STAMPED * len(images))]
         turn = torch.arange(len(chosen)) % len(flagged)
         images[chosen] = patches.stamp(images[chosen], torch.tensor(flagged)[turn])
-        return plain(model, optimizer, images, labels)
+        return cross_entropy_step(model, optimizer, images, labels)
 
     return step

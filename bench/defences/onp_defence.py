@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from bench.defences.api import Info, NotApplicable
+from bench.defences.api import Info, NotApplicable, defence
 from onp.config import Config
 from onp.data import ImageSet
 from onp.errors import UntraceableModel
@@ -12,6 +12,7 @@ from onp.ledger import Ledger
 from onp.sanitize import sanitize
 
 
+@defence("onp")
 def onp_defence(
     model: nn.Module,
     clean: ImageSet,

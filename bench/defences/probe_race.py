@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from bench.defences.api import Info
-from bench.defences.common import device_of, traced
+from bench.defences.api import Info, defence
+from bench.defences.common import FORWARD, device_of, traced
 from onp.agent.race import ranking_masks
 from onp.config import UnlearningConfig
 from onp.data import ImageSet, spread_order
@@ -39,6 +39,7 @@ ACCURACY_WEIGHT = 3.0
 """Probe success that one unit of clean accuracy is worth."""
 
 
+@defence("probe-race")
 def probe_race(
     model: nn.Module,
     clean: ImageSet,
@@ -68,7 +69,7 @@ def probe_race(
     )  # fmt: skip
     some = images[:RESPONSE_IMAGES]
     before = activations(evaluator.network, some)
-    ledger.count(len(some))
+    ledger.count(FORWARD * len(some))
 
     best: tuple[float, Tensor, Judge] | None = None
     raced = []

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from bench.defences.api import Info
+from bench.defences.api import Info, defence
 from bench.defences.common import (
     ACTIVATION_GRADIENTS,
     BATCH,
@@ -18,13 +18,16 @@ from bench.defences.common import (
     epoch_batches,
     training_copy,
 )
-from bench.defences.units import Units, cut_by_threshold, units_of
+from bench.defences.units import Units, cut_by_number, units_of
 from onp.data import ImageSet
 from onp.ledger import Ledger
 from onp.suspect.network import training_layout
 
 UNLEARNING_EPOCHS, RECOVERY_EPOCHS = 20, 20
-UNLEARNING_RATE, RECOVERY_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.2, 0.9, 5e-4
+UNLEARNING_RATE, RECOVERY_RATE, MOMENTUM, WEIGHT_DECAY = 0.01, 0.02, 0.9, 5e-4
+PUBLISHED_RECOVERY_RATE = 0.2
+"""On a ResNet-20 of width 16 it drives 103 of 784 masks to 0, where their order is lost; a tenth of
+it, three. The cut by number needs the order."""
 MILESTONE, DECAY = 10, 0.1
 """The unlearning rate falls to a tenth after ten epochs."""
 GRADIENT_NORM = 20.0
@@ -36,6 +39,7 @@ RECOVERY_WEIGHT = 0.2
 """Factor on the recovery's loss."""
 
 
+@defence("rnp")
 def rnp(
     model: nn.Module,
     clean: ImageSet,
@@ -47,8 +51,8 @@ def rnp(
 ) -> tuple[nn.Module, Info]:
     """Prune on the original network the units that recovering the clean task did without.
 
-    The threshold is picked on clean accuracy (``cut_by_threshold``); BackdoorBench takes .70 at
-    once, the authors sweep with the true trigger in sight.
+    As many as clean accuracy allows (``cut_by_number``); BackdoorBench cuts at a mask of .70, the
+    authors sweep the threshold with the true trigger in sight.
     """
     random = torch.Generator().manual_seed(seed)
     suspect = copy.deepcopy(model).eval()
@@ -59,10 +63,13 @@ def rnp(
         units_of(frozen, unlearned, clean), clean,
         epochs=recovery_epochs, learning_rate=recovery_rate, random=random, ledger=ledger,
     )  # fmt: skip
-    repaired, info = cut_by_threshold(units, soft, clean, ledger)
+    repaired, info = cut_by_number(units, soft, clean, ledger)
     info.settings["unlearning_epochs"] = epochs
-    if recovery_epochs != RECOVERY_EPOCHS:
-        info.schedule = f"{recovery_epochs} of {RECOVERY_EPOCHS} epochs of recovery"
+    info.schedule = (
+        f"{recovery_epochs} of {RECOVERY_EPOCHS} epochs of recovery at a mask rate of "
+        f"{recovery_rate:g} for {PUBLISHED_RECOVERY_RATE:g}; cut by number on clean accuracy, not "
+        "by threshold"
+    )
     return repaired, info
 
 

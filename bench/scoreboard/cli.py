@@ -5,8 +5,10 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from bench.defences.api import Defence
 from bench.scoreboard.provenance import provenance
@@ -14,8 +16,8 @@ from bench.scoreboard.report import Report, public_context
 from bench.scoreboard.rows import Key, Row, read_rows
 from bench.scoreboard.run import Job, Runner, pending
 from bench.scoreboard.scoring import Examiner, LoadImages, Subject
-from bench.scoreboard.side_by_side import ROWS_ONLY, run_side_by_side
 from bench.scoreboard.summary import summarise
+from bench.side_by_side import run_side_by_side
 from onp.errors import OnpError, UsageError
 
 LoadSet = Callable[[str, Path, Callable[[str], None]], Sequence[Subject]]
@@ -25,13 +27,17 @@ to the networks of the set."""
 _BENCH = Path(__file__).parents[1]
 _CLEAN_SAMPLES = 500
 
+_ROWS_ONLY = "--rows-only"
+"""Option of the processes side by side: append rows, summarise nothing."""
+
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench.scoreboard",
         description="Run defences on a set of networks; one JSON line per run, appended when it is "
         "done; a line that is there is not run again. The options choose both what runs and what "
-        "is summarised.",
+        "is summarised. The report is printed; beside the rows it is written (.md, .svg) only when "
+        "it is of all networks of the set and leaves out no row of the file.",
     )
     add = made.add_argument
     add("--set", default="core", help="name of the set of networks")
@@ -55,9 +61,21 @@ def parser() -> argparse.ArgumentParser:
     add("--json", action="store_true", help="print the summary as JSON")
     add("--summary-only", action="store_true", help="run nothing")
     add("--retry-errors", action="store_true", help="run again what failed")
-    add("--jobs", type=int, default=1, help="networks side by side, each with its part of the "
-        "cores")  # fmt: skip
-    add(ROWS_ONLY, action="store_true", help=argparse.SUPPRESS)
+    add(
+        "--rerun",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="run these of the defences again, whatever rows they have; new rows take their place",
+    )
+    add(
+        "--jobs",
+        type=int,
+        default=1,
+        help="networks side by side, each with its part of the cores; the costly ones start first, "
+        "and wall clocks are those of a shared machine",
+    )
+    add(_ROWS_ONLY, action="store_true", help=argparse.SUPPRESS)
     return made
 
 
@@ -72,8 +90,9 @@ def main(
         print(f"scoreboard: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("scoreboard: interrupted; finished rows are kept, the same call goes on from there",
-              file=sys.stderr)  # fmt: skip
+        anew = " (--rerun starts anew)" if args.rerun else ""
+        print("scoreboard: interrupted; finished rows are kept, the same call goes on from there"
+              + anew, file=sys.stderr)  # fmt: skip
         return 130
 
 
@@ -88,6 +107,7 @@ def _main(
     subjects = {str(subject.card["name"]): subject for subject in found}
     names = chosen("network", args.models or ["all"], subjects)
     wanted = chosen("defence", args.defences, defences)
+    rerun = chosen("defence", args.rerun, dict.fromkeys(wanted))
     seeds = list(dict.fromkeys(args.seeds))
     cards = [subjects[name].card for name in names if subjects[name].card["fair"]]
     left_out = {
@@ -109,13 +129,16 @@ def _main(
             for defence in wanted
             for seed in seeds
         ]
-        todo = pending(jobs, rows, retry_errors=args.retry_errors)
+        anew = [job for job in jobs if job.defence in rerun]
+        outdated = {key for job in anew for key in (job.key, job.oracle_key)}
+        kept = {key: row for key, row in rows.items() if key not in outdated}
+        todo = pending(jobs, kept, retry_errors=args.retry_errors)
         if not args.rows_only:
             print(f"{len(jobs) - len(todo)} of {len(jobs)} runs are in {out}", file=sys.stderr)
-        if args.jobs > 1:
-            left = list(dict.fromkeys(job.model for job in todo))
-            broken = run_side_by_side(left, _options(args, out), args.jobs)
-            rows = read_rows(out)
+        if args.jobs > 1 and not args.rows_only:
+            left = costly_first(todo, cards)
+            codes = run_side_by_side("bench.scoreboard", left, _options(args, out), args.jobs)
+            broken = [f"{name}: exit code {code}" for name, code in codes.items() if code]
         else:
             examiner = Examiner(
                 subjects,
@@ -125,10 +148,12 @@ def _main(
                 clean_samples=args.clean_samples,
                 seeds=seeds,
             )
-            runner = Runner(subjects, defences, examiner, out, provenance(), args.oracle_images)
-            broken = runner.run(todo, rows)
+            measured = provenance() | {"jobs": args.jobs}
+            runner = Runner(subjects, defences, examiner, out, measured, args.oracle_images)
+            broken = runner.run(todo, kept)
         if args.rows_only:
             return 1 if broken else 0
+        rows = read_rows(out)
 
     order = {card["name"]: index for index, card in enumerate(cards)}
     shown = [
@@ -145,7 +170,11 @@ def _main(
         public=public_context(args.leaderboard, shown) if args.leaderboard else {},
     )
     print(report.as_json() if args.json else report.markdown(), end="")
-    if shown:
+    known = [row for row in rows.values() if row.model in order and row.defence in defences]
+    if len(names) < len(subjects) or len(shown) < len(known):
+        print(f"a part of the set or of {out}: the report beside it is left as it is",
+              file=sys.stderr)  # fmt: skip
+    elif shown:
         report.write(out)
     return 0 if args.summary_only else _outcome(shown, broken)
 
@@ -171,6 +200,16 @@ def chosen(kind: str, names: Sequence[str], known: Mapping[str, object]) -> list
     return list(known) if "all" in names else list(dict.fromkeys(names))
 
 
+def costly_first(jobs: Sequence[Job], cards: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Names of the networks of ``jobs``, by jobs times parameters, so that none is left alone at
+    the end for long."""
+    parameters = {card["name"]: card["parameters"] for card in cards}
+    costs = Counter[str]()
+    for job in jobs:
+        costs[job.model] += parameters[job.model]
+    return [name for name, _ in costs.most_common()]
+
+
 def default_out(set_name: str, clean_samples: int) -> Path:
     """Another number of clean images has a file of its own."""
     suffix = "" if clean_samples == _CLEAN_SAMPLES else f"_{clean_samples}clean"
@@ -187,7 +226,11 @@ def _check_samples(out: Path, rows: Mapping[Key, Row], clean_samples: int) -> No
 
 
 def _options(args: argparse.Namespace, out: Path) -> list[str]:
-    """What runs a part of the call's networks, given ``--models``."""
+    """What makes the rows of a part of the call's networks, given ``--models``.
+
+    Such a process runs its networks in turn; ``--jobs`` tells it, for the rows, how many networks
+    run side by side.
+    """
     options = ["--set", args.set, "--models-dir", str(args.models_dir), "--out", str(out)]
     options += ["--defences", *args.defences, "--seeds", *map(str, args.seeds)]
     options += ["--clean-samples", str(args.clean_samples), "--test-images", str(args.test_images)]
@@ -195,17 +238,23 @@ def _options(args: argparse.Namespace, out: Path) -> list[str]:
     options += ["--oracle" if args.oracle else "--no-oracle"]
     options += ["--oracle-images", str(args.oracle_images)] if args.oracle_images else []
     options += ["--retry-errors"] if args.retry_errors else []
+    options += ["--rerun", *args.rerun] if args.rerun else []
+    options += ["--jobs", str(args.jobs), _ROWS_ONLY]
     return options
 
 
 def _command(args: argparse.Namespace) -> str:
-    """The call that gives these tables, wherever data and checkpoints lie."""
+    """The call that gives these tables from no rows at all, wherever its files lie: of paths it has
+    the name."""
     command = ["python", "-m", "bench.scoreboard", "--set", args.set, "--data", "DATA"]
     command += ["--defences", *args.defences]
     command += ["--models", *args.models] if args.models else []
     command += ["--seeds", *map(str, args.seeds), "--clean-samples", str(args.clean_samples)]
     command += ["--test-images", str(args.test_images)]
+    command += [] if args.oracle else ["--no-oracle"]
     command += ["--oracle-images", str(args.oracle_images)] if args.oracle_images else []
+    command += ["--out", args.out.name] if args.out else []
+    command += ["--leaderboard", args.leaderboard.name] if args.leaderboard else []
     command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
     command += ["--by", *args.by] if args.by else []
     return shlex.join(command)

@@ -29,12 +29,12 @@ def tradeoff_points(rows: Sequence[Row]) -> dict[str, list[Point]]:
 
 
 def cost_points(found: Sequence[Aggregate]) -> dict[str, Point]:
-    """(mean seconds, mean DER shortfall in points) by defence."""
+    """(mean CPU seconds, mean DER shortfall in points) by defence."""
     points = {}
     for a in found:
         shortfall = a.measures["der_shortfall"]
-        if a.defence != NO_DEFENCE and a.seconds is not None and shortfall is not None:
-            points[a.defence] = (a.seconds, 100 * shortfall.mean)
+        if a.defence != NO_DEFENCE and a.cpu_seconds is not None and shortfall is not None:
+            points[a.defence] = (a.cpu_seconds, 100 * shortfall.mean)
     return points
 
 
@@ -70,7 +70,8 @@ def _cost(axes: Axes, points: dict[str, Point]) -> None:
             defence, (max(seconds, 1e-3), shortfall), xytext=(5, 4), textcoords="offset points"
         )
     axes.set_xscale("log")
-    axes.set_xlabel("seconds (mean, without scoring)")
+    axes.margins(x=0.15)  # room for the names
+    axes.set_xlabel("CPU seconds (mean, without scoring)")
     axes.set_ylabel("DER shortfall (points, mean)")
     axes.grid(alpha=0.3)
 

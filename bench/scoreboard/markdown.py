@@ -22,7 +22,8 @@ _LEGEND = """\
 CA drop, ASR, excess ASR (over the clean twin's rate on the same images), RA and DER are in percent
 (points), over backdoored networks. DER = [max(0, ASR before - after) - max(0, CA before - after) +
 1] / 2; its shortfall is what is missing to ASR 0 with no accuracy lost. A: share with ASR < 10% and
-CA drop < 5 points. B: share with excess ASR < 1 point and CA drop < 1 point. Seconds and
+CA drop < 5 points. B: share with excess ASR < 1 point and CA drop < 1 point. Seconds
+(wall clock; of a shared machine, where jobs is more than 1), CPU seconds (all threads) and
 image-forwards are means, memory is the largest; none of them holds scoring."""
 
 _INCOMPLETE = "†: rows are missing, so these means are not comparable with complete ones."
@@ -54,8 +55,8 @@ def tables(summary: Summary) -> str:
 def main_table(found: Sequence[Aggregate]) -> str:
     """One line a defence; means over backdoored networks, and what clean ones lose."""
     head = (
-        "defence", "rows", *_NAMES.values(), "A", "B", "clean nets: mean drop", "largest",
-        "seconds", "image-forwards", "MB", "errors", "n/a",
+        "defence", "seeds", "rows", *_NAMES.values(), "A", "B", "clean nets: mean drop", "largest",
+        "seconds", "CPU s", "image-forwards", "MB", "errors", "n/a",
     )  # fmt: skip
     lines = []
     for a in found:
@@ -63,6 +64,7 @@ def main_table(found: Sequence[Aggregate]) -> str:
         lines.append(
             (
                 a.defence + ("" if a.complete else " †"),
+                str(a.seeds),
                 f"{a.scored}/{a.expected}",
                 *(_percent(spread.mean if spread else None) for spread in spreads),
                 _percent(a.repaired, 0),
@@ -70,6 +72,7 @@ def main_table(found: Sequence[Aggregate]) -> str:
                 _percent(a.clean_drop_mean),
                 _percent(a.clean_drop_max),
                 _number(a.seconds, 1),
+                _number(a.cpu_seconds, 1),
                 _number(a.image_forwards),
                 _number(a.peak_memory_mb),
                 str(a.errors),
@@ -93,7 +96,7 @@ def public_table(means: Sequence[PublicMean]) -> str:
 def environment(rows: Sequence[Row]) -> str:
     """What the rows were measured with; more than one value where they differ."""
     lines = []
-    for name in ("commit", "onp", "torch", "threads", "cpu", "test_images"):
+    for name in ("commit", "onp", "torch", "threads", "jobs", "cpu", "test_images"):
         values = dict.fromkeys(str(v) for row in rows if (v := getattr(row, name)) is not None)
         lines.append(f"- {name.replace('_', ' ')}: {', '.join(values) or 'unknown'}")
     return "\n".join(lines)

@@ -7,7 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,8 @@ class Row:
     clean_samples: int
     oracle: bool = False
     """The setting was picked with the true trigger: an upper bound, never a result."""
+    oracle_images: int | None = None
+    """Clean test images that an oracle row's setting was picked by, with as many triggered ones."""
 
     applicable: bool = True
     reason: str | None = None
@@ -60,7 +62,10 @@ class Row:
     """``der_ceiling - der``."""
 
     seconds: float | None = None
-    """Wall clock of the defence alone, without scoring."""
+    """Wall clock of the defence alone, without scoring. With ``jobs`` above 1 other
+    networks' runs shared the machine: ``cpu_seconds`` then says better what the work was."""
+    cpu_seconds: float | None = None
+    """User and system time of all of the process's threads during the defence."""
     image_forwards: int | None = None
     """As the defence counted: a forward 1, with input gradients 2, with weight gradients 3."""
     peak_memory_mb: float | None = None
@@ -80,6 +85,8 @@ class Row:
     onp: str | None = None
     torch: str | None = None
     threads: int | None = None
+    jobs: int = 1
+    """Networks that ran side by side, at most, each with its part of the cores."""
     cpu: str | None = None
 
     @property
@@ -113,7 +120,7 @@ def der(asr_before: float, asr_after: float, ca_before: float, ca_after: float) 
 
 
 def read_rows(path: Path, *, repair: bool = False) -> dict[Key, Row]:
-    """Rows of the file by key, a later one in place of an earlier one; empty without a file.
+    """Rows of the file by key, a later one in place of what it outdates; empty without a file.
 
     A last line that was cut off while it was written is left out, and with ``repair`` cut from the
     file, which is said on stderr. Raises UsageError naming the line for anything else unreadable.
@@ -136,8 +143,19 @@ def read_rows(path: Path, *, repair: bool = False) -> dict[Key, Row]:
             raise UsageError(
                 f"{path}, line {number}: not a row of the scoreboard: {error}"
             ) from None
-        rows[row.key] = row
+        put_row(rows, row)
     return rows
+
+
+def put_row(rows: dict[Key, Row], row: Row) -> None:
+    """Put ``row`` in the place of the one of its key.
+
+    The oracle picks among the candidates of one run: a later run of the defence outdates its row
+    until the oracle has picked anew.
+    """
+    if not row.oracle:
+        rows.pop(replace(row, oracle=True).key, None)
+    rows[row.key] = row
 
 
 def append_rows(path: Path, rows: Iterable[Row]) -> None:

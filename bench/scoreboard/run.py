@@ -16,7 +16,7 @@ from torch import nn
 
 from bench.defences.api import Defence, NotApplicable
 from bench.scoreboard.memory import PeakMemory
-from bench.scoreboard.rows import Key, Row, append_rows, plain
+from bench.scoreboard.rows import Key, Row, append_rows, plain, put_row
 from bench.scoreboard.scoring import Baseline, Examiner, Subject, effectiveness
 from bench.zoo.scoring import Scores
 from onp.errors import OnpError, UsageError
@@ -106,7 +106,8 @@ class Runner:
             self._check_comparable(job, rows)
             made = self._rows(job, before, rows)
             append_rows(self._path, made)
-            rows.update((row.key, row) for row in made)
+            for row in made:
+                put_row(rows, row)
             left = (time.perf_counter() - started) / number * (len(jobs) - number)
             for row in made:
                 _say(f"{number}/{len(jobs)} {line(row)}; about {duration(left)} left")
@@ -124,15 +125,19 @@ class Runner:
             )
 
     def _rows(self, job: Job, before: Baseline, rows: Mapping[Key, Row]) -> list[Row]:
-        """The job's row and, where the defence chose from candidates, the oracle's."""
+        """The job's row and, where the defence chose from candidates, the oracle's.
+
+        Where only the oracle's is missing the row that is there stays, unless the defence chooses
+        from nothing any more: then the new row says that no oracle's can follow.
+        """
         row, candidates = self._defend(job, before)
         kept = rows.get(job.key)
-        again = kept is not None and kept.error is None  # run again for the oracle's row alone
-        made = [] if again else [row]
+        oracle_alone = kept is not None and kept.error is None
+        if oracle_alone and row.error is not None:
+            return [replace(row, oracle=True)]
+        made = [] if oracle_alone and candidates else [row]
         if job.oracle and candidates and not row.clean_twin:
             made.append(self._oracle(job, row, before, candidates))
-        elif again and row.error is not None:
-            made.append(replace(row, oracle=True))
         return made
 
     def _defend(self, job: Job, before: Baseline) -> tuple[Row, Candidates]:
@@ -144,12 +149,13 @@ class Runner:
         row = self._row(job, before)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(job.seed)  # for defences that draw from torch's own generator
-            peak, started = PeakMemory(), time.perf_counter()
+            peak, started, cpu_started = PeakMemory(), time.perf_counter(), time.process_time()
             try:
                 model, info = self._defences[job.defence](
                     suspect, clean, seed=job.seed, ledger=ledger
                 )
-                spent, memory = time.perf_counter() - started, peak.megabytes()
+                spent, cpu_spent = time.perf_counter() - started, time.process_time() - cpu_started
+                memory = peak.megabytes()
                 after = exam.score(model.eval())
             except NotApplicable as reason:
                 return replace(row, applicable=False, reason=str(reason)), []
@@ -159,6 +165,7 @@ class Runner:
         row = replace(
             scored(row, before, after),
             seconds=round(spent, 3),
+            cpu_seconds=round(cpu_spent, 3),
             image_forwards=ledger.total,
             peak_memory_mb=memory,
             schedule=info.schedule,
@@ -172,21 +179,31 @@ class Runner:
         return row, [*info.candidates, *own]
 
     def _oracle(self, job: Job, row: Row, before: Baseline, candidates: Candidates) -> Row:
-        """The candidate of highest DER under the true trigger, at the cost of the whole run."""
+        """The candidate of highest DER under the true trigger, at the cost of the whole run.
+
+        Its settings hold the whole sweep as (candidate, CA, ASR): how sharp a threshold's edge is.
+        """
         exam = self._examiner.exam(job.model)
         judge = exam.part(self._oracle_images)
-        row = replace(row, oracle=True, verdict=None, pruned=None)
-
-        def rating(build: Callable[[], nn.Module]) -> float:
-            return effectiveness(before.scores, judge.score(build().eval())) or 0.0
+        by = len(judge.clean)
+        row = replace(row, oracle=True, oracle_images=by, verdict=None, pruned=None)
 
         try:
-            ratings = [rating(build) for _, build in candidates]
+            sweep = [judge.score(build().eval()) for _, build in candidates]
+            ratings = [effectiveness(before.scores, after) or 0.0 for after in sweep]
             setting, build = candidates[ratings.index(max(ratings))]
             best = exam.score(build().eval())
         except Exception as error:
-            return replace(self._row(job, before), oracle=True, error=described(error))
-        return replace(scored(row, before, best), settings={"pick": setting})
+            failed = replace(self._row(job, before), error=described(error))
+            return replace(failed, oracle=True, oracle_images=by)
+        settings = {
+            "pick": setting,
+            "sweep": [
+                [name, round(after.ca, 3), None if after.asr is None else round(after.asr, 3)]
+                for (name, _), after in zip(candidates, sweep, strict=True)
+            ],
+        }
+        return replace(scored(row, before, best), settings=settings)
 
     def _row(self, job: Job, before: Baseline) -> Row:
         """The row as far as it is known before the defence runs."""

@@ -44,13 +44,16 @@ class Aggregate:
     """One defence over a group of networks. None: no row defines it."""
 
     defence: str
+    seeds: int
+    """How many the defence has rows of."""
     expected: int
-    """Networks times seeds."""
+    """Networks times these seeds."""
     scored: int
     errors: int
     not_applicable: int
     complete: bool
-    """Every network and seed has scores: only complete aggregates of a group are comparable."""
+    """Every network has scores with each of these seeds: only complete aggregates of a group are
+    comparable."""
     backdoored: int
     measures: dict[str, Spread | None]
     repaired: float | None
@@ -61,7 +64,8 @@ class Aggregate:
     clean_drop_mean: float | None
     clean_drop_max: float | None
     seconds: float | None
-    """Mean, over all scored rows; as are image_forwards."""
+    """Mean, over all scored rows; as are cpu_seconds and image_forwards."""
+    cpu_seconds: float | None
     image_forwards: float | None
     peak_memory_mb: float | None
     """Largest."""
@@ -98,14 +102,13 @@ def summarise(
             value: aggregates(
                 [row for row in main if str(getattr(row, field)) == value],
                 sum(str(card[field]) == value for card in cards),
-                len(seeds),
             )
             for value in values
         }
     names = [str(card["name"]) for card in cards]
     return Summary(
-        defences=aggregates(main, len(cards), len(seeds)),
-        oracle=aggregates(oracle, len(backdoored), len(seeds))[1:],
+        defences=aggregates(main, len(cards)),
+        oracle=aggregates(oracle, len(backdoored))[1:],
         groups=groups,
         models={name: [row for row in main if row.model == name] for name in names},
         expected=names,
@@ -113,23 +116,25 @@ def summarise(
     )
 
 
-def aggregates(rows: Sequence[Row], networks: int, seeds: int) -> list[Aggregate]:
+def aggregates(rows: Sequence[Row], networks: int) -> list[Aggregate]:
     """No defence first, as a yardstick, then every defence, the smallest DER shortfall first."""
     defences = dict.fromkeys(row.defence for row in rows)
-    expected = networks * seeds
-    found = [aggregate(d, [row for row in rows if row.defence == d], expected) for d in defences]
+    found = [aggregate(d, [row for row in rows if row.defence == d], networks) for d in defences]
     found.sort(key=_order)
     undefended = list({row.model: _undefended(row) for row in rows if row.ca_before}.values())
     return [aggregate(NO_DEFENCE, undefended, networks), *found]
 
 
-def aggregate(defence: str, rows: Sequence[Row], expected: int) -> Aggregate:
-    """``rows`` of one defence; ``expected`` is how many there should be."""
+def aggregate(defence: str, rows: Sequence[Row], networks: int) -> Aggregate:
+    """``rows`` of one defence on so many networks."""
+    seeds = len({row.seed for row in rows})
+    expected = networks * seeds
     scored = [row for row in rows if row.scored]
     backdoored = [row for row in scored if not row.clean_twin]
     drops = [row.ca_drop for row in scored if row.clean_twin and row.ca_drop is not None]
     return Aggregate(
         defence=defence,
+        seeds=seeds,
         expected=expected,
         scored=len(scored),
         errors=sum(row.error is not None for row in rows),
@@ -143,6 +148,7 @@ def aggregate(defence: str, rows: Sequence[Row], expected: int) -> Aggregate:
         clean_drop_mean=fmean(drops) if drops else None,
         clean_drop_max=max(drops, default=None),
         seconds=_mean([row.seconds for row in scored]),
+        cpu_seconds=_mean([row.cpu_seconds for row in scored]),
         image_forwards=_mean([row.image_forwards for row in scored]),
         peak_memory_mb=max(
             (row.peak_memory_mb for row in scored if row.peak_memory_mb is not None), default=None
@@ -165,6 +171,7 @@ def _undefended(row: Row) -> Row:
         der=None if asr is None else 0.5,
         der_shortfall=None if ceiling is None else ceiling - 0.5,
         seconds=None,
+        cpu_seconds=None,
         image_forwards=None,
         peak_memory_mb=None,
     )

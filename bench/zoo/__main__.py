@@ -19,7 +19,7 @@ import torch
 from bench.zoo import checkpoints, datasets
 from bench.zoo.attacks import Knowledge, poison
 from bench.zoo.checkpoints import ZooModel, make_attack, read_card, with_normalisation
-from bench.zoo.jobs import run_side_by_side
+from bench.zoo.jobs import train_side_by_side
 from bench.zoo.recipes import SETS, Recipe, recipes
 from bench.zoo.scoring import Exam, unfair
 from bench.zoo.training import train
@@ -142,7 +142,7 @@ def main() -> int:
     if args.jobs > 1:
         options = ["--set", args.set, "--out", str(args.out), "--device", args.device]
         options += ["--data", str(args.data)] if args.data else []
-        return 1 if run_side_by_side(wanted, options, args.jobs) else 0
+        return 1 if train_side_by_side(wanted, options, args.jobs) else 0
     splits, wrong, started = Splits(args.data), 0, time.perf_counter()
     for number, recipe in enumerate(wanted, start=1):
         head = f"[{number}/{len(wanted)}] {recipe.name}"

@@ -18,8 +18,7 @@ from onp.triggers import to_8_bits
 
 TOLERANCE = 5e-4
 """Largest difference of any number, in units of the pixel range: what twenty values of the images
-make that are rounded to the other multiple of 1/255. A tenth more or less of the amplitude moves
-some number by .0028 or more in all attacks."""
+make that are rounded to the other multiple of 1/255."""
 
 _IMAGES = 8
 _CONTROL_POINTS = 8
@@ -51,7 +50,7 @@ def check_trigger(attack: Attack, kept: Sequence[float], card: str, remedy: str)
     """Raise TriggerChanged if ``kept``, the fingerprint of the card, is not the attack's."""
     now = trigger_fingerprint(attack)
     same = len(now) == len(kept)
-    if not same or any(abs(a - b) > TOLERANCE for a, b in zip(now, kept, strict=True)):
+    if not same or not all(abs(a - b) <= TOLERANCE for a, b in zip(now, kept, strict=True)):
         raise TriggerChanged(
             f"{card}: {attack.name} no longer gives the trigger that this network was trained "
             f"with; {remedy}"

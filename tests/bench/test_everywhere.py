@@ -11,7 +11,7 @@ from torch import nn
 
 from bench.defences import DEFENCES
 from bench.defences.api import NotApplicable
-from bench.zoo.recipes import ARCHITECTURES
+from bench.zoo.architectures import ARCHITECTURES
 from onp.config import BUDGETS
 from onp.data import ImageSet
 from onp.demo.images import draw

@@ -14,13 +14,13 @@ from bench.defences.anp import anp
 from bench.defences.api import Info, NotApplicable
 from bench.defences.bnp import bnp, statistics_divergence
 from bench.defences.clp import channel_lipschitz, clp
-from bench.defences.common import ACCURACY_LIMIT, norm_layers, norm_of
+from bench.defences.common import ACCURACY_LIMIT, NormLayer, norm_layers, norm_of
 from bench.defences.fp import RELATIVE_LIMIT, fp, prune_dormant
 from bench.defences.onp_defence import onp_defence
 from bench.defences.outliers import outliers
 from bench.defences.probe_race import Judge, probe_race, restore
 from bench.defences.rnp import rnp
-from bench.defences.units import NormUnits, SiteUnits, cut_by_threshold
+from bench.defences.units import NormUnits, SiteUnits, cut_by_number, sweep_of
 from onp import demo
 from onp.config import AgentConfig, Config, SynthesisConfig
 from onp.data import ImageSet
@@ -171,6 +171,22 @@ def test_bnp_finds_the_channel_with_false_statistics() -> None:
     assert ledger.total == len(clean)
 
 
+def test_bnp_reads_images_cropped_by_its_seed(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[Tensor] = []
+
+    def note(_model: nn.Module, layers: list[NormLayer], images: Tensor, _ledger: Ledger) -> Tensor:
+        read.append(images)
+        return torch.zeros(sum(layer.channels for layer in layers))
+
+    monkeypatch.setattr("bench.defences.bnp.statistics_divergence", note)
+    for seed in (0, 0, 1):
+        bnp(planted_network(), CLEAN, seed=seed, ledger=Ledger())
+    same, again, other = read
+    assert torch.equal(same, again)
+    assert not torch.equal(same, other)
+    assert not torch.equal(same, CLEAN.floats())
+
+
 def test_divergence_is_that_of_two_normal_distributions() -> None:
     model = planted_network()
     layers = norm_layers(model)
@@ -249,12 +265,12 @@ def test_mask_defences_count_every_image() -> None:
     model = planted_network()
     ledger = Ledger()
     _, info = anp(model, CLEAN, seed=0, ledger=ledger, iterations=3)
-    sweep = (1 + len(info.candidates)) * len(CLEAN)
+    sweep = len(info.candidates) * len(CLEAN)
     assert ledger.total == 3 * 3 * 2 * 128 + sweep
-    assert info.schedule == "3 of 2000 iterations"
+    assert info.schedule.startswith("3 of 2000 iterations, mask rate 0.01")
     ledger = Ledger()
     _, info = rnp(model, CLEAN, seed=0, ledger=ledger, recovery_epochs=2)
-    sweep = (1 + len(info.candidates)) * len(CLEAN)
+    sweep = len(info.candidates) * len(CLEAN)
     epochs = info.settings["unlearning_epochs"]
     assert ledger.total == (3 * epochs + 2 * 2) * len(CLEAN) + sweep
 
@@ -288,18 +304,32 @@ def test_units_compute_what_their_pruned_network_does(norm: bool) -> None:
             torch.testing.assert_close(units.logits(images, (~mask).float()), row)
 
 
-def test_threshold_is_the_largest_that_clean_accuracy_allows() -> None:
+def test_the_cut_is_the_largest_count_that_clean_accuracy_allows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("bench.defences.units.MOST_PRUNED", 1.0)
     model = planted_network()
     units = NormUnits(model, norm_layers(model))
-    repaired, info = cut_by_threshold(units, torch.tensor([0.7, 0.9, 1.0, 0.3]), CLEAN, Ledger())
-    assert info.settings["threshold"] == 0.65
+    soft = torch.full((4,), 0.9)
+    soft[BACKDOOR] = 0.3
+    repaired, info = cut_by_number(units, soft, CLEAN, Ledger())
+    assert info.settings["pruned"] == 1
     assert _zeroed(repaired) == [("norm", BACKDOOR)]
-    assert [name for name, _ in info.candidates] == [
-        "threshold 0.00", "threshold 0.30", "threshold 0.70", "threshold 0.90",
-    ]  # fmt: skip
-    repaired, info = cut_by_threshold(units, torch.zeros(4), CLEAN, Ledger())
-    assert info.settings["threshold"] is None
+    names = ["0 units", "1 units", "2 units", "3 units", "4 units"]
+    assert [name for name, _ in info.candidates] == names
+    spare, needed = [unit for unit in range(4) if unit != BACKDOOR][:2]
+    soft[spare], soft[needed] = 0.1, 0.2  # two of three colours still tell all three
+    repaired, info = cut_by_number(units, soft, CLEAN, Ledger())
+    assert _zeroed(repaired) == [("norm", spare)]
+    repaired, info = cut_by_number(units, torch.ones(4), CLEAN, Ledger())
+    assert [name for name, _ in info.candidates] == ["0 units"]  # none was let go
     assert _zeroed(repaired) == []
+
+
+def test_sweep_of_counts_ends_at_the_most() -> None:
+    assert sweep_of(0) == [0]
+    assert sweep_of(1) == [0, 1]
+    assert sweep_of(30) == [0, 1, 2, 3, 4, 6, 8, 12, 16, 24, 30]
 
 
 # ---- the probe race and onp ---------------------------------------------------------------------

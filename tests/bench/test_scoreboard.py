@@ -19,15 +19,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from bench import side_by_side
 from bench.defences.api import Defence, Info, NotApplicable
-from bench.scoreboard import memory, side_by_side
-from bench.scoreboard.cli import default_out, main
+from bench.scoreboard import memory
+from bench.scoreboard.cli import costly_first, default_out, main
 from bench.scoreboard.figures import cost_points, draw_figures, tradeoff_points
 from bench.scoreboard.leaderboard import public_means
 from bench.scoreboard.markdown import main_table
 from bench.scoreboard.memory import PeakMemory
 from bench.scoreboard.rows import Row, append_rows, der, plain, read_rows
-from bench.scoreboard.run import duration
+from bench.scoreboard.run import Job, duration
 from bench.scoreboard.summary import NO_DEFENCE, aggregate, summarise
 from bench.zoo.attacks import Attack
 from bench.zoo.attacks.badnets import BadNets, BadNetsAllToAll
@@ -86,7 +87,7 @@ def subject(name: str, model: nn.Module, *, attack: str = "badnets", **card: Any
     common = {
         "name": name, "dataset": "shapes", "arch": "reader", "attack": attack, "ratio": 0.1,
         "target": TARGET, "seed": 0, "classes": CLASSES, "ca": 1.0, "asr": 1.0, "twin": None,
-        "fair": True, "why_not_fair": None,
+        "fair": True, "why_not_fair": None, "parameters": 10,
     }  # fmt: skip
     return ZooModel(common | card, model, trigger)
 
@@ -95,6 +96,14 @@ Change = Callable[[Any, ImageSet, Info], nn.Module]
 
 
 def nothing(model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
+    return model
+
+
+def cure(model: Reader, _clean: ImageSet, info: Info) -> nn.Module:
+    before = deepcopy(model)
+    info.candidates = [("none", lambda: before), ("all", Reader)]
+    info.settings = {"verdict": "backdoor", "pruned": 2, "scores": torch.tensor([1.0, 2.0])}
+    model.moved, model.confused = set(), {5}
     return model
 
 
@@ -148,13 +157,6 @@ def stubs(tmp_path: Path) -> Stubs:
     ]
     made = Stubs(zoo, tmp_path / "rows.jsonl")
 
-    def cure(model: Reader, _clean: ImageSet, info: Info) -> nn.Module:
-        before = deepcopy(model)
-        info.candidates = [("none", lambda: before), ("all", Reader)]
-        info.settings = {"verdict": "backdoor", "pruned": 2, "scores": torch.tensor([1.0, 2.0])}
-        model.moved, model.confused = set(), {5}
-        return model
-
     def refuse(_model: Reader, _clean: ImageSet, _info: Info) -> nn.Module:
         raise NotApplicable("no batch norm")
 
@@ -172,7 +174,7 @@ def row(model: str = "m", defence: str = "d", seed: int = 0, **changes: Any) -> 
         defence=defence, seed=seed, clean_samples=500, ca_before=0.9, ca_after=0.8, asr_before=1.0,
         asr_after=0.2, asr_clean_twin=0.05, ra_before=0.0, ra_after=0.7, excess_asr=0.15, der=0.85,
         der_ceiling=1.0, der_shortfall=0.15, seconds=10.0, image_forwards=100, test_images=100,
-        peak_memory_mb=200.0,
+        peak_memory_mb=200.0, cpu_seconds=15.0,
     )  # fmt: skip
     return replace(made, **changes)
 
@@ -207,6 +209,8 @@ def test_row_of_a_repair(stubs: Stubs) -> None:
     assert (made.schedule, made.verdict, made.pruned) == ("1 of 2 epochs", "backdoor", 2)
     assert made.settings["scores"] == [1.0, 2.0]
     assert made.seconds is not None
+    assert made.cpu_seconds is not None
+    assert (made.jobs, made.oracle_images) == (1, None)
     assert made.torch == torch.__version__
     assert made.threads == torch.get_num_threads()
 
@@ -289,18 +293,24 @@ def test_second_run_runs_nothing(stubs: Stubs) -> None:
     assert stubs.out.read_bytes() == content
 
 
-def test_side_by_side_gives_the_same_rows(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
-    options = ("--defences", "cure", "nothing", "--jobs", "2", "--oracle-images", "40")
+@pytest.fixture
+def processes(stubs: Stubs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes of a run side by side run in this one, where the stubs are."""
     lock = threading.Lock()
 
     def run(command: list[str], **settings: Any) -> subprocess.CompletedProcess[bytes]:
         assert command[1:3] == ["-m", "bench.scoreboard"]
         assert int(settings["env"]["OMP_NUM_THREADS"]) >= 1
-        with lock:  # in this process, where the stubs are
+        with lock:
             code = main(command[3:], stubs.load, images, stubs.defences)
         return subprocess.CompletedProcess(command, code)
 
     monkeypatch.setattr(side_by_side, "subprocess", SimpleNamespace(run=run))
+
+
+@pytest.mark.usefixtures("processes")
+def test_side_by_side_gives_the_same_rows(stubs: Stubs) -> None:
+    options = ("--defences", "cure", "nothing", "--jobs", "2", "--oracle-images", "40")
     assert stubs.run(*options) == 0
     beside = stubs.rows()
     assert len(stubs.calls) == 4
@@ -308,6 +318,8 @@ def test_side_by_side_gives_the_same_rows(stubs: Stubs, monkeypatch: pytest.Monk
     assert len(stubs.calls) == 4
     stubs.out.unlink()
     assert stubs.run(*options[:3], *options[5:]) == 0
+    assert {made.jobs for made in beside.values()} == {2}
+    assert {made.jobs for made in stubs.rows().values()} == {1}
     assert beside.keys() == stubs.rows().keys()
     for key, alone in stubs.rows().items():
         assert beside[key].asr_after == alone.asr_after
@@ -321,6 +333,48 @@ def test_a_process_beside_that_fails_is_told(stubs: Stubs, monkeypatch: pytest.M
     monkeypatch.setattr(side_by_side, "subprocess", SimpleNamespace(run=run))
     assert stubs.run("--defences", "nothing", "--jobs", "2") == 1
     assert stubs.rows() == {}
+
+
+def test_what_costs_most_starts_first() -> None:
+    cards = [{"name": "small", "parameters": 1}, {"name": "large", "parameters": 5},
+             {"name": "busy", "parameters": 2}]  # fmt: skip
+    jobs = [Job(name, "d", seed, 50, True)
+            for name, seeds in (("small", 1), ("large", 1), ("busy", 3))
+            for seed in range(seeds)]  # fmt: skip
+    assert costly_first(jobs, cards) == ["busy", "large", "small"]
+
+
+@pytest.mark.parametrize("jobs", ["1", "2"])
+@pytest.mark.usefixtures("processes")
+def test_rerun_makes_rows_anew_where_it_is_asked_to(stubs: Stubs, jobs: str) -> None:
+    part = ("--defences", "cure", "nothing", "--jobs", jobs)
+    assert stubs.run(*part, "--seeds", "0", "1") == 0
+    before, calls = stubs.rows(), len(stubs.calls)
+    stubs.add("cure", nothing)
+    assert stubs.run(*part, "--models", "patched", "--rerun", "cure") == 0
+    assert stubs.calls[calls:] == [("cure", 0)]
+    after = stubs.rows()
+    assert after["patched", "cure", 0, False].der == 0.5
+    lost = {("patched", "cure", 0, True)}  # its candidates are no longer the defence's
+    assert before.keys() - after.keys() == lost
+    assert all(after[key] == before[key] for key in after if key != ("patched", "cure", 0, False))
+    assert stubs.run(*part, "--seeds", "0", "1") == 0
+    assert len(stubs.calls) == calls + 1
+
+
+def test_rerun_picks_anew(stubs: Stubs) -> None:
+    options = ("--models", "patched", "--defences", "cure")
+    assert stubs.run(*options, "--oracle-images", "30") == 0
+    assert stubs.run(*options, "--rerun", "all") == 0
+    assert len(stubs.calls) == 2
+    assert stubs.rows()["patched", "cure", 0, True].oracle_images == 100
+
+
+def test_only_what_the_call_runs_can_be_rerun(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--defences", "nothing", "--rerun", "cure") == 2
+    assert "unknown defence cure; there are: nothing" in capsys.readouterr().err
 
 
 def test_a_line_cut_off_is_run_again(stubs: Stubs, capsys: pytest.CaptureFixture[str]) -> None:
@@ -378,8 +432,13 @@ def test_oracle_row_is_marked_and_left_out_of_the_means(
     assert stubs.run("--models", "patched", "--defences", "cure", "--json") == 0
     own, oracle = (stubs.rows()["patched", "cure", 0, marked] for marked in (False, True))
     assert (own.der, oracle.der) == (0.95, 1.0)
-    assert oracle.settings == {"pick": "all"}
+    assert oracle.settings["pick"] == "all"
+    sweep = {name: tuple(scores) for name, *scores in oracle.settings["sweep"]}
+    assert sweep["all"] == (1.0, 0.0)
+    assert sweep["the defence's own"] == (0.9, 0.0)
+    assert (own.oracle_images, oracle.oracle_images) == (None, 100)
     assert (oracle.seconds, oracle.image_forwards) == (own.seconds, own.image_forwards)
+    assert oracle.cpu_seconds == own.cpu_seconds
     assert (oracle.verdict, oracle.pruned) == (None, None)
     summary = json.loads(capsys.readouterr().out)
     found = {a["defence"]: a for a in summary["defences"]}
@@ -396,8 +455,34 @@ def test_oracle_can_come_later_and_by_fewer_images(stubs: Stubs) -> None:
     assert list(first) == [("patched", "cure", 0, False)]
     assert stubs.run(*options, "--oracle-images", "30") == 0
     assert stubs.rows()["patched", "cure", 0, False] == first["patched", "cure", 0, False]
-    assert stubs.rows()["patched", "cure", 0, True].settings == {"pick": "all"}
-    assert stubs.rows()["patched", "cure", 0, True].ca_after == 1.0
+    oracle = stubs.rows()["patched", "cure", 0, True]
+    assert oracle.settings["pick"] == "all"
+    assert (oracle.ca_after, oracle.test_images, oracle.oracle_images) == (1.0, 100, 30)
+    assert stubs.run(*options) == 0
+    assert len(stubs.calls) == 2
+
+
+def test_what_the_defence_chose_is_a_candidate(stubs: Stubs) -> None:
+    def refine(model: Reader, _clean: ImageSet, info: Info) -> nn.Module:
+        before = deepcopy(model)
+        info.candidates = [("none", lambda: before), ("half", lambda: Reader(range(5)))]
+        return Reader()
+
+    stubs.only(refine=refine)
+    assert stubs.run("--models", "patched") == 0
+    own, oracle = (stubs.rows()["patched", "refine", 0, marked] for marked in (False, True))
+    assert oracle.settings["pick"] == "the defence's own"
+    assert oracle.der == own.der == 1.0
+    assert own.candidates == 2
+
+
+def test_nothing_to_pick_from_any_more_settles_the_oracle(stubs: Stubs) -> None:
+    options = ("--models", "patched", "--defences", "cure")
+    assert stubs.run(*options, "--no-oracle") == 0
+    stubs.add("cure", nothing)
+    assert stubs.run(*options) == 0
+    (made,) = stubs.rows().values()
+    assert (made.oracle, made.candidates, made.der) == (False, 0, 0.5)
     assert stubs.run(*options) == 0
     assert len(stubs.calls) == 2
 
@@ -529,7 +614,7 @@ def test_aggregates_by_hand() -> None:
         row("v", ca_after=None, asr_after=None, error="ValueError"),
         row("w", ca_after=None, asr_after=None, applicable=False, reason="no norm"),
     ]  # fmt: skip
-    found = aggregate("d", rows, expected=7)
+    found = aggregate("d", rows, networks=7)
     assert (found.scored, found.backdoored, found.clean) == (5, 3, 2)
     assert (found.errors, found.not_applicable, found.complete) == (1, 1, False)
     expected = {
@@ -549,13 +634,13 @@ def test_aggregates_by_hand() -> None:
     assert found.traceless == pytest.approx(1 / 3)
     assert found.clean_drop_mean == pytest.approx(0.005)
     assert found.clean_drop_max == pytest.approx(0.02)
-    assert found.seconds == 25.0
+    assert (found.seconds, found.cpu_seconds) == (25.0, 15.0)
     assert found.image_forwards == pytest.approx(140)
     assert found.peak_memory_mb == 200.0
 
 
 def test_no_rows_have_no_means() -> None:
-    found = aggregate("d", [], expected=2)
+    found = aggregate("d", [], networks=2)
     assert set(found.measures.values()) == {None}
     assert (found.repaired, found.traceless, found.clean_drop_max, found.seconds) == (None,) * 4
 
@@ -563,7 +648,9 @@ def test_no_rows_have_no_means() -> None:
 def test_spread_over_seeds() -> None:
     rows = [row(m, seed=s, asr_after=a) for m, s, a in
             [("a", 0, 0.0), ("b", 0, 0.2), ("a", 1, 0.2), ("b", 1, 0.4)]]  # fmt: skip
-    spread = aggregate("d", rows, expected=4).measures["asr_after"]
+    found = aggregate("d", rows, networks=2)
+    assert (found.seeds, found.expected, found.complete) == (2, 4, True)
+    spread = found.measures["asr_after"]
     assert spread is not None
     assert spread.mean == pytest.approx(0.2)
     assert spread.seed_std == pytest.approx(math.sqrt(0.02))  # of the means .1 and .3
@@ -592,8 +679,8 @@ def test_summary_orders_marks_and_groups() -> None:
     assert [a.complete for a in summary.groups["arch"]["other"]] == [True, True]
     assert [a.defence for a in summary.groups["attack"]["clean"]] == [NO_DEFENCE, "good"]
     text = main_table(summary.defences)
-    assert "| good | 3/3 |" in text
-    assert "| bad † | 1/3 |" in text
+    assert "| good | 1 | 3/3 |" in text
+    assert "| bad † | 1 | 1/3 |" in text
 
 
 def test_report_is_written_beside_the_rows(
@@ -615,9 +702,49 @@ def test_report_is_written_beside_the_rows(
     assert "| twin | 100.0 | – | 90.0 | 100.0 |" in text
     stubs.out.with_suffix(".md").unlink()
     stubs.zoo.pop()
-    assert stubs.run("--defences", "all", "--summary-only") == 0
+    assert stubs.run("--seeds", "0", "1", "--summary-only") == 0
     assert stubs.out.with_suffix(".md").exists()
     assert len(stubs.calls) == 8
+
+
+@pytest.mark.parametrize(
+    "part",
+    [("--models", "patched"), ("--defences", "cure"), ("--seeds", "1")],
+    ids=["networks", "defences", "seeds"],
+)
+@pytest.mark.parametrize("last", [(), ("--summary-only",)], ids=["run", "summary"])
+def test_a_part_is_printed_and_leaves_the_report_of_the_whole(
+    stubs: Stubs,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    part: tuple[str, ...],
+    last: tuple[str, ...],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    stubs.only(cure=cure, nothing=nothing)
+    assert stubs.run("--seeds", "0", "1") == 0
+    whole = stubs.out.with_suffix(".md").read_bytes()
+    capsys.readouterr()
+    assert stubs.run("--seeds", "0", "1", *part, *last) == 0
+    captured = capsys.readouterr()
+    assert "a part of the set" in captured.err
+    assert captured.out.startswith("# Scoreboard")
+    assert stubs.out.with_suffix(".md").read_bytes() == whole
+
+
+def test_the_reports_command_is_the_whole_call(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    public = tmp_path / "results.csv"
+    public.write_text("dataset,backbone,attack_name,defense_name,ratio,test_acc,test_asr\n")
+    options = ("--defences", "nothing", "--by", "arch", "--oracle-images", "30", "--no-oracle")
+    assert stubs.run(*options, "--leaderboard", str(public)) == 0
+    call = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("`"))
+    assert call == (
+        "`python -m bench.scoreboard --set core --data DATA --defences nothing --seeds 0 "
+        "--clean-samples 50 --test-images 100 --no-oracle --oracle-images 30 --out rows.jsonl "
+        "--leaderboard results.csv --by arch`"
+    )
 
 
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -628,13 +755,14 @@ def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert points["y"] == [pytest.approx((10.0, 20.0))]
     found = summarise(rows, [card("a"), card("b"), card("t", "clean")], [0], []).defences
     assert cost_points(found) == {
-        "x": pytest.approx((10.0, 15.0)),
-        "y": pytest.approx((10.0, 15.0)),
+        "x": pytest.approx((15.0, 15.0)),
+        "y": pytest.approx((15.0, 15.0)),
     }
 
     drawn: list[str] = []
     axes = SimpleNamespace(
-        **dict.fromkeys(("set_xlabel", "set_ylabel", "set_xscale", "set_ylim", "grid", "legend"),
+        **dict.fromkeys(("set_xlabel", "set_ylabel", "set_xscale", "set_ylim", "margins", "grid",
+                         "legend"),
                         lambda *_, **__: None),
         scatter=lambda x, y, **_: drawn.append(f"{len(x)} points"),
         annotate=lambda text, *_, **__: drawn.append(text),

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 
 from bench.defences import i_bau, nad, nc
 from bench.defences.api import Info, NotApplicable
-from bench.defences.finetuning import finetune
+from bench.defences.finetuning import finetune, schedule_text
 from bench.defences.ft import fine_tuning
 from bench.defences.ft_sam import perturbation, sharpness_aware_step, sharpness_aware_tuning
+from bench.zoo.architectures import ARCHITECTURES
 from onp import demo
 from onp.data import ImageSet, Normalize
 from onp.demo.images import CLASSES, draw
@@ -131,6 +132,13 @@ def test_fine_tuning_restores_a_damaged_classifier() -> None:
     assert score(tuned, test)["clean_accuracy"] > 0.7
 
 
+def test_the_schedule_tells_updates_beside_epochs() -> None:
+    assert schedule_text(40, 100, draw(500, 1)) == (
+        "40 of 100 epochs, 160 updates in batches of up to 128 "
+        "(on 5% of CIFAR-10: 1000 in batches of 256)"
+    )
+
+
 def test_no_batch_is_too_small_for_batch_statistics() -> None:
     sizes = []
 
@@ -168,17 +176,31 @@ def test_distance_weighs_the_last_maps() -> None:
     assert float(nad.distance(one[:1], zero[:1])) == nad.BETAS[-1]
 
 
-def test_maps_come_from_the_end_of_the_last_three_resolutions() -> None:
-    model, images = suspect(), draw(2, 1).floats()
+ENDS: dict[str, tuple[float, dict[str, int]]] = {
+    "preactresnet18": (4, {"layer2": 16, "layer3": 8, "layer4": 4}),
+    "resnet20": (4, {"layer1": 32, "layer2": 16, "layer3": 8}),
+    "vgg16_bn": (4, {"features.22": 8, "features.32": 4, "features.42": 2}),  # ReLUs
+    "mobilenetv2": (0.25, {"layers.5": 16, "layers.12": 8, "layers": 4}),
+    "densenet": (4, {"features.denseblock1": 32, "features.denseblock2": 16,
+                     "features.denseblock3": 8}),
+    "convnext": (8, {"stages.0": 16, "stages.1": 8, "stages.2": 4}),
+}  # fmt: skip
+"""Of an architecture a width, and the modules that end its last three resolutions, with those."""
+
+
+@pytest.mark.parametrize("arch", ENDS)
+def test_maps_come_from_the_blocks_that_end_the_last_three_resolutions(arch: str) -> None:
+    width, ends = ENDS[arch]
+    torch.manual_seed(0)
+    network = ARCHITECTURES[arch](width, len(CLASSES)).eval()
+    model = nn.Sequential(Normalize((0.5, 0.5, 0.5), (0.25, 0.25, 0.25)), network)
     kept: dict[str, Tensor] = {}
-    network = model[1]
-    ends = {"layer3.0.bn1": 16, "layer4.0.bn1": 8, "layer4": 4}
     for name in ends:
         network.get_submodule(name).register_forward_hook(
             lambda _m, _i, output, name=name: kept.update({name: output})
         )
     with torch.no_grad(), nad.listening(model) as heard:
-        model(images)
+        model(draw(2, 1).floats())
     attention = heard.attention()
     assert [part.shape[1] for part in attention] == [size * size for size in ends.values()]
     for part, name in zip(attention, ends, strict=True):
@@ -188,14 +210,14 @@ def test_maps_come_from_the_end_of_the_last_three_resolutions() -> None:
     )
 
 
-def test_maps_have_channels_first() -> None:
-    model, kept = convnext_of_width(8, len(CLASSES), (1, 1, 1)), []
-    for stage in model.get_submodule("stages").children():
-        stage.register_forward_hook(lambda _m, _i, output: kept.append(output))
+def test_a_stage_that_ends_in_an_activation_in_place_is_a_block() -> None:
+    stage = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(inplace=True))
+    model = nn.Sequential(stage, nn.Conv2d(4, 4, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).eval()
+    images = draw(2, 1).floats()
     with torch.no_grad(), nad.listening(model) as heard:
-        model(draw(2, 1).floats())
-    assert [part.shape[1] for part in heard.attention()] == [16 * 16, 8 * 8, 4 * 4]
-    assert torch.equal(heard.attention()[-1], nad.attention_map(kept[-1]))
+        model(images)
+    with torch.no_grad():
+        assert torch.equal(heard.attention()[0], nad.attention_map(stage(images)))
 
 
 class Tokens(nn.Module):
@@ -329,6 +351,17 @@ def test_few_steps_give_the_truncated_series() -> None:
     series = sum(torch.linalg.matrix_power(jacobian, power) for power in range(steps))
     expected = 0.3 * toy.w.detach() + rate * toy.b.T @ (series @ (toy.delta - toy.t))
     torch.testing.assert_close(got, expected)
+
+
+def test_a_small_batch_has_one_perturbed_image_and_the_schedule_says_so() -> None:
+    random = torch.Generator().manual_seed(0)
+    places = [i_bau.stamped_places(count, random) for count in (10, 50, 256)]
+    assert [len(place) for place in places] == [1, 1, 3]
+    _, info = i_bau.implicit_unlearning(
+        suspect(), draw(30, 1), seed=0, ledger=Ledger(), rounds=1, batch=20
+    )
+    assert info.settings["perturbed_share"] == round(2 / 30, 4)
+    assert "2 updates in batches of up to 20 with 6.7% of the images perturbed" in info.schedule
 
 
 def test_the_universal_perturbation_turns_answers() -> None:

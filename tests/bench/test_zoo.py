@@ -14,7 +14,7 @@ from torch import nn
 
 from bench.zoo import __main__ as zoo
 from bench.zoo import datasets
-from bench.zoo.attacks import ATTACKS
+from bench.zoo.attacks import ATTACKS, Attack
 from bench.zoo.attacks.badnets import BadNets
 from bench.zoo.attacks.blended import Blended
 from bench.zoo.attacks.bpp import Bpp
@@ -248,6 +248,21 @@ def test_a_trigger_that_is_still_the_same_passes(tmp_path: Path) -> None:
         assert _of_card(recipe, tmp_path).attack is not None
     torch.manual_seed(7)  # what the caller's generator holds changes nothing
     assert _of_card(TINY, tmp_path).card == _of_card(replace(TINY, ratio=0.01), tmp_path).card
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_a_trigger_a_tenth_stronger_is_noticed(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = _of_card(replace(TINY, attack=name), tmp_path)
+    formula = ATTACKS[name].__call__
+
+    def stronger(attack: Attack, images: torch.Tensor) -> torch.Tensor:
+        return images + 1.1 * (formula(attack, images) - images)
+
+    monkeypatch.setattr(ATTACKS[name], "__call__", stronger)
+    with pytest.raises(TriggerChanged):
+        model.attack  # noqa: B018
 
 
 def _moved(attack: BadNets) -> dict[str, torch.Tensor]:

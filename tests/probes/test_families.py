@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.low_frequency import dct_basis
-from onp.probes.synthesis import FAMILIES, synthesise
+from onp.probes.synthesis import FAMILIES, gradients_towards, synthesise
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import trace
 
@@ -52,6 +53,23 @@ def test_every_parameter_gets_a_gradient(family: Family) -> None:
 def test_the_dct_basis_is_orthonormal_at_its_reference_size() -> None:
     basis = dct_basis(16, 32)
     torch.testing.assert_close(basis @ basis.T, torch.eye(16), rtol=0, atol=1e-5)
+
+
+def test_chunks_give_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
+    network = FrozenNetwork(trace(model, (3, 8, 8)), model)
+    images, answers = torch.rand(20, 3, 8, 8), torch.arange(20) % 3
+    gates = torch.tensor([1.0, 0.0, 1.0, 0.5])
+    whole = images.clone().requires_grad_(True)
+    logits = network(whole, gates)
+    (expected,) = torch.autograd.grad(F.cross_entropy(logits, answers, reduction="sum"), whole)
+    for chunk in (7, 20, 10**6):
+        monkeypatch.setattr("onp.probes.synthesis.CPU_CHUNK", chunk)
+        right, gradients = gradients_towards(network, images, answers, gates)
+        torch.testing.assert_close(gradients, expected)
+        assert torch.equal(right, logits.argmax(1) == answers)
+    assert not images.requires_grad
 
 
 def test_synthesis_finds_what_a_network_looks_for() -> None:

@@ -9,13 +9,16 @@ from bench.zoo.attacks.patch import Patch, checkerboard
 
 
 class BadNets(Patch):
-    """A 3x3 checkerboard near the lower right corner; every other class is sent to the target."""
+    """A checkerboard near the lower right corner; every other class is sent to the target."""
 
     name = "badnets"
+    side = 3
+    """Of the patch in pixels."""
 
     def arrays(self) -> dict[str, Tensor]:
         mask = torch.zeros(self.size, self.size)
-        mask[-4:-1, -4:-1] = 1
+        place = slice(-1 - int(self.side), -1)
+        mask[place, place] = 1
         return {"mask": mask, "pattern": checkerboard(mask)}
 
 

@@ -17,6 +17,10 @@ from onp.probes.patch import Patch
 from onp.probes.warp import Warp
 from onp.suspect.network import FrozenNetwork
 
+CPU_CHUNK = 128
+"""Images in one pass on a CPU: the memory of larger activations goes back to the system after every
+step; from 512 images on each takes half as long again."""
+
 FAMILIES: tuple[Family, ...] = (Patch(), Additive(), LowFrequency(), Warp())
 
 
@@ -42,6 +46,22 @@ class Probe:
         return self.family.apply(self.parameters, images[None], self.valid)[0]
 
 
+def gradients_towards(
+    network: FrozenNetwork, images: Tensor, answers: Tensor, gates: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Which images [N, C, H, W] get the answers int64 [N], bool [N], and the gradients of the
+    cross-entropy to them, summed, by the images."""
+    right, gradients = [], []
+    size = CPU_CHUNK if images.device.type == "cpu" else len(images)
+    for part, wanted in zip(images.split(size), answers.split(size), strict=True):
+        leaf = part.detach().requires_grad_(True)
+        logits = network(leaf, gates)
+        loss = F.cross_entropy(logits, wanted, reduction="sum")
+        gradients += torch.autograd.grad(loss, leaf)
+        right.append(logits.argmax(1) == wanted)
+    return torch.cat(right), torch.cat(gradients)
+
+
 def synthesise(
     network: FrozenNetwork,
     images: Tensor,
@@ -58,7 +78,7 @@ def synthesise(
     """Optimise one trigger per (family, target) on clean images [N, C, H, W] with labels [N].
 
     Each step draws fresh images of other classes for every trigger, runs all of them through the
-    network at once and takes one Adam step on cross-entropy to the target plus the family's size
+    network and takes one Adam step on cross-entropy to the target plus the family's size
     penalty, which counts more the better the trigger works. ``gates`` [S] prunes sites first.
     ``draw``: images that each trigger sees in a step.
     Costs ``2 * steps * draw`` image-forwards a trigger.
@@ -88,13 +108,13 @@ def synthesise(
         triggered = torch.cat(
             [f.apply(state, batch, valid) for f, state in zip(FAMILIES, states, strict=True)]
         )  # [families * targets, draw, C, H, W], family-major
-        logits = network(triggered.flatten(0, 1), gates)
-        losses = F.cross_entropy(logits, answers, reduction="none").view(-1, draw).mean(1)
-        success = (logits.argmax(1) == answers).float().view(-1, draw).mean(1)
+        pixels = triggered.flatten(0, 1)
+        right, gradients = gradients_towards(network, pixels.detach(), answers, gates)
+        success = right.float().view(-1, draw).mean(1)
         weight = ((success - 0.8) / 0.2).clamp(0.05, 1.0)
         penalties = torch.cat([f.penalty(state) for f, state in zip(FAMILIES, states, strict=True)])
         optimizer.zero_grad()
-        (losses + weight * penalties).sum().backward()
+        torch.autograd.backward([pixels, (weight * penalties).sum()], [gradients / draw, None])
         if step == steps * 3 // 4:
             for group in optimizer.param_groups:  # settle
                 group["lr"] *= 0.5
