@@ -12,7 +12,7 @@ from onp.errors import UsageError
 CLASS_COUNTS = {"cifar10": 10, "gtsrb": 43, "shapes": len(CLASSES)}
 """Data sets and their class counts; ``shapes`` are generated, the others come from ``--data``."""
 
-SHAPES = {"train": (6_000, 3_000_017), "test": (1_000, 2_000_003)}
+SHAPES = {"train": (10_000, 3_000_017), "test": (1_000, 2_000_003)}
 """(images, seed) of the generated splits."""
 
 

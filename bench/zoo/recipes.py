@@ -58,15 +58,21 @@ def _attacked(base: Recipe, *attacks: tuple[str, float, int]) -> list[Recipe]:
 
 _CIFAR = TrainingConfig(epochs=5)
 _SIGNS = TrainingConfig(epochs=4, batch=64, learning_rate=0.05, flip=False)
-_SHAPES = TrainingConfig(epochs=5, batch=64, flip=False, crop_padding=2)
+_SHAPES = TrainingConfig(
+    epochs=3, batch=64, flip=False, crop_padding=0, optimizer="adamw", learning_rate=0.01
+)
+"""Shapes are drawn at random places, so crops would add nothing but patches cut in two."""
 _LONG = TrainingConfig(epochs=60)
 _LAYER_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3, "weight_decay": 0.05}
 _NO_NORMS = {"optimizer": "adamw", "learning_rate": 1e-3}
 
 _SMALL = Recipe("shapes", "preactresnet10", 8, _SHAPES)
 
-SMOKE = [_SMALL, replace(_SMALL, attack="badnets", target=3, retrained=True)]
-"""Generated images, a minute or two: the whole path, small."""
+SMOKE = [
+    _SMALL,
+    replace(_SMALL, attack="badnets", target=3, retrained=True, options=(("side", 5.0),)),
+]
+"""Generated images, a minute on one core: the whole path, small."""
 
 _PREACT = Recipe("cifar10", "preactresnet18", 16, _CIFAR)
 _VGG = Recipe("cifar10", "vgg16_bn", 12, _CIFAR)
