@@ -36,8 +36,8 @@ test-python: $(VENV)/.installed-test
 smoke: $(VENV)/.installed-test
 	rm -rf build/zoo build/scoreboard_smoke*
 	OMP_NUM_THREADS=1 $(BIN)/python -m bench.zoo --set smoke --out build/zoo
-	$(BIN)/python -m bench.scoreboard --set smoke --models-dir build/zoo --clean-samples 100 \
-		--test-images 500 --oracle-images 100 --jobs 2 \
+	$(BIN)/python -m bench.scoreboard --set smoke --models-dir build/zoo --clean-samples 60 \
+		--test-images 400 --oracle-images 60 --jobs 2 \
 		--out build/scoreboard_smoke.jsonl
 
 # AddressSanitizer and UndefinedBehaviorSanitizer over the native tests.

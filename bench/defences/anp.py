@@ -80,8 +80,9 @@ def robust_mask(
     mask = torch.ones(units.count, device=device, requires_grad=True)
     optimizer = torch.optim.SGD([mask], learning_rate, momentum=MOMENTUM)
     rows = 2 if units.shifted else 1
+    batch = min(BATCH, len(clean))
     for iteration in range(iterations):
-        index = torch.randint(len(clean), (BATCH,), generator=random)
+        index = torch.randint(len(clean), (batch,), generator=random)
         images = augment(clean.images[index], AUGMENTATION, random)
         labels = clean.labels[index].to(device)
         noise = (torch.rand(rows, units.count, generator=random) * 2 - 1).mul(EPS).to(device)
@@ -97,7 +98,7 @@ def robust_mask(
         optimizer.step()
         with torch.no_grad():
             mask.clamp_(0, 1)
-        ledger.count((ASCENT_STEPS + 2) * ACTIVATION_GRADIENTS * BATCH)
+        ledger.count((ASCENT_STEPS + 2) * ACTIVATION_GRADIENTS * batch)
         ledger.tick(iteration + 1, iterations, "masks")
     return mask.detach()
 

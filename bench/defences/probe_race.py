@@ -30,7 +30,7 @@ PROBE_SHARE = 0.7
 CLASSES = 2
 """The commonest answers after unlearning that are probed."""
 STEPS, DRAW = 60, 128
-"""Steps of the synthesis, and images that each trigger sees in one."""
+"""Steps of the synthesis, and images that each trigger sees in one: all, where there are fewer."""
 RESPONSE_IMAGES = 128
 """Images that the ranking by a probe is taken on."""
 SHARES = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03)
@@ -65,7 +65,7 @@ def probe_race(
     unlearned = unlearn(suspect, images, labels, UnlearningConfig(), seed=seed, ledger=ledger)
     probes = synthesise(
         evaluator.network, images, labels, unlearned.suspects(CLASSES),
-        steps=steps, draw=draw, valid=(0.0, 1.0), seed=seed, ledger=ledger,
+        steps=steps, draw=min(draw, len(images)), valid=(0.0, 1.0), seed=seed, ledger=ledger,
     )  # fmt: skip
     some = images[:RESPONSE_IMAGES]
     before = activations(evaluator.network, some)
