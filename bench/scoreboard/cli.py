@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -11,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from bench.defences.api import Defence
+from bench.scoreboard.commands import commands
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.report import Report, public_context
 from bench.scoreboard.rows import Key, Row, read_rows
 from bench.scoreboard.run import Job, Runner, pending
 from bench.scoreboard.scoring import Examiner, LoadImages, Subject
+from bench.scoreboard.selection import current, reported
 from bench.scoreboard.summary import summarise
 from bench.side_by_side import run_side_by_side
 from onp.errors import OnpError, UsageError
@@ -35,9 +36,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(
         prog="python -m bench.scoreboard",
         description="Run defences on a set of networks; one JSON line per run, appended when it is "
-        "done; a line that is there is not run again. The options choose both what runs and what "
-        "is summarised. The report is printed; beside the rows it is written (.md, .svg) only when "
-        "it is of all networks of the set and leaves out no row of the file.",
+        "done; a line that is there is not run again, unless it is of other weights than the "
+        "network's. The options choose what runs and what is printed. The report beside the rows "
+        "(.md, .svg) is written by every call, of all rows of the file whose networks are there.",
     )
     add = made.add_argument
     add("--set", default="core", help="name of the set of networks")
@@ -109,17 +110,24 @@ def _main(
     wanted = chosen("defence", args.defences, defences)
     rerun = chosen("defence", args.rerun, dict.fromkeys(wanted))
     seeds = list(dict.fromkeys(args.seeds))
-    cards = [subjects[name].card for name in names if subjects[name].card["fair"]]
-    left_out = {
-        name: str(subjects[name].card["why_not_fair"])
-        for name in names
-        if not subjects[name].card["fair"]
-    } | dict.fromkeys(absent, "not trained")
+    fair = {name: subject.card for name, subject in subjects.items() if subject.card["fair"]}
+    cards = [fair[name] for name in names if name in fair]
+    not_trained = dict.fromkeys(absent, "not trained")
+    not_fair = {
+        name: str(subject.card["why_not_fair"])
+        for name, subject in subjects.items()
+        if name not in fair
+    }
+    left_out = {name: why for name, why in not_fair.items() if name in names} | not_trained
     for name, reason in left_out.items() if not args.rows_only else ():
         print(f"left out: {name}: {reason}", file=sys.stderr)
 
     out = args.out or default_out(args.set, args.clean_samples)
-    rows = read_rows(out, repair=not (args.summary_only or args.rows_only))
+    in_file = read_rows(out, repair=not (args.summary_only or args.rows_only))
+    rows = current(in_file, subjects)
+    if len(rows) < len(in_file) and not args.rows_only:
+        print(f"{len(in_file) - len(rows)} rows of {out} are of other weights than the networks "
+              "that are there: they count as absent", file=sys.stderr)  # fmt: skip
     _check_samples(out, rows, args.clean_samples)
     broken: list[str] = []
     if not args.summary_only:
@@ -153,30 +161,38 @@ def _main(
             broken = runner.run(todo, kept)
         if args.rows_only:
             return 1 if broken else 0
-        rows = read_rows(out)
+        rows = current(read_rows(out), subjects)
 
-    order = {card["name"]: index for index, card in enumerate(cards)}
+    whole = reported(rows, fair, defences)
     shown = [
-        row
-        for row in sorted(rows.values(), key=lambda row: order.get(row.model, 0))
-        if row.model in order and row.defence in wanted and row.seed in seeds
+        row for row in whole if row.model in names and row.defence in wanted and row.seed in seeds
     ]
-    report = Report(
-        title=f"{args.set}, {args.clean_samples} clean images",
-        command=_command(args),
-        rows=shown,
-        summary=summarise(shown, cards, seeds, args.by),
-        left_out=left_out,
-        public=public_context(args.leaderboard, shown) if args.leaderboard else {},
-    )
+    report = _report(args, shown, cards, left_out, list(fair))
     print(report.as_json() if args.json else report.markdown(), end="")
-    known = [row for row in rows.values() if row.model in order and row.defence in defences]
-    if len(names) < len(subjects) or len(shown) < len(known):
-        print(f"a part of the set or of {out}: the report beside it is left as it is",
-              file=sys.stderr)  # fmt: skip
-    elif shown:
-        report.write(out)
+    if whole:
+        _report(args, whole, list(fair.values()), not_fair | not_trained, list(fair)).write(out)
     return 0 if args.summary_only else _outcome(shown, broken)
+
+
+def _report(
+    args: argparse.Namespace,
+    rows: Sequence[Row],
+    cards: Sequence[Mapping[str, Any]],
+    left_out: Mapping[str, str],
+    networks: Sequence[str],
+) -> Report:
+    """``rows`` are of the networks of ``cards``; ``networks`` are the names of the whole set's."""
+    extra = ["--out", args.out.name] if args.out else []
+    extra += ["--leaderboard", args.leaderboard.name] if args.leaderboard else []
+    extra += ["--by", *args.by] if args.by else []
+    return Report(
+        title=f"{args.set}, {args.clean_samples} clean images",
+        commands=commands(args.set, networks, rows, extra),
+        rows=rows,
+        summary=summarise(rows, cards, sorted({row.seed for row in rows}), args.by),
+        left_out=left_out,
+        public=public_context(args.leaderboard, rows) if args.leaderboard else {},
+    )
 
 
 def _outcome(rows: Sequence[Row], broken: Sequence[str]) -> int:
@@ -241,20 +257,3 @@ def _options(args: argparse.Namespace, out: Path) -> list[str]:
     options += ["--rerun", *args.rerun] if args.rerun else []
     options += ["--jobs", str(args.jobs), _ROWS_ONLY]
     return options
-
-
-def _command(args: argparse.Namespace) -> str:
-    """The call that gives these tables from no rows at all, wherever its files lie: of paths it has
-    the name."""
-    command = ["python", "-m", "bench.scoreboard", "--set", args.set, "--data", "DATA"]
-    command += ["--defences", *args.defences]
-    command += ["--models", *args.models] if args.models else []
-    command += ["--seeds", *map(str, args.seeds), "--clean-samples", str(args.clean_samples)]
-    command += ["--test-images", str(args.test_images)]
-    command += [] if args.oracle else ["--no-oracle"]
-    command += ["--oracle-images", str(args.oracle_images)] if args.oracle_images else []
-    command += ["--out", args.out.name] if args.out else []
-    command += ["--leaderboard", args.leaderboard.name] if args.leaderboard else []
-    command += ["--jobs", str(args.jobs)] if args.jobs > 1 else []
-    command += ["--by", *args.by] if args.by else []
-    return shlex.join(command)

@@ -96,9 +96,10 @@ def public_table(means: Sequence[PublicMean]) -> str:
 def environment(rows: Sequence[Row]) -> str:
     """What the rows were measured with; more than one value where they differ."""
     lines = []
-    for name in ("commit", "onp", "torch", "threads", "jobs", "cpu", "test_images"):
+    names = ("commit", "onp", "torch", "threads", "jobs", "cpu", "test_images", "oracle_images")
+    for name in names:
         values = dict.fromkeys(str(v) for row in rows if (v := getattr(row, name)) is not None)
-        lines.append(f"- {name.replace('_', ' ')}: {', '.join(values) or 'unknown'}")
+        lines.append(f"- {name.replace('_', ' ')}: {', '.join(values) or '–'}")
     return "\n".join(lines)
 
 

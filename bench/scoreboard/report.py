@@ -29,7 +29,8 @@ class Report:
     """A summary and where it comes from."""
 
     title: str
-    command: str
+    commands: Sequence[str]
+    """Calls that give the rows from nothing."""
     rows: Sequence[Row]
     """The rows that are summarised."""
     summary: Summary
@@ -39,8 +40,8 @@ class Report:
     """BackdoorBench's means by data set."""
 
     def markdown(self) -> str:
-        """Command, environment and tables."""
-        parts = [f"# Scoreboard: {self.title}", f"`{self.command}`"]
+        """Commands, environment and tables."""
+        parts = [f"# Scoreboard: {self.title}", *(f"`{command}`" for command in self.commands)]
         parts += [markdown.environment(self.rows), markdown.tables(self.summary)]
         if self.left_out:
             parts += ["### Left out", markdown.left_out(self.left_out)]

@@ -37,7 +37,8 @@ class Row:
     oracle: bool = False
     """The setting was picked with the true trigger: an upper bound, never a result."""
     oracle_images: int | None = None
-    """Clean test images that an oracle row's setting was picked by, with as many triggered ones."""
+    """Clean test images that an oracle row's setting was picked by, with at most as many triggered
+    ones: not every image can be triggered."""
 
     applicable: bool = True
     reason: str | None = None
@@ -74,6 +75,10 @@ class Row:
     test_images: int | None = None
     triggered_images: int | None = None
     """Test images whose label is not what the attack wants: ASR and RA are shares of these."""
+    test_data: str | None = None
+    """Fingerprint of the clean test images; None: unknown, as in rows that were made without."""
+    weights: str | None = None
+    """Digest of the checkpoint that the defence was given; None: unknown."""
     schedule: str | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     candidates: int = 0

@@ -116,26 +116,31 @@ class Runner:
     def _check_comparable(self, job: Job, rows: Mapping[Key, Row]) -> None:
         """Raise UsageError where rows of the file were scored on other test images."""
         dataset = self._subjects[job.model].card["dataset"]
-        count = len(self._examiner.test(dataset))
-        others = {row.test_images for row in rows.values() if row.dataset == dataset} - {count}
+        count, data = len(self._examiner.test(dataset)), self._examiner.test_data(dataset)
+        others = {
+            f"{row.test_images} ({row.test_data or 'unknown'})"
+            for row in rows.values()
+            if row.dataset == dataset
+            and (row.test_images != count if row.test_data is None else row.test_data != data)
+        }
         if others:
             raise UsageError(
-                f"{self._path} holds rows scored on {', '.join(map(str, others))} test images of "
-                f"{dataset}, not {count}: use the same --test-images or another --out"
+                f"{self._path} holds rows scored on {', '.join(sorted(others))} test images of "
+                f"{dataset}, not {count} ({data}): use the same --data and --test-images or "
+                "another --out"
             )
 
     def _rows(self, job: Job, before: Baseline, rows: Mapping[Key, Row]) -> list[Row]:
         """The job's row and, where the defence chose from candidates, the oracle's.
 
-        Where only the oracle's is missing the row that is there stays, unless the defence chooses
-        from nothing any more: then the new row says that no oracle's can follow.
+        Both are of one run: where only the oracle's is missing, the other is made anew with it. A
+        row that is there gives way to no error, though: the error is then the oracle's alone.
         """
         row, candidates = self._defend(job, before)
         kept = rows.get(job.key)
-        oracle_alone = kept is not None and kept.error is None
-        if oracle_alone and row.error is not None:
+        if row.error is not None and kept is not None and kept.error is None:
             return [replace(row, oracle=True)]
-        made = [] if oracle_alone and candidates else [row]
+        made = [row]
         if job.oracle and candidates and not row.clean_twin:
             made.append(self._oracle(job, row, before, candidates))
         return made
@@ -174,7 +179,8 @@ class Runner:
             verdict=settings.get("verdict"),
             pruned=settings.get("pruned"),
         )
-        # What the defence chose is a candidate too: no pick of the oracle's is worse.
+        # What the defence chose is a candidate too: on the images that the oracle picks by no pick
+        # is worse; on all of them one may be.
         own: Candidates = [("the defence's own", lambda: model)] if info.candidates else []
         return row, [*info.candidates, *own]
 
@@ -226,6 +232,8 @@ class Runner:
             der_ceiling=None if scores.asr is None else _rounded((1 + scores.asr) / 2),
             test_images=len(exam.clean),
             triggered_images=len(exam.triggered) if exam.triggered is not None else None,
+            test_data=self._examiner.test_data(card["dataset"]),
+            weights=self._subjects[job.model].digest,
             **self._provenance,
         )
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from bench.scoreboard.rows import der
 from bench.zoo.attacks import Attack
+from bench.zoo.datasets import fingerprint
 from bench.zoo.scoring import Exam, Scores
 from onp.data import ImageSet, draw_balanced
 
@@ -30,6 +31,11 @@ class Subject(Protocol):
     @property
     def model(self) -> nn.Module:
         """In eval mode: images float [N, 3, H, W] in [0, 1] to logits [N, K]."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """Hex digits that another checkpoint or trigger does not share; of fair networks alone."""
         ...
 
     @property
@@ -73,6 +79,7 @@ class Examiner:
         self._clean_samples = clean_samples
         self._seeds = seeds
         self._test: dict[str, ImageSet] = {}
+        self._test_data: dict[str, str] = {}
         self._clean: dict[str, dict[int, ImageSet]] = {}
         self._baselines: dict[str, Baseline] = {}
         self._latest: tuple[str, Exam] | None = None
@@ -85,6 +92,12 @@ class Examiner:
                 whole, min(self._test_images, len(whole)), TEST_SEED
             )
         return self._test[dataset]
+
+    def test_data(self, dataset: str) -> str:
+        """Fingerprint of the test images."""
+        if dataset not in self._test_data:
+            self._test_data[dataset] = fingerprint(self.test(dataset))
+        return self._test_data[dataset]
 
     def clean(self, dataset: str, seed: int) -> ImageSet:
         """The clean training images that a defence gets."""

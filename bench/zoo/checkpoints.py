@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -43,7 +44,7 @@ class ZooModel:
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The state dict in float32, without the normalisation."""
-        stored = load_file(self.folder / f"{self.name}.safetensors")
+        stored = load_file(self._weights_file)
         return {k: v.float() if v.is_floating_point() else v for k, v in stored.items()}
 
     @cached_property
@@ -55,15 +56,30 @@ class ZooModel:
         attack = make_attack(self.recipe)
         if attack is None:
             return None
-        path = self.folder / f"{self.name}.trigger.safetensors"
-        if path.exists():
-            attack.load_state(load_file(path))
+        if self._trigger_file.exists():
+            attack.load_state(load_file(self._trigger_file))
         card = self.folder / f"{self.name}.json"
         check_trigger(
             attack, self.card["trigger_fingerprint"], str(card),
             f"put the formula back, or delete the card and train with --models {self.name}",
         )  # fmt: skip
         return attack
+
+    @cached_property
+    def digest(self) -> str:
+        """Twelve hex digits over the bytes of the weights' file and, if any, the trigger's."""
+        digest = hashlib.sha256(self._weights_file.read_bytes())
+        if self._trigger_file.exists():
+            digest.update(self._trigger_file.read_bytes())
+        return digest.hexdigest()[:12]
+
+    @property
+    def _weights_file(self) -> Path:
+        return self.folder / f"{self.name}.safetensors"
+
+    @property
+    def _trigger_file(self) -> Path:
+        return self.folder / f"{self.name}.trigger.safetensors"
 
 
 def make_attack(recipe: Recipe) -> Attack | None:
@@ -109,11 +125,14 @@ def _write_tensors(path: Path, tensors: dict[str, torch.Tensor]) -> None:
 
 
 def read_card(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
-    """The card of a model that is done; None where it has to be trained (again)."""
+    """The card of a model that is done; None where it has to be trained (again): other settings,
+    or nothing that tells whether the trigger is still the one that it was trained with."""
     path = folder / f"{recipe.name}.json"
     if not path.exists():
         return None
     card: dict[str, Any] = json.loads(path.read_text())
+    if recipe.attack != "clean" and card.get("trigger_fingerprint") is None:
+        return None
     told = (card["training"], card["retrained"])
     return card if told == (asdict(recipe.training), recipe.retrained) else None
 

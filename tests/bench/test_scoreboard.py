@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,17 +23,23 @@ from bench import side_by_side
 from bench.defences.api import Defence, Info, NotApplicable
 from bench.scoreboard import memory
 from bench.scoreboard.cli import costly_first, default_out, main
+from bench.scoreboard.commands import commands
 from bench.scoreboard.figures import cost_points, draw_figures, tradeoff_points
 from bench.scoreboard.leaderboard import public_means
-from bench.scoreboard.markdown import main_table
+from bench.scoreboard.markdown import environment, main_table
 from bench.scoreboard.memory import PeakMemory
 from bench.scoreboard.rows import Row, append_rows, der, plain, read_rows
 from bench.scoreboard.run import Job, duration
+from bench.scoreboard.scoring import TEST_SEED
 from bench.scoreboard.summary import NO_DEFENCE, aggregate, summarise
 from bench.zoo.attacks import Attack
 from bench.zoo.attacks.badnets import BadNets, BadNetsAllToAll
+from bench.zoo.checkpoints import ZooModel as StoredModel
+from bench.zoo.checkpoints import make_attack, read_card, save
+from bench.zoo.datasets import fingerprint
+from bench.zoo.recipes import recipes
 from bench.zoo.scoring import Exam
-from onp.data import ImageSet
+from onp.data import ImageSet, draw_balanced
 from onp.demo.images import draw
 from onp.errors import BadData, UsageError
 from onp.ledger import Ledger
@@ -80,6 +86,7 @@ class ZooModel:
     card: dict[str, Any]
     model: nn.Module
     attack: Attack | None
+    digest: str = "aaaaaaaaaaaa"
 
 
 def subject(name: str, model: nn.Module, *, attack: str = "badnets", **card: Any) -> ZooModel:
@@ -211,6 +218,8 @@ def test_row_of_a_repair(stubs: Stubs) -> None:
     assert made.seconds is not None
     assert made.cpu_seconds is not None
     assert (made.jobs, made.oracle_images) == (1, None)
+    tested = draw_balanced(images("shapes", None, "test"), 100, TEST_SEED)
+    assert (made.weights, made.test_data) == ("aaaaaaaaaaaa", fingerprint(tested))
     assert made.torch == torch.__version__
     assert made.threads == torch.get_num_threads()
 
@@ -418,6 +427,80 @@ def test_rows_of_another_protocol_are_not_mixed(
     assert "[50] clean images" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("told", [True, False], ids=["fingerprint", "number alone"])
+def test_rows_of_other_test_images_of_the_same_number_are_not_mixed(
+    stubs: Stubs, told: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--models", "patched", "--defences", "nothing") == 0
+    (made,) = stubs.rows().values()
+    append_rows(stubs.out, [replace(made, test_data="bbbbbbbbbbbb" if told else None)])
+    assert stubs.run("--defences", "nothing") == (2 if told else 0)
+    assert ("100 (bbbbbbbbbbbb) test images of shapes" in capsys.readouterr().err) == told
+
+
+def test_rows_of_other_weights_count_as_absent(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert stubs.run("--defences", "cure") == 0
+    stubs.zoo[0].digest = "bbbbbbbbbbbb"
+    capsys.readouterr()
+    assert stubs.run("--defences", "cure", "--summary-only") == 0
+    captured = capsys.readouterr()
+    assert f"2 rows of {stubs.out} are of other weights" in captured.err
+    assert "| cure † | 1 | 1/2 |" in captured.out
+    assert "| cure † | 1 | 1/2 |" in stubs.out.with_suffix(".md").read_text()
+    assert stubs.run("--defences", "cure") == 0
+    assert len(stubs.calls) == 3
+    weights = {(name, oracle): made.weights for (name, _, _, oracle), made in stubs.rows().items()}
+    assert weights == {
+        ("patched", False): "bbbbbbbbbbbb",
+        ("patched", True): "bbbbbbbbbbbb",
+        ("twin", False): "aaaaaaaaaaaa",
+    }
+    assert stubs.run("--defences", "cure") == 0
+    assert len(stubs.calls) == 3
+
+
+def test_rows_that_do_not_tell_their_weights_are_taken(stubs: Stubs) -> None:
+    assert stubs.run("--models", "patched", "--defences", "nothing") == 0
+    (made,) = stubs.rows().values()
+    older = asdict(made)
+    del older["weights"], older["test_data"]
+    stubs.out.write_text(json.dumps(older) + "\n")
+    assert stubs.run("--models", "patched", "--defences", "nothing") == 0
+    assert len(stubs.calls) == 1
+    assert "| nothing † | 1 | 1/2 |" in stubs.out.with_suffix(".md").read_text()
+
+
+def test_digest_is_of_weights_and_trigger(tmp_path: Path) -> None:
+    recipe = next(found for found in recipes("smoke") if found.attack != "clean")
+    save(tmp_path, recipe, recipe.network(), make_attack(recipe), {"fair": True})
+    weights, trigger = (tmp_path / f"{recipe.name}{kind}.safetensors" for kind in ("", ".trigger"))
+
+    def digest() -> str:
+        return StoredModel(recipe, {}, tmp_path).digest
+
+    trigger.unlink(missing_ok=True)
+    alone = digest()
+    assert len(alone) == 12
+    assert alone == digest()
+    trigger.write_bytes(b"a trigger")
+    with_trigger = digest()
+    trigger.unlink()
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x7f")
+    assert len({alone, with_trigger, digest()}) == 3
+
+
+def test_a_card_that_does_not_tell_its_trigger_is_not_done(tmp_path: Path) -> None:
+    for recipe in recipes("smoke"):
+        card = {"training": asdict(recipe.training), "retrained": recipe.retrained}
+        path = tmp_path / f"{recipe.name}.json"
+        path.write_text(json.dumps(card))
+        assert (read_card(tmp_path, recipe) is None) == (recipe.attack != "clean")
+        path.write_text(json.dumps(card | {"trigger_fingerprint": [0.5]}))
+        assert read_card(tmp_path, recipe) is not None
+
+
 def test_another_number_of_clean_images_has_a_file_of_its_own() -> None:
     assert default_out("core", 500).name == "scoreboard_core.jsonl"
     assert default_out("core", 100).name == "scoreboard_core_100clean.jsonl"
@@ -451,11 +534,11 @@ def test_oracle_row_is_marked_and_left_out_of_the_means(
 def test_oracle_can_come_later_and_by_fewer_images(stubs: Stubs) -> None:
     options = ("--models", "patched", "--defences", "cure")
     assert stubs.run(*options, "--no-oracle") == 0
-    first = stubs.rows()
-    assert list(first) == [("patched", "cure", 0, False)]
+    assert list(stubs.rows()) == [("patched", "cure", 0, False)]
     assert stubs.run(*options, "--oracle-images", "30") == 0
-    assert stubs.rows()["patched", "cure", 0, False] == first["patched", "cure", 0, False]
-    oracle = stubs.rows()["patched", "cure", 0, True]
+    own, oracle = (stubs.rows()["patched", "cure", 0, marked] for marked in (False, True))
+    assert len(stubs.out.read_text().splitlines()) == 3
+    assert (own.seconds, own.cpu_seconds) == (oracle.seconds, oracle.cpu_seconds)  # of one run
     assert oracle.settings["pick"] == "all"
     assert (oracle.ca_after, oracle.test_images, oracle.oracle_images) == (1.0, 100, 30)
     assert stubs.run(*options) == 0
@@ -485,6 +568,22 @@ def test_nothing_to_pick_from_any_more_settles_the_oracle(stubs: Stubs) -> None:
     assert (made.oracle, made.candidates, made.der) == (False, 0, 0.5)
     assert stubs.run(*options) == 0
     assert len(stubs.calls) == 2
+
+
+def test_a_run_for_the_oracle_that_fails_leaves_the_row_that_is_there(stubs: Stubs) -> None:
+    options = ("--models", "patched", "--defences", "cure")
+    assert stubs.run(*options, "--no-oracle") == 0
+    first = stubs.rows()["patched", "cure", 0, False]
+    cured, fail = stubs.defences["cure"], stubs.defences["fail"]
+    stubs.defences["cure"] = fail
+    assert stubs.run(*options) == 1
+    assert stubs.rows()["patched", "cure", 0, False] == first
+    assert "two lines" in str(stubs.rows()["patched", "cure", 0, True].error)
+    stubs.defences["cure"] = cured
+    assert stubs.run(*options, "--retry-errors") == 0
+    own, oracle = (stubs.rows()["patched", "cure", 0, marked] for marked in (False, True))
+    assert (own.error, oracle.error) == (None, None)
+    assert own.seconds == oracle.seconds
 
 
 def test_a_candidate_that_fails_fails_the_oracle_alone(stubs: Stubs) -> None:
@@ -708,43 +807,98 @@ def test_report_is_written_beside_the_rows(
 
 
 @pytest.mark.parametrize(
-    "part",
-    [("--models", "patched"), ("--defences", "cure"), ("--seeds", "1")],
+    ("part", "printed"),
+    [
+        (("--models", "patched"), "| cure | 2 | 2/2 |"),
+        (("--defences", "cure"), "| cure | 2 | 4/4 |"),
+        (("--seeds", "1"), "| cure | 1 | 2/2 |"),
+    ],
     ids=["networks", "defences", "seeds"],
 )
 @pytest.mark.parametrize("last", [(), ("--summary-only",)], ids=["run", "summary"])
-def test_a_part_is_printed_and_leaves_the_report_of_the_whole(
+def test_a_part_is_printed_and_the_whole_is_written(
     stubs: Stubs,
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
     part: tuple[str, ...],
+    printed: str,
     last: tuple[str, ...],
 ) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     stubs.only(cure=cure, nothing=nothing)
     assert stubs.run("--seeds", "0", "1") == 0
-    whole = stubs.out.with_suffix(".md").read_bytes()
+    written = stubs.out.with_suffix(".md")
+    whole = written.read_bytes()
+    written.unlink()
     capsys.readouterr()
     assert stubs.run("--seeds", "0", "1", *part, *last) == 0
+    assert printed in capsys.readouterr().out
+    assert written.read_bytes() == whole
+
+
+def test_rows_of_what_is_not_there_stay_out_of_reports(
+    stubs: Stubs, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append_rows(stubs.out, [row("gone", "nothing"), row("faint", "nothing"), row("twin", "old")])
+    before = stubs.out.read_bytes()
+    assert stubs.run("--summary-only", "--clean-samples", "500") == 0
     captured = capsys.readouterr()
-    assert "a part of the set" in captured.err
-    assert captured.out.startswith("# Scoreboard")
-    assert stubs.out.with_suffix(".md").read_bytes() == whole
+    assert "not in the report: 3 rows of faint, gone, old" in captured.err
+    assert not stubs.out.with_suffix(".md").exists()
+    stubs.out.write_bytes(before.replace(b": 500", b": 50"))
+    assert stubs.run("--defences", "nothing", "--models", "twin") == 0
+    for text in (capsys.readouterr().out, stubs.out.with_suffix(".md").read_text()):
+        assert "gone" not in text
+        assert "| old" not in text
+        assert "| faint" not in text
 
 
-def test_the_reports_command_is_the_whole_call(
+def test_commands_are_those_of_the_rows() -> None:
+    rows = [
+        row("a", "x", 0, jobs=2, candidates=3),
+        row("a", "x", 0, oracle=True, oracle_images=30),
+        row("b", "x", 0, oracle=True, oracle_images=20),
+        row("b", "x", 0, oracle=True, oracle_images=10, test_images=10),  # all that there are
+        row("a", "y", 0, test_images=80), row("a", "y", 2), row("c", "y", 2),
+        row("b", "z", 0), row("a", "z", 0, attack="clean", candidates=2),
+        row("b", "w", 2), row("b", "w", 0, candidates=2),
+    ]  # fmt: skip
+    head = "python -m bench.scoreboard --set core --data DATA --defences"
+    assert commands("core", ["a", "b"], rows, ["--by", "arch"]) == [
+        f"{head} x z --seeds 0 --clean-samples 500 --test-images 100 --oracle-images 20 --jobs 2 "
+        "--by arch",
+        f"{head} w y --seeds 0 2 --clean-samples 500 --test-images 100 --no-oracle --by arch",
+    ]
+    assert commands("core", ["a", "b"], rows[-1:]) == [
+        f"{head} w --models b --seeds 0 --clean-samples 500 --test-images 100 --no-oracle"
+    ]
+    assert commands("core", ["a"], []) == []
+    assert "- oracle images: 30, 20, 10" in environment(rows)
+    assert "- commit: –" in environment(rows)
+
+
+def test_the_reports_commands_give_its_rows(
     stubs: Stubs, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     public = tmp_path / "results.csv"
     public.write_text("dataset,backbone,attack_name,defense_name,ratio,test_acc,test_asr\n")
-    options = ("--defences", "nothing", "--by", "arch", "--oracle-images", "30", "--no-oracle")
-    assert stubs.run(*options, "--leaderboard", str(public)) == 0
-    call = next(text for text in capsys.readouterr().out.splitlines() if text.startswith("`"))
-    assert call == (
-        "`python -m bench.scoreboard --set core --data DATA --defences nothing --seeds 0 "
-        "--clean-samples 50 --test-images 100 --no-oracle --oracle-images 30 --out rows.jsonl "
-        "--leaderboard results.csv --by arch`"
+    assert stubs.run("--defences", "cure", "--oracle-images", "30", "--seeds", "0", "1") == 0
+    capsys.readouterr()
+    options = ("--defences", "nothing", "--by", "arch", "--leaderboard", str(public))
+    assert stubs.run(*options) == 0
+    printed, written = (
+        [line for line in text.splitlines() if line.startswith("`")]
+        for text in (capsys.readouterr().out, stubs.out.with_suffix(".md").read_text())
     )
+    head, tail = "`python -m bench.scoreboard --set core --data DATA --defences", (
+        "--out rows.jsonl --leaderboard results.csv --by arch`"
+    )  # fmt: skip
+    size = "--clean-samples 50 --test-images 100"
+    assert printed == [f"{head} nothing --seeds 0 {size} {tail}"]
+    assert written == [
+        *printed,
+        f"{head} cure --seeds 0 1 {size} --oracle-images 30 {tail}",
+    ]
 
 
 def test_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
