@@ -59,11 +59,11 @@ def rnp(
     units = units_of(suspect, suspect, clean)  # refuses what it cannot treat before any work
     unlearned, epochs = unlearn(model, clean, random=random, ledger=ledger)
     frozen = training_copy(unlearned, weights=False)
-    soft = recover(
+    soft, mean = recover(
         units_of(frozen, unlearned, clean), clean,
         epochs=recovery_epochs, learning_rate=recovery_rate, random=random, ledger=ledger,
     )  # fmt: skip
-    repaired, info = cut_by_number(units, soft, clean, ledger)
+    repaired, info = cut_by_number(units, soft, clean, ledger, ties=mean)
     info.settings["unlearning_epochs"] = epochs
     info.schedule = (
         f"{recovery_epochs} of {RECOVERY_EPOCHS} epochs of recovery at a mask rate of "
@@ -111,13 +111,15 @@ def recover(
     learning_rate: float,
     random: torch.Generator,
     ledger: Ledger,
-) -> Tensor:
-    """The mask float32 [U] in [0, 1] on frozen weights that brings the clean task back.
+) -> tuple[Tensor, Tensor]:
+    """The mask float32 [U] in [0, 1] on frozen weights that brings the clean task back, and its
+    mean over the steps: of units that end at 0 the first to get there have the smallest.
 
     The units are the unlearned network's, in training mode where it has norms.
     """
     device = units.device
     mask = torch.ones(units.count, device=device, requires_grad=True)
+    total, steps = torch.zeros(units.count, device=device), 0
     optimizer = torch.optim.SGD([mask], learning_rate, momentum=MOMENTUM)
     for epoch in range(epochs):
         for images, labels in epoch_batches(clean, BATCH, random):
@@ -127,6 +129,8 @@ def recover(
             optimizer.step()
             with torch.no_grad():
                 mask.clamp_(0, 1)
+                total += mask
+            steps += 1
         ledger.count(ACTIVATION_GRADIENTS * len(clean))
         ledger.tick(epoch + 1, epochs, "recovery")
-    return mask.detach()
+    return mask.detach(), total / max(steps, 1)

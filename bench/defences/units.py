@@ -132,18 +132,20 @@ def units_of(model: nn.Module, judged: nn.Module, clean: ImageSet) -> Units:
 
 
 def cut_by_number(
-    units: Units, soft: Tensor, clean: ImageSet, ledger: Ledger
+    units: Units, soft: Tensor, clean: ImageSet, ledger: Ledger, *, ties: Tensor | None = None
 ) -> tuple[nn.Module, Info]:
     """Prune the k units of the smallest soft mask float32 [U]: the largest k of the sweep that
     costs at most ``ACCURACY_LIMIT`` of accuracy on the clean set.
 
     The authors of ANP offer this cut beside the one by threshold; thresholds mean little after a
-    schedule that was shortened, the order does. Units whose mask is still 1 were never let go and
+    schedule that was shortened, the order does. ``ties`` float32 [U] orders units of equal masks,
+    smallest first. Units whose mask is still 1 were never let go and
     are not pruned. ``units`` belong to the network in eval mode. Costs an image-forward for every
     image and every count. Candidates: the sweep.
     """
     soft = soft.detach().cpu()
-    order = soft.argsort(stable=True)
+    order = torch.arange(units.count) if ties is None else ties.cpu().argsort(stable=True)
+    order = order[soft[order].argsort(stable=True)]
     counts = sweep_of(min(int((soft < 1).sum()), ceil(MOST_PRUNED * units.count)))
     pruned = torch.zeros(len(counts), units.count, dtype=torch.bool)
     for row, count in zip(pruned, counts, strict=True):

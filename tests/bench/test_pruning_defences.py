@@ -326,6 +326,16 @@ def test_the_cut_is_the_largest_count_that_clean_accuracy_allows(
     assert _zeroed(repaired) == []
 
 
+def test_equal_masks_are_cut_in_the_order_of_their_ties() -> None:
+    model = planted_network()
+    units = NormUnits(model, norm_layers(model))
+    ties = torch.full((4,), 0.5)
+    ties[BACKDOOR] = 0.1
+    repaired, info = cut_by_number(units, torch.zeros(4), CLEAN, Ledger(), ties=ties)
+    assert info.settings["masks_at_zero"] == 4
+    assert _zeroed(repaired) == [("norm", BACKDOOR)]  # a tenth of four units is one
+
+
 def test_sweep_of_counts_ends_at_the_most() -> None:
     assert sweep_of(0) == [0]
     assert sweep_of(1) == [0, 1]
