@@ -58,7 +58,7 @@ lint: $(VENV)/.installed-test
 # A portable wheel in wheelhouse/. libgomp stays outside: torch brings the one to share.
 wheel: build/wheel-tools/.installed
 	rm -rf dist wheelhouse
-	build/wheel-tools/bin/python -m pip wheel --quiet --no-deps -C cmake.define.ONP_CUDA=$(ONP_CUDA) -w dist .
+	build/wheel-tools/bin/python -m pip wheel --quiet --no-deps --config-settings=cmake.define.ONP_CUDA=$(ONP_CUDA) -w dist .
 	PATH="$(CURDIR)/build/wheel-tools/bin:$$PATH" auditwheel repair \
 		--exclude libgomp.so.1 -w wheelhouse dist/*.whl
 
@@ -83,15 +83,15 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.installed: $(BIN)/python $(SOURCES)
-	$(PIP) . -C cmake.define.ONP_CUDA=$(ONP_CUDA)
+	$(PIP) . --config-settings=cmake.define.ONP_CUDA=$(ONP_CUDA)
 	touch $@
 
 $(VENV)/.installed-test: $(BIN)/python $(SOURCES)
-	$(PIP) ".[test]" -C cmake.define.ONP_CUDA=$(ONP_CUDA)
+	$(PIP) ".[test]" --config-settings=cmake.define.ONP_CUDA=$(ONP_CUDA)
 	touch $@ $(VENV)/.installed
 
 $(VENV)/.installed-bench: $(VENV)/.installed-scatter
-	$(PIP) ".[bench]" -C cmake.define.ONP_CUDA=$(ONP_CUDA)
+	$(PIP) ".[bench]" --config-settings=cmake.define.ONP_CUDA=$(ONP_CUDA)
 	touch $@
 
 $(VENV)/.installed-scatter: $(VENV)/.installed-test
