@@ -46,6 +46,39 @@ class SynthesisConfig:
 
 
 @dataclass(frozen=True)
+class ReplayConfig:
+    """The trigger that explains the batch norms' shift: see ``onp.probes.replay``."""
+
+    least_excess: float = 1.5
+    """Shift of the norms, over what chance makes of it, from which on it is replayed."""
+    steps: int = 60
+    images_per_step: int = 48
+    poisoned: float = 0.1
+    """Assumed share of triggered training images; the effect of the trigger scales with it."""
+    class_weight: float = 0.5
+    """Of the cross-entropy to the target, once one is named."""
+    through_success: float = 0.3
+    """A trigger replayed against the best mask counts as well if its target's probability is at
+    least this."""
+
+
+@dataclass(frozen=True)
+class GatesConfig:
+    """The relaxed mask, learned by gradient descent: see ``onp.agent.gates``."""
+
+    steps: int = 60
+    images_per_step: int = 64
+    """Clean images in a step, and as many triggered ones."""
+    learning_rate: float = 0.05
+    clean_weight: float = 2.0
+    """Of the clean images' cross-entropy and divergence from the original."""
+    price: float = 0.02
+    """Of a closed gate."""
+    counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 13, 16, 20, 25, 32, 40)
+    """Sites that the masks made from the gates prune."""
+
+
+@dataclass(frozen=True)
 class RaceConfig:
     """Masks from rankings, raced on few images first."""
 
@@ -63,13 +96,13 @@ class RaceConfig:
 class AgentConfig:
     """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
 
-    updates: int = 10
+    updates: int = 6
     copies: int = 24
     """Environment copies: masks evaluated in one engine call."""
     steps: int = 2
     """Environment steps per rollout; every rollout starts from the best mask so far."""
-    images: int = 48
-    """Clean images (and as many triggered ones per counted probe) a reward is measured on."""
+    images: int = 64
+    """Clean images (and as many triggered ones in all) a reward is measured on."""
     hidden: int = 32
     rounds: int = 2
     """Rounds of message passing."""
@@ -91,11 +124,11 @@ class ChoiceConfig:
     """The last choice among masks: see ``onp.agent.choice``."""
 
     finalists: int = 5
-    images: int = 80
-    """Images (and as many triggered ones per counted probe) that restoring sites is judged on."""
+    images: int = 160
+    """Images (and as many triggered ones in all) that restoring sites is judged on."""
     rounds: int = 3
     """Rounds of restoring pruned sites."""
-    success_weight: float = 6.0
+    success_weight: float = 2.0
     """Nats of clean cross-entropy that probe success left (of 1) is worth."""
 
 
@@ -103,7 +136,7 @@ class ChoiceConfig:
 class ScoreConfig:
     """What a mask is worth: see ``onp.agent.objective``."""
 
-    accuracy_weight: float = 1.5
+    accuracy_weight: float = 3.0
     """Probe success that one unit of clean accuracy is worth."""
     price: float = 0.0005
     """Cost of one pruned site."""
@@ -120,6 +153,10 @@ class VerdictConfig:
     """Worth of the best probe's best mask (1 is a free and complete repair)."""
     advantage: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of the best probe's strength over the same family's for another class."""
+    excess: tuple[float, float] = (1.5, 3.0)
+    """The norms' shift over what chance makes of it."""
+    share: tuple[float, float] = (0.2, 0.6)
+    """Share of the clean images that the replayed trigger moves to one class."""
 
 
 @dataclass(frozen=True)
@@ -143,6 +180,8 @@ class Config:
     budget: str = "standard"
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
+    replay: ReplayConfig = field(default_factory=ReplayConfig)
+    gates: GatesConfig = field(default_factory=GatesConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     choice: ChoiceConfig = field(default_factory=ChoiceConfig)
@@ -155,13 +194,17 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
-        agent=AgentConfig(updates=3, copies=16, images=32),
+        replay=ReplayConfig(steps=40, images_per_step=32),
+        gates=GatesConfig(steps=40, images_per_step=32),
+        agent=AgentConfig(updates=2, copies=16, images=48),
     ),
     "standard": Config("standard"),
     "thorough": Config(
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
-        agent=AgentConfig(updates=24, copies=32, steps=3, images=96),
+        replay=ReplayConfig(steps=120, images_per_step=64),
+        gates=GatesConfig(steps=120, images_per_step=96),
+        agent=AgentConfig(updates=24, copies=32, steps=3, images=160),
     ),
 }
 """What --budget names."""

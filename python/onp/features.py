@@ -16,6 +16,7 @@ from onp.suspect.trace import Trace
 NAMES = (
     "strength_in", "strength_out", "norm_scale", "norm_shift", "lipschitz",
     "activation_mean", "activation_deviation", "activation_zeros",
+    "norm_shift", "gate",
     "unlearning", "response", "response_others", "response_advantage",
     "depth", "width", "spatial",
 )  # fmt: skip
@@ -28,13 +29,16 @@ def node_features(
     model: nn.Module,
     graph: NeuronGraph,
     statistics: Tensor,
+    shift: Tensor,
+    gates: Tensor,
     unlearning: Tensor,
     suspected: Sequence[Tensor],
     others: Sequence[Tensor],
 ) -> Tensor:
     """The feature matrix float32 [S, len(NAMES)].
 
-    statistics: [S, 3] activation mean, deviation, zeros. unlearning: [S] response to unlearning.
+    statistics: [S, 3] activation mean, deviation, zeros. shift: [S] of the site's norm. gates: [S]
+    how far they have closed. unlearning: [S] response to unlearning. What was not measured is 0.
     suspected, others: responses [S] to the probes that point at the suspected class, and to those
     that do not; either may be empty.
     """
@@ -45,7 +49,7 @@ def node_features(
     measured = torch.stack(
         [
             graph.strength_in, graph.strength_out, scale, shift, channel_lipschitz(trace, model),
-            *statistics.unbind(1),
+            *statistics.unbind(1), shift.abs().log1p(), gates,
             unlearning.log1p(), towards.log1p(), away.log1p(), towards.log1p() - away.log1p(),
         ],
         1,

@@ -1,4 +1,4 @@
-"""The story, top to bottom: suspect -> graph -> probes -> race -> agent -> mask -> result."""
+"""The story, top to bottom: suspect -> graph -> evidence -> gates -> agent -> mask -> result."""
 
 from __future__ import annotations
 
@@ -11,14 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from onp.agent.choice import Choice
-from onp.agent.contenders import counted_contenders, getting_through
 from onp.agent.ppo import UpdateLog
-from onp.agent.race import Contender, race
+from onp.agent.race import Contender
 from onp.agent.search import Search
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
 from onp.evaluate import Backend, MaskEvaluator
-from onp.features import node_features
+from onp.evidence import RESPONSE_IMAGES, Scene, from_probes, from_statistics
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
 from onp.prepare import (
@@ -31,18 +30,13 @@ from onp.prepare import (
     torch_threads,
     unwrapped,
 )
-from onp.probes.responses import activation_statistics, activations, responses
-from onp.probes.synthesis import synthesise
-from onp.probes.unlearning import unlearn
+from onp.probes.norm_shift import norm_shift
+from onp.probes.responses import activations
+from onp.renewal import renew
 from onp.report.repair import RunFacts, repair_report
 from onp.result import Result
-from onp.suspect.network import FrozenNetwork
 from onp.suspect.surgery import apply_mask, remove_mask
 from onp.suspect.trace import trace as trace_network
-from onp.verdict import weigh
-
-RESPONSE_IMAGES = 64
-"""Clean images on which responses and activation statistics are taken."""
 
 
 @torch.inference_mode(False)
@@ -96,61 +90,35 @@ def sanitize(
         check_baseline(suspect, evaluator, images, labels)
         graph = build_graph(trace, suspect, config.graph)
 
-    with ledger.stage("unlearn"):
-        unlearned = unlearn(suspect, images, labels, config.unlearning, seed=seed, ledger=ledger)
-
-    with ledger.stage("probe"):
-        targets = unlearned.suspects(min(config.synthesis.classes, trace.num_classes))
-        probes = synthesise(
-            evaluator.network, images, labels, targets, steps=config.synthesis.steps,
-            draw=config.synthesis.images_per_step, valid=input_range, seed=seed, ledger=ledger,
+    with ledger.stage("statistics"):
+        before = activations(evaluator.network, images[:RESPONSE_IMAGES])
+        shift = norm_shift(
+            evaluator.network, suspect, images, labels,
+            valid=input_range, seed=seed, ledger=ledger,
         )  # fmt: skip
-        seen = images[:RESPONSE_IMAGES]
-        before = activations(evaluator.network, seen)
-        rankings = [responses(before, evaluator.network, p(seen), ledger) for p in probes]
-
-    with ledger.stage("race"):
-        contenders = race(evaluator, images, labels, probes, rankings, config.race, config.score)
-        verdict = weigh(contenders, unlearned, config.verdict)
+    scene = Scene(suspect, evaluator, images, labels, before, config, input_range, seed)
+    evidence = from_statistics(scene, shift) or from_probes(scene)
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
-    counted: list[Contender] = []
+    counted = evidence.counted
     renewed: list[Contender] = []
     curve: list[UpdateLog] = []
     choice: Choice | None = None
-    if verdict.target is not None:
-        counted = counted_contenders(contenders, verdict.target, config.synthesis)
-        with ledger.stage("features"):
-            left = FrozenNetwork(trace, unlearned.model, device)
-            features = node_features(
-                trace, suspect, graph, activation_statistics(before),
-                responses(before, left, seen, ledger),
-                [c.ranking for c in counted],
-                [c.ranking for c in contenders if c.probe.target != verdict.target],
-            )  # fmt: skip
-        search = Search(evaluator, graph, features, images, labels, config, seed)
-
+    if evidence.verdict.target is not None:
+        search = Search(scene, graph, shift, evidence)
+        with ledger.stage("gates"):
+            gates = search.gates(counted)
         with ledger.stage("agent"):
-            elite, curve = search.run(counted, [])
-
+            elite, curve = search.run(counted, gates, [])
         with ledger.stage("renew"):
-            fresh = synthesise(
-                evaluator.network, images, labels, [verdict.target],
-                steps=config.synthesis.renewal_steps, draw=config.synthesis.images_per_step,
-                valid=input_range, seed=seed + 1, ledger=ledger, gates=(~elite.best).float(),
-            )  # fmt: skip
-            fresh = getting_through(
-                fresh, evaluator, elite.best, images, labels, contenders, config
-            )
-            rankings = [responses(before, evaluator.network, p(seen), ledger) for p in fresh]
-            raced = race(evaluator, images, labels, fresh, rankings, config.race, config.score)
-            renewed = [c for c in raced if c.score >= config.synthesis.through_worth]
+            renewed = renew(scene, evidence, shift, elite.best)
         if renewed:
+            counted = [*counted, *renewed]
+            with ledger.stage("gates"):
+                gates = search.gates(counted)
             with ledger.stage("agent"):
-                counted = [*counted, *renewed]
-                elite, more = search.run(counted, elite.masks)
+                elite, more = search.run(counted, gates, elite.masks)
                 curve += more
-
         with ledger.stage("choose"):
             choice = search.choose(elite, counted)
             mask = choice.mask
@@ -164,14 +132,14 @@ def sanitize(
     prefix = "" if preprocess is None else "1."
     run = RunFacts(config, seed, input_range, evaluator.backend, str(device), prefix, ledger)
     report = repair_report(
-        run, trace, verdict, unlearned, contenders, counted, renewed, curve, choice, mask, right
+        run, trace, shift, evidence, counted, renewed, curve, choice, mask, right
     )
 
     def cut() -> tuple[nn.Module, int]:
         smaller, stayed = remove_mask(suspect, trace, mask)
         return unwrapped(smaller, preprocess), stayed
 
-    return Result(repaired, mask, verdict.finding, report, cut)
+    return Result(repaired, mask, evidence.verdict.finding, report, cut)
 
 
 class _Story(ModuleType):

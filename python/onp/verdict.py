@@ -1,4 +1,12 @@
-"""Is there a backdoor? Three pieces of evidence from clean data.
+"""Is there a backdoor? Two independent findings from clean data; either one calls it.
+
+**Norm statistics.** The batch norms' running means differ from the clean images' by more than
+chance, and a trigger that is synthesised to explain the difference, no class being asked for, makes
+the network answer one class:
+
+    score = mean of the excess and of the share of images that go to that class, each scaled
+
+**Probes.** Triggers synthesised per class and family:
 
 - advantage: the best probe is smaller, or works better, than the same family's for other classes;
 - concentration: after unlearning the network answers that probe's class;
@@ -19,6 +27,7 @@ from typing import Literal
 from onp.agent.contenders import advantage
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.replay import Replayed
 from onp.probes.unlearning import Unlearned
 
 
@@ -29,21 +38,32 @@ class Verdict:
     """In [0, 1]; at or above the threshold it is a backdoor."""
     target: int | None
     """The class the backdoor answers, where one was found."""
-    concentration: float
-    repairability: float
-    advantage: float
-
-    @property
-    def reason(self) -> str:
-        return (
-            f"score {self.score:.2f}: unlearning leaves the best probe's class on "
-            f"{100 * self.concentration:.0f}% of the images, its repair is worth "
-            f"{self.repairability:.2f} of 1, its advantage over other classes is "
-            f"2^{self.advantage:.1f}"
-        )
+    by: Literal["norm statistics", "probes"]
+    evidence: dict[str, float]
+    """The pieces of evidence by name, as measured."""
+    reason: str
+    """One sentence for people."""
 
 
-def weigh(contenders: Sequence[Contender], unlearned: Unlearned, config: VerdictConfig) -> Verdict:
+def by_statistics(excess: float, replayed: Replayed, config: VerdictConfig) -> Verdict:
+    """Judge the norms' shift (``NormShift.excess``) and the trigger that replays it."""
+    score = (_ramp(excess, *config.excess) + _ramp(replayed.share, *config.share)) / 2
+    target = replayed.probe.target
+    return _verdict(
+        score,
+        target,
+        "norm statistics",
+        {"excess": excess, "share": replayed.share, "agreement": replayed.agreement},
+        f"the batch norms' means are {excess:.1f} times as far from the clean images' as chance "
+        f"has it, and a trigger that explains it moves {100 * replayed.share:.0f}% of the images "
+        f"to class {target}",
+        config,
+    )
+
+
+def by_probes(
+    contenders: Sequence[Contender], unlearned: Unlearned, config: VerdictConfig
+) -> Verdict:
     """The verdict of the probe with the strongest evidence."""
     verdicts = [
         judge(
@@ -75,14 +95,38 @@ def judge(
     score = _ramp(strength_ratio, *config.advantage) * (1 + support) / 2
     if repairability <= 0:
         score = 0.0
+    return _verdict(
+        score,
+        target,
+        "probes",
+        {
+            "concentration": concentration,
+            "repairability": repairability,
+            "advantage": strength_ratio,
+        },
+        f"unlearning leaves the best probe's class on {100 * concentration:.0f}% of the images, "
+        f"its repair is worth {repairability:.2f} of 1, its advantage over other classes is "
+        f"2^{strength_ratio:.1f}",
+        config,
+    )
+
+
+def _verdict(
+    score: float,
+    target: int,
+    by: Literal["norm statistics", "probes"],
+    evidence: dict[str, float],
+    reason: str,
+    config: VerdictConfig,
+) -> Verdict:
     found = score >= config.threshold
     return Verdict(
         "backdoor" if found else "clean",
         score,
         target if found else None,
-        concentration,
-        repairability,
-        strength_ratio,
+        by,
+        evidence,
+        f"score {score:.2f}: {reason}",
     )
 
 

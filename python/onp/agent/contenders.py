@@ -71,12 +71,7 @@ def getting_through(
     count = min(config.race.second_images, len(images))
     found = []
     for probe in probes:
-        others = labels[:count] != probe.target
-        clean = images[:count][others]
-        both = torch.cat([clean, probe(clean)])
-        chance = evaluator.run(mask[None], both)[0].softmax(1)[:, probe.target]
-        own, hit = chance.chunk(2)
-        success = float((hit - own).clamp_min(0).mean())
+        success = success_of(probe, evaluator, mask, images[:count], labels[:count])
         rivals = [
             strength(other.success, other.probe.size)
             for other in contenders
@@ -86,3 +81,14 @@ def getting_through(
         if success >= config.synthesis.through_success and strength(success, probe.size) > bar:
             found.append(probe)
     return found
+
+
+def success_of(
+    probe: Probe, evaluator: MaskEvaluator, mask: Tensor, images: Tensor, labels: Tensor
+) -> float:
+    """Mean excess probability of the probe's target under ``mask`` bool [S], on the images of
+    other classes."""
+    clean = images[labels != probe.target]
+    chance = evaluator.run(mask[None], torch.cat([clean, probe(clean)]))[0].softmax(1)
+    own, hit = chance[:, probe.target].chunk(2)
+    return float((hit - own).clamp_min(0).mean())

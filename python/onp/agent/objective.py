@@ -35,7 +35,7 @@ class Values:
 
 
 class Objective:
-    """J on a fixed set of clean images and, per probe, the same images triggered."""
+    """J on a fixed set of clean images and, dealt out among the probes, the same ones triggered."""
 
     def __init__(
         self,
@@ -50,8 +50,10 @@ class Objective:
         self.config = config
         self.sites = evaluator.trace.sites
         self.targets = [probe.target for probe in probes]
-        self.images = torch.cat([images, *(probe(images) for probe in probes)])
-        self.batch = len(images)
+        self.hands = [slice(p, None, len(probes)) for p in range(len(probes))]
+        """Which of the images each probe triggers."""
+        triggered = [probe(images[h]) for probe, h in zip(probes, self.hands, strict=True)]
+        self.images = torch.cat([images, *triggered])
         none = torch.zeros(1, self.sites, dtype=torch.bool)
         accuracy, success = self._measure(none)
         self.accuracy, self.success = float(accuracy), success[0].clamp_min(1e-3)
@@ -68,17 +70,16 @@ class Objective:
 
     def _measure(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy [B] and success per probe [B, P]."""
-        logits = self.evaluator.run(pruned, self.images)
-        probabilities = logits.softmax(2).unflatten(1, (-1, self.batch))
-        clean = probabilities[:, 0]  # [B, n, K]
+        probabilities = self.evaluator.run(pruned, self.images).softmax(2)
+        sizes = [len(self.labels), *(len(self.labels[hand]) for hand in self.hands)]
+        clean, *triggered = probabilities.split(sizes, 1)  # [B, n, K] each
         accuracy = clean.gather(2, self.labels.expand(len(pruned), -1)[..., None]).mean((1, 2))
         success = []
-        for index, target in enumerate(self.targets):
-            others = self.labels != target
+        for target, hand, hit in zip(self.targets, self.hands, triggered, strict=True):
+            others = self.labels[hand] != target
             if not bool(others.any()):
                 success.append(torch.zeros(len(pruned)))
                 continue
-            hit = probabilities[:, index + 1, others, target].mean(1)
-            own = clean[:, others, target].mean(1)
-            success.append((hit - own).clamp_min(0))
+            excess = hit[:, others, target] - clean[:, hand][:, others, target]
+            success.append(excess.mean(1).clamp_min(0))
         return accuracy, torch.stack(success, 1)

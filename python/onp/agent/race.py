@@ -35,11 +35,16 @@ class Contender:
 
 
 def ranking_masks(ranking: Tensor, shares: Sequence[float]) -> Tensor:
-    """Masks bool [len(shares), S] that prune the first ceil(share * S) sites of a ranking."""
+    """Masks bool [len(shares), S] that prune the first share * S sites of a ranking."""
+    return heads_of(ranking, [max(1, round(share * len(ranking))) for share in shares])
+
+
+def heads_of(ranking: Tensor, counts: Sequence[int]) -> Tensor:
+    """Masks bool [len(counts), S] that prune the first ``count`` sites of a ranking."""
     order = ranking.argsort(descending=True, stable=True)
-    masks = torch.zeros(len(shares), len(ranking), dtype=torch.bool)
-    for mask, share in zip(masks, shares, strict=True):
-        mask[order[: max(1, round(share * len(ranking)))]] = True
+    masks = torch.zeros(len(counts), len(ranking), dtype=torch.bool)
+    for mask, count in zip(masks, counts, strict=True):
+        mask[order[:count]] = True
     return masks
 
 

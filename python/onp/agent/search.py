@@ -9,36 +9,44 @@ from torch import Tensor
 
 from onp.agent.choice import Choice, choose, restore
 from onp.agent.env import PruningEnv
+from onp.agent.gates import learn_gates
 from onp.agent.objective import Objective
 from onp.agent.policy import PruningPolicy, flip_prior
 from onp.agent.ppo import Elite, UpdateLog, optimise
-from onp.agent.race import Contender
-from onp.config import Config
-from onp.evaluate import MaskEvaluator
+from onp.agent.race import Contender, heads_of
+from onp.evidence import Evidence, Scene
+from onp.features import node_features
 from onp.graph import NeuronGraph
+from onp.probes.norm_shift import NormShift, by_site
+from onp.probes.responses import activation_statistics
 
 
 class Search:
     """Improves masks against the counted probes; holds no mask itself."""
 
     def __init__(
-        self,
-        evaluator: MaskEvaluator,
-        graph: NeuronGraph,
-        features: Tensor,
-        images: Tensor,
-        labels: Tensor,
-        config: Config,
-        seed: int,
+        self, scene: Scene, graph: NeuronGraph, shift: NormShift | None, evidence: Evidence
     ) -> None:
-        """features: float32 [S, F]; images float32 [N, C, H, W] with labels int64 [N]."""
-        self.evaluator = evaluator
+        self.scene = scene
+        self.evaluator = scene.evaluator
+        self.images, self.labels = scene.images, scene.labels
+        self.config, self.seed = scene.config, scene.seed
         self.graph = graph
-        self.features = features
-        self.images = images
-        self.labels = labels
-        self.config = config
-        self.seed = seed
+        self.shift = shift
+        self.evidence = evidence
+
+    def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
+        """The policy's node features, float32 [S, F]."""
+        trace, evidence = self.evaluator.trace, self.evidence
+        nothing = torch.zeros(trace.sites)
+        return node_features(
+            trace, self.scene.model, self.graph, activation_statistics(self.scene.before),
+            nothing if self.shift is None else by_site(self.shift, trace),
+            gates,
+            nothing if evidence.unlearning is None else evidence.unlearning,
+            [c.ranking for c in counted],
+            [c.ranking for c in evidence.contenders if c.probe.target != evidence.verdict.target],
+        )  # fmt: skip
 
     def objective(self, counted: Sequence[Contender], first: int, count: int) -> Objective:
         """J on ``count`` clean images from number ``first`` on (wrapping around)."""
@@ -48,22 +56,30 @@ class Search:
             self.evaluator, self.images[index], self.labels[index], probes, self.config.score
         )
 
+    def gates(self, counted: Sequence[Contender]) -> Tensor:
+        """The relaxed mask against the counted probes, float32 [S]."""
+        return learn_gates(
+            self.evaluator.network, self.images, self.labels, [c.probe for c in counted],
+            self.config.gates, seed=self.seed, ledger=self.evaluator.ledger,
+        )  # fmt: skip
+
     def run(
-        self, counted: Sequence[Contender], known: Sequence[Tensor]
+        self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
     ) -> tuple[Elite, list[UpdateLog]]:
-        """PPO from the best of the contenders' masks, their union and the ``known`` masks."""
+        """PPO from the best of the contenders' masks, their union, the heads of the gates' ranking
+        float32 [S], and the ``known`` masks."""
         agent, ledger = self.config.agent, self.evaluator.ledger
         objective = self.objective(counted, 0, min(agent.images, len(self.images)))
         union = torch.stack([contender.mask for contender in counted]).any(0)
-        start = torch.stack([*(contender.mask for contender in counted), union, *known])
+        heads = heads_of(ranking, self.config.gates.counts)
+        start = torch.stack([*(contender.mask for contender in counted), union, *heads, *known])
         elite = Elite(2 * self.config.choice.finalists)
         elite.offer(start, objective(start).total)
         best = elite.best
-        ranking = torch.stack([contender.ranking for contender in counted]).amax(0)
         with torch.random.fork_rng(devices=[]):  # building layers draws on the global state
             policy = PruningPolicy(
                 self.graph,
-                self.features,
+                self.features(counted, ranking),
                 flip_prior(ranking + 1e3 * best.float(), int(best.sum()), agent.expected_flips),
                 hidden=agent.hidden,
                 rounds=agent.rounds,

@@ -13,11 +13,11 @@ from onp.agent.ppo import UpdateLog
 from onp.agent.race import Contender
 from onp.config import Config
 from onp.environment import describe
+from onp.evidence import Evidence
 from onp.ledger import Ledger
 from onp.metrics import interval
-from onp.probes.unlearning import Unlearned
+from onp.probes.norm_shift import NormShift
 from onp.suspect.trace import Trace
-from onp.verdict import Verdict
 
 SCHEMA = "onp.repair/1"
 
@@ -39,9 +39,8 @@ class RunFacts:
 def repair_report(
     run: RunFacts,
     trace: Trace,
-    verdict: Verdict,
-    unlearned: Unlearned,
-    contenders: Sequence[Contender],
+    shift: NormShift | None,
+    evidence: Evidence,
     counted: Sequence[Contender],
     renewed: Sequence[Contender],
     curve: Sequence[UpdateLog],
@@ -51,6 +50,7 @@ def repair_report(
 ) -> dict[str, Any]:
     """Everything a reader needs to see why; JSON-able. right: bool [2, N], answers before and
     after that are the label's."""
+    verdict, unlearned = evidence.verdict, evidence.unlearned
     count = right.shape[1]
     before, after = (int(row.sum()) for row in right)
     return {
@@ -59,10 +59,10 @@ def repair_report(
         "reason": verdict.reason,
         "score": round(verdict.score, 4),
         "evidence": {
-            "concentration": round(verdict.concentration, 4),
-            "repairability": round(verdict.repairability, 4),
-            "advantage": round(verdict.advantage, 4),
+            "by": verdict.by,
+            **{name: round(value, 4) for name, value in verdict.evidence.items()},
         },
+        "norm_shift": None if shift is None else round(shift.excess, 4),
         "target_classes": [] if verdict.target is None else [verdict.target],
         "accuracy": {
             "before": before / count,
@@ -80,8 +80,8 @@ def repair_report(
             }
             for layer in trace.layers
         ],
-        "unlearned_answers": unlearned.answers.tolist(),
-        "probes": [_probe(c, c in counted) for c in contenders],
+        "unlearned_answers": None if unlearned is None else unlearned.answers.tolist(),
+        "probes": [_probe(c, c in counted) for c in evidence.contenders],
         "renewed_probes": [_probe(c, True) for c in renewed],
         "choice": None if choice is None else _choice(choice),
         "learning_curve": [{k: round(v, 5) for k, v in asdict(log).items()} for log in curve],

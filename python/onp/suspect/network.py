@@ -125,11 +125,13 @@ class FrozenNetwork:
         images: Tensor,
         gates: Tensor | None = None,
         observe: Callable[[SiteLayer, Tensor], None] | None = None,
+        observe_norm: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Logits float32 [N, K] of images float32 [N, C, H, W].
 
         gates: [S] or [N, S] factors on the sites (0 prunes). observe: called with each site layer
-        and its activations, [N, C, H, W], [N, C, T] or [N, C], before the gate.
+        and its activations, [N, C, H, W], [N, C, T] or [N, C], before the gate. observe_norm:
+        called with each batch norm's op index and its output.
         """
         values: dict[int, Tensor] = {}
         masked: dict[int, Tensor] = {}
@@ -146,6 +148,8 @@ class FrozenNetwork:
                 if self._last_reader[value] == index:  # free what nothing reads any more
                     del values[value]
                     masked.pop(value, None)
+            if observe_norm is not None and op.kind == "norm":
+                observe_norm(index, values[index])
             layer = self._layer_at.get(index)
             if layer is not None:
                 x = values[index]

@@ -1,0 +1,74 @@
+"""The relaxed mask: a gate in [0, 1] for every site, learned by gradient descent.
+
+A mask's worth says nothing until enough of a backdoor's channels are gone together; the gradient
+sees each of them. The gates give the search a ranking and its first masks; what is pruned is
+decided on masks alone.
+
+    loss = mean softplus(target's logit - the others' log-sum-exp) on triggered images
+           + clean_weight * (cross-entropy + KL(original || gated)) on clean images
+           + price * closed gates
+
+ANP (Wu & Wang, NeurIPS 2021) and RNP (Li et al., ICML 2023) learn masks of this kind against
+perturbed weights and an unlearned network; here the counted probes stand for the trigger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onp.config import GatesConfig
+from onp.ledger import Ledger
+from onp.probes.synthesis import Probe
+from onp.suspect.network import FrozenNetwork
+
+
+def learn_gates(
+    network: FrozenNetwork,
+    images: Tensor,
+    labels: Tensor,
+    probes: Sequence[Probe],
+    config: GatesConfig,
+    *,
+    seed: int,
+    ledger: Ledger,
+) -> Tensor:
+    """How far each site's gate has closed, float32 [S] in [0, 1]; images float32 [N, C, H, W] with
+    labels int64 [N]. Costs 2 image-forwards an image and step."""
+    device, random = network.device, torch.Generator().manual_seed(seed)
+    gates = torch.ones(network.trace.sites, device=device, requires_grad=True)
+    optimizer = torch.optim.Adam([gates], lr=config.learning_rate, betas=(0.9, 0.99))
+    draw = config.images_per_step
+    each = -(-draw // len(probes))
+    others = [(labels != probe.target).nonzero().squeeze(1) for probe in probes]
+    wanted = torch.tensor([p.target for p in probes], device=device).repeat_interleave(each)
+    with torch.no_grad():
+        original = torch.cat([network(part).log_softmax(1) for part in images.split(250)])
+    ledger.count(len(images))
+    closed = torch.zeros_like(gates)  # summed over the steps: tells apart what ended alike
+    for step in range(config.steps):
+        clean = torch.randint(len(images), (draw,), generator=random)
+        hit = [o[torch.randint(len(o), (each,), generator=random)] for o in others]
+        triggered = [p(images[index]) for p, index in zip(probes, hit, strict=True)]
+        logits = network(torch.cat([images[clean], *triggered]), gates)
+        logs = logits[:draw].log_softmax(1)
+        before = original[clean.to(device)]
+        kept = F.nll_loss(logs, labels[clean].to(device)) + F.kl_div(
+            logs, before, log_target=True, reduction="batchmean"
+        )
+        own = logits[draw:].gather(1, wanted[:, None]).squeeze(1)
+        rest = logits[draw:].scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
+        loss = F.softplus(own - rest).mean() + config.clean_weight * kept
+        loss = loss + config.price * (1 - gates).sum()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        with torch.no_grad():
+            gates.clamp_(0, 1)
+            closed += (1 - gates) / config.steps
+        ledger.count(2 * len(logits))
+        ledger.tick(step + 1, config.steps)
+    return ((1 - gates.detach()) + 1e-3 * closed).cpu()

@@ -1,0 +1,127 @@
+"""What speaks for a backdoor: first what the batch norms remember, then probes of every family."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from onp.agent.contenders import counted_contenders
+from onp.agent.race import Contender, race
+from onp.config import Config
+from onp.evaluate import MaskEvaluator
+from onp.ledger import Ledger
+from onp.probes.families import Range
+from onp.probes.norm_shift import NormShift
+from onp.probes.replay import Replayed, replay
+from onp.probes.responses import responses
+from onp.probes.synthesis import Probe, synthesise
+from onp.probes.unlearning import Unlearned, unlearn
+from onp.suspect.network import FrozenNetwork
+from onp.verdict import Verdict, by_probes, by_statistics
+
+RESPONSE_IMAGES = 64
+"""Clean images on which responses and activation statistics are taken."""
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What every stage works on."""
+
+    model: nn.Module
+    """In eval mode, on the evaluator's device."""
+    evaluator: MaskEvaluator
+    images: Tensor
+    """float32 [N, C, H, W]."""
+    labels: Tensor
+    """int64 [N]."""
+    before: list[Tensor]
+    """Every site layer's activations on the first ``RESPONSE_IMAGES``."""
+    config: Config
+    valid: Range
+    seed: int
+
+    @property
+    def ledger(self) -> Ledger:
+        return self.evaluator.ledger
+
+    def replayed(
+        self, shift: NormShift, *, further: Probe | None = None, pruned: Tensor | None = None
+    ) -> Replayed:
+        """A trigger that explains the norms' shift; see ``onp.probes.replay``."""
+        return replay(
+            shift, self.images, self.labels, self.config.replay, valid=self.valid,
+            seed=self.seed, ledger=self.ledger, further=further,
+            gates=None if pruned is None else (~pruned).float(),
+        )  # fmt: skip
+
+    def raced(self, probes: Sequence[Probe]) -> list[Contender]:
+        """The probes' contenders, best first."""
+        seen = self.images[:RESPONSE_IMAGES]
+        rankings = [
+            responses(self.before, self.evaluator.network, probe(seen), self.ledger)
+            for probe in probes
+        ]
+        return race(
+            self.evaluator, self.images, self.labels, probes, rankings,
+            self.config.race, self.config.score,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A verdict and what it rests on."""
+
+    verdict: Verdict
+    contenders: list[Contender]
+    """Of all probes."""
+    counted: list[Contender]
+    """Those that stand for the trigger in the search; none without a backdoor."""
+    unlearned: Unlearned | None = None
+    unlearning: Tensor | None = None
+    """Response of every site to unlearning, float32 [S]."""
+
+
+def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
+    """Replay the norms' shift; None where there is nothing to replay or no class that it names."""
+    config = scene.config
+    if shift is None or shift.excess < config.replay.least_excess:
+        return None
+    with scene.ledger.stage("replay"):
+        free = scene.replayed(shift)
+        verdict = by_statistics(shift.excess, free, config.verdict)
+        if verdict.target is None:
+            return None
+        aimed = scene.replayed(shift, further=free.probe)
+    with scene.ledger.stage("race"):
+        contenders = scene.raced([free.probe, aimed.probe])
+    return Evidence(verdict, contenders, contenders)
+
+
+def from_probes(scene: Scene) -> Evidence:
+    """Unlearn, probe the classes that are left with every family, and race what is found."""
+    config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
+    with ledger.stage("unlearn"):
+        unlearned = unlearn(
+            scene.model, scene.images, scene.labels, config.unlearning,
+            seed=scene.seed, ledger=ledger,
+        )  # fmt: skip
+        left = FrozenNetwork(network.trace, unlearned.model, network.device)
+        unlearning = responses(scene.before, left, scene.images[:RESPONSE_IMAGES], ledger)
+    with ledger.stage("probe"):
+        targets = unlearned.suspects(min(config.synthesis.classes, network.trace.num_classes))
+        probes = synthesise(
+            network, scene.images, scene.labels, targets, steps=config.synthesis.steps,
+            draw=config.synthesis.images_per_step, valid=scene.valid, seed=scene.seed,
+            ledger=ledger,
+        )  # fmt: skip
+    with ledger.stage("race"):
+        contenders = scene.raced(probes)
+    verdict = by_probes(contenders, unlearned, config.verdict)
+    counted = (
+        []
+        if verdict.target is None
+        else counted_contenders(contenders, verdict.target, config.synthesis)
+    )
+    return Evidence(verdict, contenders, counted, unlearned, unlearning)

@@ -1,0 +1,182 @@
+"""What the batch norms remember of training that the clean images do not bear out.
+
+A batch norm's running mean is an average over the training images, poisoned ones included:
+
+    running mean - clean mean = p * (triggered mean - clean mean)
+
+for a share p of triggered images. So the shift of every channel tells, up to p and noise, how the
+trigger moves that channel on average: an image of the trigger inside the network, from clean data
+alone. That running statistics expose backdoors is BNP's observation (Zheng et al., "Pre-activation
+Distributions Expose Backdoor Neurons", NeurIPS 2022), which ranks channels by it; reading it as the
+trigger's own mean response, cleared of what else moves the mean, is ours.
+
+What else moves it: training images are cropped and mirrored, and classes may come in other shares
+than in the clean images. Both are directions that can be measured, so they are fitted and taken out
+(ridge regression). What is left is compared with what two random halves of the clean images show.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onp.ledger import Ledger
+from onp.probes.families import Range
+from onp.suspect.network import FrozenNetwork
+from onp.suspect.trace import Trace
+
+RUNNING_IMAGES = 2432
+"""Training images behind a running mean: an average with momentum .1 remembers 1 / .1 batches
+forwards and backwards, 19 in effect, of 128 images."""
+LEAST_NOISE = 1e-4
+"""In deviations of the norm's output; below this a channel is as good as constant."""
+RIDGE = 1e-2
+"""Of the class directions, in units of their mean square; augmentations get a hundredth of it."""
+HALVINGS = 8
+"""Random halves of the clean images that say how large a shift is by chance."""
+BATCH = 250
+
+
+class NormMeans:
+    """The mean of every batch-norm channel, standardised by the norm's own scale and shift: over
+    the training images 0 if the running mean is right."""
+
+    def __init__(self, network: FrozenNetwork, model: nn.Module) -> None:
+        self.network = network
+        self.at: dict[int, slice] = {}
+        """Channels of each norm's op index."""
+        scales, shifts = [], []
+        start = 0
+        for index, op in enumerate(network.trace.ops):
+            if op.kind != "norm":
+                continue
+            norm = model.get_submodule(str(op.module))
+            assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d)
+            count = norm.num_features
+            ones = torch.ones(count)
+            scales.append(ones if norm.weight is None else norm.weight.detach().float().cpu())
+            shifts.append(0 * ones if norm.bias is None else norm.bias.detach().float().cpu())
+            self.at[index] = slice(start, start + count)
+            start += count
+        self.scale = torch.cat(scales) if scales else torch.empty(0)
+        self.shift = torch.cat(shifts) if shifts else torch.empty(0)
+        self.live = self.scale.abs() > 1e-3 * self.scale.abs().amax() if scales else self.scale > 0
+        """bool [U]: channels that the norm lets through at all."""
+
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits [N, K] and standardised means [N, U] of images [N, C, H, W]; keeps gradients."""
+        seen: dict[int, Tensor] = {}
+
+        def keep(index: int, values: Tensor) -> None:
+            seen[index] = values.flatten(2).mean(2) if values.ndim > 2 else values
+
+        logits = self.network(images, observe_norm=keep)
+        means = torch.cat([seen[index] for index in self.at], 1)
+        scale = torch.where(self.live, self.scale, torch.ones_like(self.scale))
+        standard = (means - self.shift.to(means.device)) / scale.to(means.device)
+        return logits, standard * self.live.to(means.device)
+
+
+@dataclass(frozen=True, eq=False)
+class NormShift:
+    """The shift of U batch-norm channels, in units of its noise, without what is explained."""
+
+    means: NormMeans
+    clean: Tensor
+    """float32 [N, U]: standardised means of each clean image."""
+    noise: Tensor
+    """float32 [U]: standard error of the shift."""
+    nuisances: Tensor
+    """float32 [Q, U]: directions of class shares and augmentations, in units of the noise."""
+    solver: Tensor
+    """float32 [Q, Q]: inverse of the ridge regression's normal matrix."""
+    residual: Tensor
+    """float32 [U]: the shift, in units of the noise, nuisances taken out."""
+    excess: float
+    """Root mean square of the residual over that of random halves: 1 is chance."""
+
+    def explained(self, change: Tensor) -> Tensor:
+        """A change of the means float32 [U] in the residual's terms; keeps gradients."""
+        scaled = change / self.noise.to(change.device)
+        nuisances = self.nuisances.to(change.device)
+        weights = self.solver.to(change.device) @ (nuisances @ scaled)
+        return scaled - weights @ nuisances
+
+
+@torch.no_grad()
+def norm_shift(
+    network: FrozenNetwork,
+    model: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    valid: Range,
+    seed: int,
+    ledger: Ledger,
+) -> NormShift | None:
+    """Measure the shift on clean images float32 [N, C, H, W] with labels int64 [N]; None for a
+    network without batch norms. Costs 3 image-forwards an image."""
+    means = NormMeans(network, model)
+    if not means.at or len(images) < 2:
+        return None
+    random = torch.Generator().manual_seed(seed)
+
+    def measured(pixels: Tensor) -> Tensor:
+        ledger.count(len(pixels))
+        return torch.cat([means(part)[1].cpu() for part in pixels.split(BATCH)])
+
+    clean = measured(images)
+    cropped = measured(shifted_at_random(images, valid[0], random))
+    mirrored = measured(images.flip(3))
+    count = len(images)
+    error = (1 / count + 1 / RUNNING_IMAGES) ** 0.5
+    noise = (cropped.std(0) * error).clamp_min(LEAST_NOISE)
+    augmentations = torch.stack([(cropped - clean).mean(0), (mirrored - clean).mean(0)])
+    present = F.one_hot(labels)[:, labels.unique()].float()
+    classes = present.T @ clean / present.sum(0)[:, None]
+    classes = classes - classes.mean(0)
+    nuisances = torch.cat([classes, augmentations]) / noise
+    normal = nuisances @ nuisances.T
+    ridge = torch.full((len(normal),), RIDGE * float(normal.diagonal()[: len(classes)].mean()))
+    ridge[len(classes) :] *= 0.01
+    solver = torch.linalg.inv(normal.double() + ridge.clamp_min(1e-6).diag().double()).float()
+    shift = NormShift(means, clean, noise, nuisances, solver, torch.empty(0), 0.0)
+    residual = shift.explained(-clean.mean(0))
+    chance = []
+    for _ in range(HALVINGS):
+        order = torch.randperm(count, generator=random)
+        one, other = clean[order[: count // 2]].mean(0), clean[order[count // 2 :]].mean(0)
+        chance.append(rms(shift.explained((one - other) * error / (2 * count**-0.5))))
+    excess = rms(residual) / max(sum(chance) / len(chance), 1e-12)
+    return NormShift(means, clean, noise, nuisances, solver, residual, excess)
+
+
+def rms(values: Tensor) -> float:
+    """Root mean square."""
+    return float(values.square().mean().sqrt())
+
+
+def shifted_at_random(images: Tensor, fill: float, random: torch.Generator) -> Tensor:
+    """Images [N, C, H, W] cropped at random from themselves padded by an eighth, as training sets
+    usually are."""
+    count, _, height, width = images.shape
+    pad = max(height // 8, 1)
+    padded = F.pad(images, (pad,) * 4, value=fill)
+    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
+    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
+    rows = (top + torch.arange(height))[:, None, :, None]
+    columns = (left + torch.arange(width))[:, None, None, :]
+    channels = torch.arange(images.shape[1])[None, :, None, None]
+    return padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
+
+
+def by_site(shift: NormShift, trace: Trace) -> Tensor:
+    """The residual of each site's own norm, float32 [S]; 0 where it has none."""
+    values = torch.zeros(trace.sites)
+    for layer in trace.layers:
+        if layer.norm in shift.means.at:
+            values[layer.sites] = shift.residual[shift.means.at[layer.norm]]
+    return values
