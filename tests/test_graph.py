@@ -81,10 +81,10 @@ def test_features_are_finite_and_normalised_within_the_layer(name: str) -> None:
     traced = trace(model, (3, 32, 32))
     graph = build_graph(traced, model)
     random = torch.Generator().manual_seed(0)
-    response = [torch.rand(traced.sites, generator=random) for _ in range(3)]
+    response = [torch.rand(traced.sites, generator=random) for _ in range(5)]
     statistics = torch.rand(traced.sites, 3, generator=random)
     features = node_features(
-        traced, model, graph, statistics, response[0], response[1:2], response[2:]
+        traced, model, graph, statistics, *response[:3], response[3:4], response[4:]
     )
     assert features.shape == (traced.sites, len(NAMES))
     assert features.isfinite().all()
@@ -92,7 +92,7 @@ def test_features_are_finite_and_normalised_within_the_layer(name: str) -> None:
     column = NAMES.index("response")
     for layer in traced.layers:
         assert float(features[layer.sites, column].mean()) == pytest.approx(0, abs=1e-4)
-    without = node_features(traced, model, graph, statistics, response[0], [], [])
+    without = node_features(traced, model, graph, statistics, *response[:3], [], [])
     assert without.isfinite().all()
     assert not without[:, column].any()
 

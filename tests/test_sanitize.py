@@ -64,7 +64,8 @@ def test_the_report_says_why(repaired: Result) -> None:
     before, after = (report["choice"][f"probe_success_{when}"] for when in ("before", "after"))
     assert max(after) < 0.3 < min(before)
     assert len(report["learning_curve"]) >= report["config"]["agent"]["updates"]
-    stages = {"prepare", "unlearn", "probe", "race", "agent", "renew", "choose"}
+    assert report["evidence"]["by"] == "norm statistics"
+    stages = {"prepare", "statistics", "replay", "race", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
     assert stages < set(report["seconds"])
     assert report["image_forwards"]["total"] == sum(
@@ -204,12 +205,13 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
         synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
         agent=AgentConfig(updates=1, copies=4, images=8),
     )
-    story = sys.modules["onp.sanitize"]
-    found = Verdict("backdoor", 1.0, int(labels[0]), 1.0, 1.0, 1.0)
-    monkeypatch.setattr(story, "weigh", lambda *_: found)
+    found = Verdict("backdoor", 1.0, int(labels[0]), "probes", {}, "taken for granted")
+    story = sys.modules["onp.evidence"]
+    monkeypatch.setattr(story, "by_probes", lambda *_: found)
     monkeypatch.setattr(story, "counted_contenders", lambda contenders, *_: contenders[:2])
+    monkeypatch.setattr(sys.modules["onp.sanitize"], "from_statistics", lambda *_: None)
     result = onp.sanitize(model, [(images, labels)], budget=config)
     assert result.verdict == "backdoor"
-    assert result.report["choice"]["cost"] <= 6.0
+    assert result.report["choice"]["cost"] <= 2.0
     with torch.no_grad():
         assert result.model(images[:2]).isfinite().all()

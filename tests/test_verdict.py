@@ -1,11 +1,15 @@
-"""The verdict needs an advantage over other classes; the rest only supports it."""
+"""Probes need an advantage over other classes; norm statistics an excess and one class."""
 
 from __future__ import annotations
 
 import pytest
+import torch
 
 from onp.config import VerdictConfig
-from onp.verdict import judge
+from onp.probes.additive import Additive
+from onp.probes.replay import Replayed
+from onp.probes.synthesis import Probe
+from onp.verdict import Verdict, by_statistics, judge
 
 CONFIG = VerdictConfig()
 
@@ -31,3 +35,21 @@ def test_the_score_grows_with_each_piece() -> None:
 
 def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:
     assert judge(0, 2.0, 1.0, 0.0, CONFIG).score == 0.0
+
+
+def replayed(excess: float, share: float) -> Verdict:
+    probe = Probe(Additive(), 7, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0)
+    return by_statistics(excess, Replayed(probe, share, 0.9), CONFIG)
+
+
+def test_norm_statistics_call_a_backdoor_where_both_speak() -> None:
+    verdict = replayed(4.0, 0.9)
+    assert (verdict.finding, verdict.target, verdict.score) == ("backdoor", 7, 1.0)
+    assert verdict.evidence == {"excess": 4.0, "share": 0.9, "agreement": 0.9}
+    assert "4.0 times" in verdict.reason
+
+
+@pytest.mark.parametrize(("excess", "share"), [(4.0, 0.2), (1.0, 0.9), (1.3, 0.3)])
+def test_one_alone_is_not_enough(excess: float, share: float) -> None:
+    verdict = replayed(excess, share)
+    assert (verdict.finding, verdict.target) == ("clean", None)

@@ -49,10 +49,11 @@ class SynthesisConfig:
 class ReplayConfig:
     """The trigger that explains the batch norms' shift: see ``onp.probes.replay``."""
 
-    least_excess: float = 1.5
+    least_excess: float = 1.3
     """Shift of the norms, over what chance makes of it, from which on it is replayed."""
     steps: int = 60
-    images_per_step: int = 48
+    images_per_step: int = 32
+    renewal_steps: int = 30
     poisoned: float = 0.1
     """Assumed share of triggered training images; the effect of the trigger scales with it."""
     class_weight: float = 0.5
@@ -66,8 +67,8 @@ class ReplayConfig:
 class GatesConfig:
     """The relaxed mask, learned by gradient descent: see ``onp.agent.gates``."""
 
-    steps: int = 60
-    images_per_step: int = 64
+    steps: int = 50
+    images_per_step: int = 48
     """Clean images in a step, and as many triggered ones."""
     learning_rate: float = 0.05
     clean_weight: float = 2.0
@@ -96,7 +97,7 @@ class RaceConfig:
 class AgentConfig:
     """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
 
-    updates: int = 6
+    updates: int = 4
     copies: int = 24
     """Environment copies: masks evaluated in one engine call."""
     steps: int = 2
@@ -153,7 +154,7 @@ class VerdictConfig:
     """Worth of the best probe's best mask (1 is a free and complete repair)."""
     advantage: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of the best probe's strength over the same family's for another class."""
-    excess: tuple[float, float] = (1.5, 3.0)
+    excess: tuple[float, float] = (1.2, 2.2)
     """The norms' shift over what chance makes of it."""
     share: tuple[float, float] = (0.2, 0.6)
     """Share of the clean images that the replayed trigger moves to one class."""

@@ -50,8 +50,10 @@ class Scene:
         self, shift: NormShift, *, further: Probe | None = None, pruned: Tensor | None = None
     ) -> Replayed:
         """A trigger that explains the norms' shift; see ``onp.probes.replay``."""
+        config = self.config.replay
         return replay(
-            shift, self.images, self.labels, self.config.replay, valid=self.valid,
+            shift, self.images, self.labels, config, valid=self.valid,
+            steps=config.steps if pruned is None else config.renewal_steps,
             seed=self.seed, ledger=self.ledger, further=further,
             gates=None if pruned is None else (~pruned).float(),
         )  # fmt: skip

@@ -10,9 +10,10 @@ alone. That running statistics expose backdoors is BNP's observation (Zheng et a
 Distributions Expose Backdoor Neurons", NeurIPS 2022), which ranks channels by it; reading it as the
 trigger's own mean response, cleared of what else moves the mean, is ours.
 
-What else moves it: training images are cropped and mirrored, and classes may come in other shares
-than in the clean images. Both are directions that can be measured, so they are fitted and taken out
-(ridge regression). What is left is compared with what two random halves of the clean images show.
+What else moves it: training images are cropped, zoomed and mirrored, and classes may come in other
+shares than in the clean images. These are directions that can be measured, so they are fitted and
+taken out (ridge regression). What is left is compared with what random halves of the clean images
+show.
 """
 
 from __future__ import annotations
@@ -37,6 +38,9 @@ RIDGE = 1e-2
 """Of the class directions, in units of their mean square; augmentations get a hundredth of it."""
 HALVINGS = 8
 """Random halves of the clean images that say how large a shift is by chance."""
+CROPS = (16, 8)
+"""Training images may be cropped from themselves padded by a sixteenth or an eighth (2 or 4 pixels
+of 32): the black borders move the means otherwise for each."""
 BATCH = 250
 
 
@@ -118,7 +122,7 @@ def norm_shift(
     ledger: Ledger,
 ) -> NormShift | None:
     """Measure the shift on clean images float32 [N, C, H, W] with labels int64 [N]; None for a
-    network without batch norms. Costs 3 image-forwards an image."""
+    network without batch norms. Costs 5 image-forwards an image."""
     means = NormMeans(network, model)
     if not means.at or len(images) < 2:
         return None
@@ -129,12 +133,15 @@ def norm_shift(
         return torch.cat([means(part)[1].cpu() for part in pixels.split(BATCH)])
 
     clean = measured(images)
-    cropped = measured(shifted_at_random(images, valid[0], random))
-    mirrored = measured(images.flip(3))
+    augmented = [
+        measured(images.flip(3)),
+        measured(zoomed_at_random(images, random)),
+        *(measured(shifted_at_random(images, valid[0], part, random)) for part in CROPS),
+    ]
     count = len(images)
     error = (1 / count + 1 / RUNNING_IMAGES) ** 0.5
-    noise = (cropped.std(0) * error).clamp_min(LEAST_NOISE)
-    augmentations = torch.stack([(cropped - clean).mean(0), (mirrored - clean).mean(0)])
+    noise = (augmented[-1].std(0) * error).clamp_min(LEAST_NOISE)
+    augmentations = torch.stack([(other - clean).mean(0) for other in augmented])
     present = F.one_hot(labels)[:, labels.unique()].float()
     classes = present.T @ clean / present.sum(0)[:, None]
     classes = classes - classes.mean(0)
@@ -145,12 +152,17 @@ def norm_shift(
     solver = torch.linalg.inv(normal.double() + ridge.clamp_min(1e-6).diag().double()).float()
     shift = NormShift(means, clean, noise, nuisances, solver, torch.empty(0), 0.0)
     residual = shift.explained(-clean.mean(0))
+    # Fitted class shares weigh the clean images unevenly, which makes their mean noisier.
+    weights = solver @ (nuisances @ (-clean.mean(0) / noise))
+    present /= present.sum(0)
+    each = (1 / count + present @ weights[: len(classes)]).square().sum()
+    uneven = float((each + 1 / RUNNING_IMAGES).sqrt()) / error
     chance = []
     for _ in range(HALVINGS):
         order = torch.randperm(count, generator=random)
         one, other = clean[order[: count // 2]].mean(0), clean[order[count // 2 :]].mean(0)
         chance.append(rms(shift.explained((one - other) * error / (2 * count**-0.5))))
-    excess = rms(residual) / max(sum(chance) / len(chance), 1e-12)
+    excess = rms(residual) / max(uneven * sum(chance) / len(chance), 1e-12)
     return NormShift(means, clean, noise, nuisances, solver, residual, excess)
 
 
@@ -159,11 +171,10 @@ def rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
 
 
-def shifted_at_random(images: Tensor, fill: float, random: torch.Generator) -> Tensor:
-    """Images [N, C, H, W] cropped at random from themselves padded by an eighth, as training sets
-    usually are."""
+def shifted_at_random(images: Tensor, fill: float, part: int, random: torch.Generator) -> Tensor:
+    """Images [N, C, H, W] cropped at random from themselves padded by H / part."""
     count, _, height, width = images.shape
-    pad = max(height // 8, 1)
+    pad = max(height // part, 1)
     padded = F.pad(images, (pad,) * 4, value=fill)
     top = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
     left = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
@@ -171,6 +182,15 @@ def shifted_at_random(images: Tensor, fill: float, random: torch.Generator) -> T
     columns = (left + torch.arange(width))[:, None, None, :]
     channels = torch.arange(images.shape[1])[None, :, None, None]
     return padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
+
+
+def zoomed_at_random(images: Tensor, random: torch.Generator) -> Tensor:
+    """Images [N, C, H, W] enlarged by an eighth and cropped back at random."""
+    height, width = images.shape[2:]
+    larger = F.interpolate(images, scale_factor=1.125, mode="bilinear", align_corners=False)
+    top = int(torch.randint(0, larger.shape[2] - height + 1, (), generator=random))
+    left = int(torch.randint(0, larger.shape[3] - width + 1, (), generator=random))
+    return larger[:, :, top : top + height, left : left + width]
 
 
 def by_site(shift: NormShift, trace: Trace) -> Tensor:

@@ -87,6 +87,7 @@ def replay(
     labels: Tensor,
     config: ReplayConfig,
     *,
+    steps: int,
     valid: Range,
     seed: int,
     ledger: Ledger,
@@ -122,7 +123,7 @@ def replay(
     )
     residual = shift.residual.to(device)
     agreement = 0.0
-    for step in range(config.steps):
+    for step in range(steps):
         index = pool[torch.randint(len(pool), (config.images_per_step,), generator=random)]
         triggered = family.apply(state, images[index][None].to(device), valid)[0]
         logits, means = shift.means(triggered)
@@ -138,7 +139,7 @@ def replay(
         optimizer.step()
         agreement = float(F.cosine_similarity(residual, effect.detach(), dim=0))
         ledger.count((4 if gates is not None and further is not None else 2) * len(index))
-        ledger.tick(step + 1, config.steps, f"agreement {agreement:.2f}")
+        ledger.tick(step + 1, steps, f"agreement {agreement:.2f}")
     parameters = [parameter.detach().cpu() for parameter in state]
     size = float(family.size(parameters, valid))
     probe = Probe(family, -1 if further is None else further.target, parameters, valid, size)
