@@ -24,8 +24,9 @@ LAYERS = [
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
     {"evaluate", "probes", "metrics"},
-    {"agent", "evidence", "renewal", "verdict"},
-    {"result", "report", "prepare"},
+    {"agent"},
+    {"verdict", "evidence"},
+    {"search", "renewal", "result", "report", "prepare"},
     {"sanitize"},
     {"demo", "batch"},
     {"cli"},
@@ -200,3 +201,21 @@ def test_every_operator_has_twin_test_and_bench() -> None:
 def _belongs(operator: str, name: str) -> bool:
     """``name`` is the operator's own, or that of the operator whose gradient it computes."""
     return operator == name or operator.startswith(f"{name}_")
+
+
+def test_the_reward_never_sees_a_trigger() -> None:
+    """Nothing that a repair runs, however far its imports reach, can read a trigger file."""
+    reached, ahead = set(), {PACKAGE / "sanitize.py"}
+    while ahead:
+        path = ahead.pop()
+        reached.add(path)
+        for module, _ in _imports(_parse(path)):
+            file = ROOT / "python" / Path(*module.split("."))
+            ahead |= {
+                found
+                for found in (file.with_suffix(".py"), file / "__init__.py")
+                if found.exists() and found != PACKAGE / "__init__.py"
+            } - reached
+    assert PACKAGE / "agent" / "objective.py" in reached
+    assert PACKAGE / "triggers.py" not in reached
+    assert not any("demo" in path.parts for path in reached)

@@ -51,9 +51,10 @@ class ReplayConfig:
 
     least_excess: float = 1.3
     """Shift of the norms, over what chance makes of it, from which on it is replayed."""
-    steps: int = 60
-    images_per_step: int = 32
+    steps: int = 80
+    images_per_step: int = 48
     renewal_steps: int = 30
+    """Steps when the trigger is replayed against the best mask."""
     poisoned: float = 0.1
     """Assumed share of triggered training images; the effect of the trigger scales with it."""
     class_weight: float = 0.5
@@ -73,8 +74,10 @@ class GatesConfig:
     learning_rate: float = 0.05
     clean_weight: float = 2.0
     """Of the clean images' cross-entropy and divergence from the original."""
-    price: float = 0.02
-    """Of a closed gate."""
+    price: float = 0.05
+    """Of a closed gate, over the site's response to the probes,"""
+    responses: tuple[float, float] = (0.3, 5.0)
+    """which counts within these bounds."""
     counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 13, 16, 20, 25, 32, 40)
     """Sites that the masks made from the gates prune."""
 
@@ -129,7 +132,7 @@ class ChoiceConfig:
     """Images (and as many triggered ones in all) that restoring sites is judged on."""
     rounds: int = 3
     """Rounds of restoring pruned sites."""
-    success_weight: float = 2.0
+    success_weight: float = 6.0
     """Nats of clean cross-entropy that probe success left (of 1) is worth."""
 
 
@@ -137,7 +140,7 @@ class ChoiceConfig:
 class ScoreConfig:
     """What a mask is worth: see ``onp.agent.objective``."""
 
-    accuracy_weight: float = 3.0
+    accuracy_weight: float = 2.0
     """Probe success that one unit of clean accuracy is worth."""
     price: float = 0.0005
     """Cost of one pruned site."""
@@ -195,15 +198,15 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
-        replay=ReplayConfig(steps=40, images_per_step=32),
-        gates=GatesConfig(steps=40, images_per_step=32),
+        replay=ReplayConfig(steps=40, images_per_step=32, renewal_steps=15),
+        gates=GatesConfig(steps=30, images_per_step=32),
         agent=AgentConfig(updates=2, copies=16, images=48),
     ),
     "standard": Config("standard"),
     "thorough": Config(
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
-        replay=ReplayConfig(steps=120, images_per_step=64),
+        replay=ReplayConfig(steps=160, images_per_step=64, renewal_steps=80),
         gates=GatesConfig(steps=120, images_per_step=96),
         agent=AgentConfig(updates=24, copies=32, steps=3, images=160),
     ),

@@ -91,13 +91,12 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     if shift is None or shift.excess < config.replay.least_excess:
         return None
     with scene.ledger.stage("replay"):
-        free = scene.replayed(shift)
-        verdict = by_statistics(shift.excess, free, config.verdict)
+        replayed = scene.replayed(shift)
+        verdict = by_statistics(shift.excess, replayed, config.verdict)
         if verdict.target is None:
             return None
-        aimed = scene.replayed(shift, further=free.probe)
     with scene.ledger.stage("race"):
-        contenders = scene.raced([free.probe, aimed.probe])
+        contenders = scene.raced([replayed.probe])
     return Evidence(verdict, contenders, contenders)
 
 

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from onp.agent.choice import Choice
 from onp.agent.ppo import UpdateLog
 from onp.agent.race import Contender
-from onp.agent.search import Search
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
 from onp.evaluate import Backend, MaskEvaluator
@@ -35,6 +34,7 @@ from onp.probes.responses import activations
 from onp.renewal import renew
 from onp.report.repair import RunFacts, repair_report
 from onp.result import Result
+from onp.search import Search
 from onp.suspect.surgery import apply_mask, remove_mask
 from onp.suspect.trace import trace as trace_network
 

@@ -6,7 +6,10 @@ decided on masks alone.
 
     loss = mean softplus(target's logit - the others' log-sum-exp) on triggered images
            + clean_weight * (cross-entropy + KL(original || gated)) on clean images
-           + price * closed gates
+           + sum over the sites of price / response * (1 - gate)
+
+A site that the trigger hardly moves (response: change of its activation over its layer's mean)
+costs more to close: what serves the target class on clean images too is not what was planted.
 
 ANP (Wu & Wang, NeurIPS 2021) and RNP (Li et al., ICML 2023) learn masks of this kind against
 perturbed weights and an unlearned network; here the counted probes stand for the trigger.
@@ -31,13 +34,15 @@ def learn_gates(
     images: Tensor,
     labels: Tensor,
     probes: Sequence[Probe],
+    response: Tensor,
     config: GatesConfig,
     *,
     seed: int,
     ledger: Ledger,
 ) -> Tensor:
     """How far each site's gate has closed, float32 [S] in [0, 1]; images float32 [N, C, H, W] with
-    labels int64 [N]. Costs 2 image-forwards an image and step."""
+    labels int64 [N]; response float32 [S] to the probes. Costs 2 image-forwards an image and
+    step."""
     device, random = network.device, torch.Generator().manual_seed(seed)
     gates = torch.ones(network.trace.sites, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([gates], lr=config.learning_rate, betas=(0.9, 0.99))
@@ -48,6 +53,7 @@ def learn_gates(
     with torch.no_grad():
         original = torch.cat([network(part).log_softmax(1) for part in images.split(250)])
     ledger.count(len(images))
+    price = config.price / response.to(device).clamp(*config.responses)
     closed = torch.zeros_like(gates)  # summed over the steps: tells apart what ended alike
     for step in range(config.steps):
         clean = torch.randint(len(images), (draw,), generator=random)
@@ -62,7 +68,7 @@ def learn_gates(
         own = logits[draw:].gather(1, wanted[:, None]).squeeze(1)
         rest = logits[draw:].scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
         loss = F.softplus(own - rest).mean() + config.clean_weight * kept
-        loss = loss + config.price * (1 - gates).sum()
+        loss = loss + (price * (1 - gates)).sum()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -60,7 +60,8 @@ class Search:
         """The relaxed mask against the counted probes, float32 [S]."""
         return learn_gates(
             self.evaluator.network, self.images, self.labels, [c.probe for c in counted],
-            self.config.gates, seed=self.seed, ledger=self.evaluator.ledger,
+            torch.stack([c.ranking for c in counted]).mean(0), self.config.gates,
+            seed=self.seed, ledger=self.evaluator.ledger,
         )  # fmt: skip
 
     def run(
