@@ -57,7 +57,7 @@ def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: Im
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/1"
+    assert report["schema"] == "onp.repair/2"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]

@@ -19,7 +19,7 @@ from onp.metrics import interval
 from onp.probes.norm_shift import NormShift
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/1"
+SCHEMA = "onp.repair/2"
 
 
 @dataclass(frozen=True)
