@@ -209,13 +209,14 @@ def test_the_reward_never_sees_a_trigger() -> None:
     while ahead:
         path = ahead.pop()
         reached.add(path)
-        for module, _ in _imports(_parse(path)):
-            file = ROOT / "python" / Path(*module.split("."))
-            ahead |= {
-                found
-                for found in (file.with_suffix(".py"), file / "__init__.py")
-                if found.exists() and found != PACKAGE / "__init__.py"
-            } - reached
+        for module, name in _imports(_parse(path)):
+            for whole in (module, f"{module}.{name}"):
+                file = ROOT / "python" / Path(*whole.split("."))
+                ahead |= {
+                    found
+                    for found in (file.with_suffix(".py"), file / "__init__.py")
+                    if found.exists() and found != PACKAGE / "__init__.py"
+                } - reached
     assert PACKAGE / "agent" / "objective.py" in reached
     assert PACKAGE / "triggers.py" not in reached
     assert not any("demo" in path.parts for path in reached)

@@ -89,6 +89,12 @@ def test_features_are_finite_and_normalised_within_the_layer(name: str) -> None:
     assert features.shape == (traced.sites, len(NAMES))
     assert features.isfinite().all()
     assert features.abs().max() <= 5
+    assert len(set(NAMES)) == len(NAMES)
+    for number, name in enumerate(("norm_shift", "gate", "unlearning")):
+        given = [r if i != number else r.flip(0) for i, r in enumerate(response[:3])]
+        other = node_features(traced, model, graph, statistics, *given, response[3:4], response[4:])
+        changed = (other != features).any(0).nonzero().squeeze(1).tolist()
+        assert changed == [NAMES.index(name)]
     column = NAMES.index("response")
     for layer in traced.layers:
         assert float(features[layer.sites, column].mean()) == pytest.approx(0, abs=1e-4)

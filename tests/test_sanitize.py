@@ -209,7 +209,7 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
     story = sys.modules["onp.evidence"]
     monkeypatch.setattr(story, "by_probes", lambda *_: found)
     monkeypatch.setattr(story, "counted_contenders", lambda contenders, *_: contenders[:2])
-    monkeypatch.setattr(sys.modules["onp.sanitize"], "from_statistics", lambda *_: None)
+    monkeypatch.setattr(story, "from_statistics", lambda *_: None)
     result = onp.sanitize(model, [(images, labels)], budget=config)
     assert result.verdict == "backdoor"
     assert result.report["choice"]["cost"] <= 2.0

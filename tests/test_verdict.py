@@ -49,7 +49,12 @@ def test_norm_statistics_call_a_backdoor_where_both_speak() -> None:
     assert "4.0 times" in verdict.reason
 
 
-@pytest.mark.parametrize(("excess", "share"), [(4.0, 0.2), (1.0, 0.9), (1.3, 0.3)])
+def test_the_threshold_lies_between() -> None:
+    assert replayed(1.7, 0.43).finding == "clean"
+    assert replayed(1.7, 0.45).finding == "backdoor"
+
+
+@pytest.mark.parametrize(("excess", "share"), [(4.0, 0.23), (1.25, 0.9), (1.7, 0.4)])
 def test_one_alone_is_not_enough(excess: float, share: float) -> None:
     verdict = replayed(excess, share)
     assert (verdict.finding, verdict.target) == ("clean", None)

@@ -60,8 +60,8 @@ class ReplayConfig:
     class_weight: float = 0.5
     """Of the cross-entropy to the target, once one is named."""
     through_success: float = 0.3
-    """A trigger replayed against the best mask counts as well if its target's probability is at
-    least this."""
+    """A trigger replayed against the best mask counts as well if it gives its target at least this
+    much probability more, and if it can be pruned away (``SynthesisConfig.through_worth``)."""
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,8 @@ class VerdictConfig:
     """Worth of the best probe's best mask (1 is a free and complete repair)."""
     advantage: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of the best probe's strength over the same family's for another class."""
+    certain: float = 0.75
+    """Score of the norm statistics from which on no other probes are asked."""
     excess: tuple[float, float] = (1.2, 2.2)
     """The norms' shift over what chance makes of it."""
     share: tuple[float, float] = (0.2, 0.6)

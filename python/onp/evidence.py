@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor, nn
 
@@ -47,15 +47,15 @@ class Scene:
         return self.evaluator.ledger
 
     def replayed(
-        self, shift: NormShift, *, further: Probe | None = None, pruned: Tensor | None = None
+        self, shift: NormShift, *, against: tuple[Probe, Tensor] | None = None
     ) -> Replayed:
-        """A trigger that explains the norms' shift; see ``onp.probes.replay``."""
+        """A trigger that explains the norms' shift, also ``against`` gates: see
+        ``onp.probes.replay``."""
         config = self.config.replay
         return replay(
             shift, self.images, self.labels, config, valid=self.valid,
-            steps=config.steps if pruned is None else config.renewal_steps,
-            seed=self.seed, ledger=self.ledger, further=further,
-            gates=None if pruned is None else (~pruned).float(),
+            steps=config.steps if against is None else config.renewal_steps,
+            seed=self.seed, ledger=self.ledger, against=against,
         )  # fmt: skip
 
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
@@ -80,24 +80,43 @@ class Evidence:
     """Of all probes."""
     counted: list[Contender]
     """Those that stand for the trigger in the search; none without a backdoor."""
+    statistics: Verdict | None = None
+    """What the norm statistics alone say, where they were asked."""
     unlearned: Unlearned | None = None
     unlearning: Tensor | None = None
     """Response of every site to unlearning, float32 [S]."""
 
 
+def gather(scene: Scene, shift: NormShift | None) -> Evidence:
+    """The norm statistics' evidence if it is certain; else the probes' or theirs, whichever is
+    stronger."""
+    first = from_statistics(scene, shift)
+    if first is not None and first.verdict.score >= scene.config.verdict.certain:
+        return first
+    second = from_probes(scene)
+    if first is None:
+        return second
+    if first.verdict.target is not None and first.verdict.score > second.verdict.score:
+        return first
+    return replace(second, statistics=first.verdict)
+
+
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
-    """Replay the norms' shift; None where there is nothing to replay or no class that it names."""
+    """Replay the norms' shift; None where there is nothing to replay, or where it leads to a class
+    without clean images: the class itself is then what they lack."""
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
         return None
     with scene.ledger.stage("replay"):
         replayed = scene.replayed(shift)
-        verdict = by_statistics(shift.excess, replayed, config.verdict)
-        if verdict.target is None:
-            return None
-    with scene.ledger.stage("race"):
-        contenders = scene.raced([replayed.probe])
-    return Evidence(verdict, contenders, contenders)
+    if not bool((scene.labels == replayed.probe.target).any()):
+        return None
+    verdict = by_statistics(shift.excess, replayed, config.verdict)
+    contenders: list[Contender] = []
+    if verdict.target is not None:
+        with scene.ledger.stage("race"):
+            contenders = scene.raced([replayed.probe])
+    return Evidence(verdict, contenders, contenders, verdict)
 
 
 def from_probes(scene: Scene) -> Evidence:
@@ -125,4 +144,4 @@ def from_probes(scene: Scene) -> Evidence:
         if verdict.target is None
         else counted_contenders(contenders, verdict.target, config.synthesis)
     )
-    return Evidence(verdict, contenders, counted, unlearned, unlearning)
+    return Evidence(verdict, contenders, counted, unlearned=unlearned, unlearning=unlearning)

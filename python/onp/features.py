@@ -14,7 +14,7 @@ from onp.suspect.network import norm_affine
 from onp.suspect.trace import Trace
 
 NAMES = (
-    "strength_in", "strength_out", "norm_scale", "norm_shift", "lipschitz",
+    "strength_in", "strength_out", "norm_scale", "norm_offset", "lipschitz",
     "activation_mean", "activation_deviation", "activation_zeros",
     "norm_shift", "gate",
     "unlearning", "response", "response_others", "response_advantage",
@@ -42,15 +42,16 @@ def node_features(
     suspected, others: responses [S] to the probes that point at the suspected class, and to those
     that do not; either may be empty.
     """
-    scale, shift = _norms(trace, model)
+    scale, offset = _norms(trace, model)
     zero = torch.zeros(trace.sites)
     towards = torch.stack(list(suspected)).mean(0) if suspected else zero
     away = torch.stack(list(others)).mean(0) if others else zero
+    advantage = towards.log1p() - away.log1p() if others else zero
     measured = torch.stack(
         [
-            graph.strength_in, graph.strength_out, scale, shift, channel_lipschitz(trace, model),
+            graph.strength_in, graph.strength_out, scale, offset, channel_lipschitz(trace, model),
             *statistics.unbind(1), shift.abs().log1p(), gates,
-            unlearning.log1p(), towards.log1p(), away.log1p(), towards.log1p() - away.log1p(),
+            unlearning.log1p(), towards.log1p(), away.log1p(), advantage,
         ],
         1,
     )  # fmt: skip

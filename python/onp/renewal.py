@@ -24,7 +24,7 @@ def renew(
     if evidence.verdict.by == "norm statistics":
         assert shift is not None
         last = evidence.counted[0].probe
-        fresh = [scene.replayed(shift, further=last, pruned=mask).probe]
+        fresh = [scene.replayed(shift, against=(last, (~mask).float())).probe]
         count = min(config.race.second_images, len(scene.images))
         through = [
             probe

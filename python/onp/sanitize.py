@@ -16,7 +16,7 @@ from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
 from onp.evaluate import Backend, MaskEvaluator
-from onp.evidence import RESPONSE_IMAGES, Scene, from_probes, from_statistics
+from onp.evidence import RESPONSE_IMAGES, Scene, gather
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
 from onp.prepare import (
@@ -97,7 +97,7 @@ def sanitize(
             valid=input_range, seed=seed, ledger=ledger,
         )  # fmt: skip
     scene = Scene(suspect, evaluator, images, labels, before, config, input_range, seed)
-    evidence = from_statistics(scene, shift) or from_probes(scene)
+    evidence = gather(scene, shift)
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted = evidence.counted

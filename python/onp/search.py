@@ -72,7 +72,8 @@ class Search:
         agent, ledger = self.config.agent, self.evaluator.ledger
         objective = self.objective(counted, 0, min(agent.images, len(self.images)))
         union = torch.stack([contender.mask for contender in counted]).any(0)
-        heads = heads_of(ranking, self.config.gates.counts)
+        closed = int((ranking > 0).sum())
+        heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
         start = torch.stack([*(contender.mask for contender in counted), union, *heads, *known])
         elite = Elite(2 * self.config.choice.finalists)
         elite.offer(start, objective(start).total)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from onp.agent.objective import Objective
+from onp.agent.objective import Objective, dealt_out
 from onp.config import ChoiceConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.synthesis import Probe
@@ -81,15 +81,16 @@ def choose(
     divergence = (logs[:1].exp() * (logs[:1] - logs)).sum(2)
     costs = (entropy - entropy[:1]) + divergence
     successes = []
-    for place, probe in enumerate(probes):  # the images are dealt out among the probes
-        hand = slice(place, None, len(probes))
+    for probe, hand in zip(probes, dealt_out(len(images), len(probes)), strict=True):
         triggered = evaluator.run(masks, probe(images[hand])).softmax(2)[..., probe.target]
         excess = (triggered - logs[:, hand].exp()[..., probe.target]).clamp_min(0)
         excess = torch.where(labels[hand] == probe.target, torch.zeros_like(excess), excess)
-        successes.append(excess.mean(1))
+        successes.append(excess.sum(1) / max(len(hand), 1))
         costs[:, hand] += config.success_weight * excess
     best = int(costs.mean(1).argmin())
-    halves = torch.arange(len(labels)) % 2 == 0
+    halves = torch.zeros(len(labels), dtype=torch.bool)
+    for hand in dealt_out(len(images), len(probes)):  # either half sees every probe
+        halves[hand[::2]] = True
     fitted = torch.empty(len(labels))
     for half in (halves, ~halves):
         fitted[~half] = costs[int(costs[:, half].mean(1).argmin())][~half]

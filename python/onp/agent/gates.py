@@ -40,9 +40,11 @@ def learn_gates(
     seed: int,
     ledger: Ledger,
 ) -> Tensor:
-    """How far each site's gate has closed, float32 [S] in [0, 1]; images float32 [N, C, H, W] with
-    labels int64 [N]; response float32 [S] to the probes. Costs 2 image-forwards an image and
-    step."""
+    """How far each site's gate has closed, float32 [S], 0 where it has not.
+
+    images: float32 [N, C, H, W] with labels int64 [N]. response: float32 [S], to the probes. Costs
+    2 image-forwards an image and step.
+    """
     device, random = network.device, torch.Generator().manual_seed(seed)
     gates = torch.ones(network.trace.sites, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([gates], lr=config.learning_rate, betas=(0.9, 0.99))

@@ -50,7 +50,7 @@ class Objective:
         self.config = config
         self.sites = evaluator.trace.sites
         self.targets = [probe.target for probe in probes]
-        self.hands = [slice(p, None, len(probes)) for p in range(len(probes))]
+        self.hands = dealt_out(len(images), len(probes))
         """Which of the images each probe triggers."""
         triggered = [probe(images[h]) for probe, h in zip(probes, self.hands, strict=True)]
         self.images = torch.cat([images, *triggered])
@@ -83,3 +83,10 @@ class Objective:
             excess = hit[:, others, target] - clean[:, hand][:, others, target]
             success.append(excess.mean(1).clamp_min(0))
         return accuracy, torch.stack(success, 1)
+
+
+def dealt_out(count: int, hands: int) -> list[Tensor]:
+    """The numbers 0 .. count - 1, shuffled (always alike: images come with their classes in turn),
+    dealt out in ``hands`` parts, int64 each."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return [order[hand::hands].sort().values for hand in range(hands)]

@@ -29,9 +29,10 @@ from onp.probes.families import Range
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace
 
-RUNNING_IMAGES = 2432
-"""Training images behind a running mean: an average with momentum .1 remembers 1 / .1 batches
-forwards and backwards, 19 in effect, of 128 images."""
+TRAINING_BATCH = 128
+"""Assumed. A running mean of momentum m has the noise of a mean over (2 - m) / m batches."""
+LEAST_FREEDOM = 0.05
+"""Of the clean images' noise that class means must leave for a shift to be told from chance."""
 LEAST_NOISE = 1e-4
 """In deviations of the norm's output; below this a channel is as good as constant."""
 RIDGE = 1e-2
@@ -52,7 +53,7 @@ class NormMeans:
         self.network = network
         self.at: dict[int, slice] = {}
         """Channels of each norm's op index."""
-        scales, shifts = [], []
+        scales, shifts, memories = [], [], []
         start = 0
         for index, op in enumerate(network.trace.ops):
             if op.kind != "norm":
@@ -63,10 +64,14 @@ class NormMeans:
             ones = torch.ones(count)
             scales.append(ones if norm.weight is None else norm.weight.detach().float().cpu())
             shifts.append(0 * ones if norm.bias is None else norm.bias.detach().float().cpu())
+            momentum = norm.momentum or 1e-6  # None: the mean of all batches
+            memories.append((2 - momentum) / momentum)
             self.at[index] = slice(start, start + count)
             start += count
         self.scale = torch.cat(scales) if scales else torch.empty(0)
         self.shift = torch.cat(shifts) if shifts else torch.empty(0)
+        self.remembered = TRAINING_BATCH * min(memories, default=0.0)
+        """Training images behind a running mean, as far as its noise goes."""
         self.live = self.scale.abs() > 1e-3 * self.scale.abs().amax() if scales else self.scale > 0
         """bool [U]: channels that the norm lets through at all."""
 
@@ -100,7 +105,8 @@ class NormShift:
     residual: Tensor
     """float32 [U]: the shift, in units of the noise, nuisances taken out."""
     excess: float
-    """Root mean square of the residual over that of random halves: 1 is chance."""
+    """Root mean square of the residual over what random halves of the clean images and the fitted
+    class shares would have: 1 is chance."""
 
     def explained(self, change: Tensor) -> Tensor:
         """A change of the means float32 [U] in the residual's terms; keeps gradients."""
@@ -122,9 +128,11 @@ def norm_shift(
     ledger: Ledger,
 ) -> NormShift | None:
     """Measure the shift on clean images float32 [N, C, H, W] with labels int64 [N]; None for a
-    network without batch norms. Costs 5 image-forwards an image."""
+    network without batch norms and for too few images a class. Costs 5 image-forwards an image."""
     means = NormMeans(network, model)
-    if not means.at or len(images) < 2:
+    count, present = len(images), F.one_hot(labels)[:, labels.unique()].float()  # [N, K]
+    freedom = 1 - (present.shape[1] - 1) / max(count - 1, 1)
+    if not means.at or freedom < LEAST_FREEDOM:
         return None
     random = torch.Generator().manual_seed(seed)
 
@@ -138,11 +146,9 @@ def norm_shift(
         measured(zoomed_at_random(images, random)),
         *(measured(shifted_at_random(images, valid[0], part, random)) for part in CROPS),
     ]
-    count = len(images)
-    error = (1 / count + 1 / RUNNING_IMAGES) ** 0.5
+    error = (1 / count + 1 / means.remembered) ** 0.5
     noise = (augmented[-1].std(0) * error).clamp_min(LEAST_NOISE)
     augmentations = torch.stack([(other - clean).mean(0) for other in augmented])
-    present = F.one_hot(labels)[:, labels.unique()].float()
     classes = present.T @ clean / present.sum(0)[:, None]
     classes = classes - classes.mean(0)
     nuisances = torch.cat([classes, augmentations]) / noise
@@ -156,13 +162,15 @@ def norm_shift(
     weights = solver @ (nuisances @ (-clean.mean(0) / noise))
     present /= present.sum(0)
     each = (1 / count + present @ weights[: len(classes)]).square().sum()
-    uneven = float((each + 1 / RUNNING_IMAGES).sqrt()) / error
+    uneven = float((each + 1 / means.remembered).sqrt()) / error
     chance = []
     for _ in range(HALVINGS):
         order = torch.randperm(count, generator=random)
         one, other = clean[order[: count // 2]].mean(0), clean[order[count // 2 :]].mean(0)
         chance.append(rms(shift.explained((one - other) * error / (2 * count**-0.5))))
-    excess = rms(residual) / max(uneven * sum(chance) / len(chance), 1e-12)
+    # A half's noise lies partly along the class means, which are taken out of it but not of the
+    # whole: its classes weigh alike.
+    excess = rms(residual) * freedom**0.5 / max(uneven * sum(chance) / len(chance), 1e-12)
     return NormShift(means, clean, noise, nuisances, solver, residual, excess)
 
 
@@ -172,25 +180,28 @@ def rms(values: Tensor) -> float:
 
 
 def shifted_at_random(images: Tensor, fill: float, part: int, random: torch.Generator) -> Tensor:
-    """Images [N, C, H, W] cropped at random from themselves padded by H / part."""
-    count, _, height, width = images.shape
-    pad = max(height // part, 1)
-    padded = F.pad(images, (pad,) * 4, value=fill)
-    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
-    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
-    rows = (top + torch.arange(height))[:, None, :, None]
-    columns = (left + torch.arange(width))[:, None, None, :]
-    channels = torch.arange(images.shape[1])[None, :, None, None]
-    return padded[torch.arange(count)[:, None, None, None], channels, rows, columns]
+    """Images [N, C, H, W], each cropped at random from itself padded by H / part."""
+    height, width = images.shape[2:]
+    padded = F.pad(images, (max(height // part, 1),) * 4, value=fill)
+    return _crops(padded, height, width, random)
 
 
 def zoomed_at_random(images: Tensor, random: torch.Generator) -> Tensor:
-    """Images [N, C, H, W] enlarged by an eighth and cropped back at random."""
+    """Images [N, C, H, W], each enlarged by an eighth and cropped back at random."""
     height, width = images.shape[2:]
     larger = F.interpolate(images, scale_factor=1.125, mode="bilinear", align_corners=False)
-    top = int(torch.randint(0, larger.shape[2] - height + 1, (), generator=random))
-    left = int(torch.randint(0, larger.shape[3] - width + 1, (), generator=random))
-    return larger[:, :, top : top + height, left : left + width]
+    return _crops(larger, height, width, random)
+
+
+def _crops(images: Tensor, height: int, width: int, random: torch.Generator) -> Tensor:
+    """A random window [N, C, height, width] of each of images [N, C, H, W]."""
+    count, channels, tall, wide = images.shape
+    top = torch.randint(0, tall - height + 1, (count, 1), generator=random)
+    left = torch.randint(0, wide - width + 1, (count, 1), generator=random)
+    rows = (top + torch.arange(height))[:, None, :, None]
+    columns = (left + torch.arange(width))[:, None, None, :]
+    each = torch.arange(count)[:, None, None, None]
+    return images[each, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
 def by_site(shift: NormShift, trace: Trace) -> Tensor:

@@ -78,7 +78,8 @@ class Replayed:
     share: float
     """Share of the clean images that it moves to ``probe.target``."""
     agreement: float
-    """Cosine of the norms' shift and what the trigger does to them, nuisances taken out."""
+    """Cosine of the norms' shift and what the trigger did to them in the last step, nuisances
+    taken out."""
 
 
 def replay(
@@ -91,29 +92,28 @@ def replay(
     valid: Range,
     seed: int,
     ledger: Ledger,
-    further: Probe | None = None,
-    gates: Tensor | None = None,
+    against: tuple[Probe, Tensor] | None = None,
 ) -> Replayed:
     """Learn one trigger on clean images float32 [N, C, H, W] with labels int64 [N].
 
     loss = |residual - p * effect|^2 / |residual|^2 [+ class_weight * cross-entropy to the target]
 
-    with p, the share of poisoned images, assumed. Without ``further`` no class is asked for, and
-    the target is the class that gains most. ``further``: go on from this replayed trigger, towards
-    its target. ``gates`` [S]: the class is to be reached on the network so gated, while the effect
-    is that on the network as it is. Costs 2 image-forwards an image and step, 4 with gates.
+    with p, the share of poisoned images, assumed. No class is asked for; the target is the class
+    that gains most. ``against``: (a replayed trigger, gates float32 [S]): go on from that trigger,
+    whose target is now to be reached on the network so gated, while the effect is that on the
+    network as it is. Costs 2 image-forwards an image and step, 4 against gates.
     """
-    family = Replay("replay" if further is None else f"{further.family.name}+")
+    family = Replay("replay" if against is None else "replay+")
     random = torch.Generator().manual_seed(seed)
     network = shift.means.network
     device = network.device
-    if further is None:
+    if against is None:
         shape = (images.shape[1], images.shape[2], images.shape[3])
         state = [p.to(device) for p in family.start(1, shape, random)]
         pool = torch.arange(len(images))
     else:
-        state = [p.to(device, copy=True) for p in further.parameters]
-        pool = (labels != further.target).nonzero().squeeze(1)
+        state = [p.to(device, copy=True) for p in against[0].parameters]
+        pool = (labels != against[0].target).nonzero().squeeze(1)
     for parameter in state:
         parameter.requires_grad_(True)
     rates = [family.learning_rate] + [family.learning_rate / 4] * (len(state) - 1)
@@ -126,26 +126,27 @@ def replay(
     for step in range(steps):
         index = pool[torch.randint(len(pool), (config.images_per_step,), generator=random)]
         triggered = family.apply(state, images[index][None].to(device), valid)[0]
-        logits, means = shift.means(triggered)
+        _, means = shift.means(triggered)
         effect = shift.explained((means - shift.clean[index].to(device)).mean(0))
         loss = (residual - config.poisoned * effect).square().sum() / residual.square().sum()
-        if further is not None:
-            if gates is not None:
-                logits = network(triggered, gates)
-            wanted = torch.full((len(index),), further.target, device=device)
-            loss = loss + config.class_weight * F.cross_entropy(logits, wanted)
+        if against is not None:
+            probe, gates = against
+            wanted = torch.full((len(index),), probe.target, device=device)
+            reached = F.cross_entropy(network(triggered, gates), wanted)
+            loss = loss + config.class_weight * reached
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         agreement = float(F.cosine_similarity(residual, effect.detach(), dim=0))
-        ledger.count((4 if gates is not None and further is not None else 2) * len(index))
+        ledger.count((2 if against is None else 4) * len(index))
         ledger.tick(step + 1, steps, f"agreement {agreement:.2f}")
     parameters = [parameter.detach().cpu() for parameter in state]
     size = float(family.size(parameters, valid))
-    probe = Probe(family, -1 if further is None else further.target, parameters, valid, size)
+    target = -1 if against is None else against[0].target  # -1: not known yet
+    probe = Probe(family, target, parameters, valid, size)
     gain = _answers(network, probe(images)) - _answers(network, images)
     ledger.count(2 * len(images))
-    if further is None:
+    if against is None:
         probe = replace(probe, target=int(gain.argmax()))
     return Replayed(probe, float(gain[probe.target]) / len(images), agreement)
 

@@ -43,7 +43,11 @@ class Probe:
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """Trigger images float32 [N, C, H, W]."""
-        return self.family.apply(self.parameters, images[None], self.valid)[0]
+        parts = [
+            self.family.apply(self.parameters, part[None], self.valid)[0]
+            for part in images.split(CPU_CHUNK)
+        ]
+        return torch.cat(parts)
 
 
 def gradients_towards(

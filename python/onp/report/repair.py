@@ -62,6 +62,7 @@ def repair_report(
             "by": verdict.by,
             **{name: round(value, 4) for name, value in verdict.evidence.items()},
         },
+        "statistics": None if evidence.statistics is None else evidence.statistics.evidence,
         "norm_shift": None if shift is None else round(shift.excess, 4),
         "target_classes": [] if verdict.target is None else [verdict.target],
         "accuracy": {
