@@ -10,8 +10,8 @@ alone. That running statistics expose backdoors is BNP's observation (Zheng et a
 Distributions Expose Backdoor Neurons", NeurIPS 2022), which ranks channels by it; reading it as the
 trigger's own mean response, cleared of what else moves the mean, is ours.
 
-What else moves it: training images are cropped, zoomed and mirrored, and classes may come in other
-shares than in the clean images. These are directions that can be measured, so they are fitted and
+What else moves it: training images are cropped and mirrored, and classes may come in other shares
+than in the clean images. These are directions that can be measured, so they are fitted and
 taken out (ridge regression). What is left is compared with what random halves of the clean images
 show.
 """
@@ -128,7 +128,7 @@ def norm_shift(
     ledger: Ledger,
 ) -> NormShift | None:
     """Measure the shift on clean images float32 [N, C, H, W] with labels int64 [N]; None for a
-    network without batch norms and for too few images a class. Costs 5 image-forwards an image."""
+    network without batch norms and for too few images a class. Costs 4 image-forwards an image."""
     means = NormMeans(network, model)
     count, present = len(images), F.one_hot(labels)[:, labels.unique()].float()  # [N, K]
     freedom = 1 - (present.shape[1] - 1) / max(count - 1, 1)
@@ -143,7 +143,6 @@ def norm_shift(
     clean = measured(images)
     augmented = [
         measured(images.flip(3)),
-        measured(zoomed_at_random(images, random)),
         *(measured(shifted_at_random(images, valid[0], part, random)) for part in CROPS),
     ]
     error = (1 / count + 1 / means.remembered) ** 0.5
@@ -181,27 +180,15 @@ def rms(values: Tensor) -> float:
 
 def shifted_at_random(images: Tensor, fill: float, part: int, random: torch.Generator) -> Tensor:
     """Images [N, C, H, W], each cropped at random from itself padded by H / part."""
-    height, width = images.shape[2:]
-    padded = F.pad(images, (max(height // part, 1),) * 4, value=fill)
-    return _crops(padded, height, width, random)
-
-
-def zoomed_at_random(images: Tensor, random: torch.Generator) -> Tensor:
-    """Images [N, C, H, W], each enlarged by an eighth and cropped back at random."""
-    height, width = images.shape[2:]
-    larger = F.interpolate(images, scale_factor=1.125, mode="bilinear", align_corners=False)
-    return _crops(larger, height, width, random)
-
-
-def _crops(images: Tensor, height: int, width: int, random: torch.Generator) -> Tensor:
-    """A random window [N, C, height, width] of each of images [N, C, H, W]."""
-    count, channels, tall, wide = images.shape
-    top = torch.randint(0, tall - height + 1, (count, 1), generator=random)
-    left = torch.randint(0, wide - width + 1, (count, 1), generator=random)
+    count, channels, height, width = images.shape
+    pad = max(height // part, 1)
+    padded = F.pad(images, (pad,) * 4, value=fill)
+    top = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
+    left = torch.randint(0, 2 * pad + 1, (count, 1), generator=random)
     rows = (top + torch.arange(height))[:, None, :, None]
     columns = (left + torch.arange(width))[:, None, None, :]
     each = torch.arange(count)[:, None, None, None]
-    return images[each, torch.arange(channels)[None, :, None, None], rows, columns]
+    return padded[each, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
 def by_site(shift: NormShift, trace: Trace) -> Tensor:
