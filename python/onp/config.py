@@ -132,7 +132,7 @@ class ChoiceConfig:
     """Images (and as many triggered ones in all) that restoring sites is judged on."""
     rounds: int = 3
     """Rounds of restoring pruned sites."""
-    success_weight: float = 6.0
+    success_weight: float = 2.0
     """Nats of clean cross-entropy that probe success left (of 1) is worth."""
 
 
@@ -140,7 +140,7 @@ class ChoiceConfig:
 class ScoreConfig:
     """What a mask is worth: see ``onp.agent.objective``."""
 
-    accuracy_weight: float = 2.0
+    accuracy_weight: float = 3.0
     """Probe success that one unit of clean accuracy is worth."""
     price: float = 0.0005
     """Cost of one pruned site."""
