@@ -7,9 +7,9 @@ import torch
 
 from onp.config import VerdictConfig
 from onp.probes.additive import Additive
+from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
-from onp.probes.synthesis import Probe
-from onp.verdict import Verdict, by_statistics, judge
+from onp.verdict import Verdict, by_label_shift, by_statistics, judge, target_of
 
 CONFIG = VerdictConfig()
 
@@ -39,7 +39,7 @@ def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:
 
 def replayed(excess: float, share: float) -> Verdict:
     probe = Probe(Additive(), 7, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0)
-    return by_statistics(excess, Replayed(probe, share, 0.9), CONFIG)
+    return by_statistics(excess, [Replayed(probe, share, 0.9)], CONFIG)
 
 
 def test_norm_statistics_call_a_backdoor_where_both_speak() -> None:
@@ -58,3 +58,35 @@ def test_the_threshold_lies_between() -> None:
 def test_one_alone_is_not_enough(excess: float, share: float) -> None:
     verdict = replayed(excess, share)
     assert (verdict.finding, verdict.target) == ("clean", None)
+
+
+def answered(target: Target, share: float) -> Replayed:
+    return Replayed(
+        Probe(Additive(), target, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0), share, 0.9
+    )
+
+
+def test_triggers_speak_with_the_share_of_images_that_they_move() -> None:
+    assert target_of([answered(2, 0.5), answered(7, 0.3), answered(7, 0.4)]) == 7
+    assert target_of([answered(2, 0.8), answered(7, 0.3), answered(7, 0.4)]) == 2
+
+
+def test_triggers_that_answer_another_class_weaken_the_verdict() -> None:
+    alone = by_statistics(1.7, [answered(7, 0.5)], CONFIG)
+    split = by_statistics(1.7, [answered(7, 0.5), answered(2, 0.4)], CONFIG)
+    assert alone.finding == "backdoor"
+    assert split.finding == "clean"
+    assert split.evidence["share"] == 0.25
+
+
+@pytest.mark.parametrize(
+    ("excess", "one", "two", "finding"),
+    [(1.9, 0.5, 0.05, "backdoor"), (1.9, 0.13, 0.15, "clean"), (1.3, 0.2, 0.02, "clean")],
+)
+def test_labels_shifted_by_one_are_judged_against_those_by_two(
+    excess: float, one: float, two: float, finding: str
+) -> None:
+    shifts = [answered(LabelShift(10, by), share) for by, share in ((1, one), (2, two))]
+    verdict = by_label_shift(excess, shifts[0], shifts[1], CONFIG)
+    assert verdict.finding == finding
+    assert verdict.target == (LabelShift(10, 1) if finding == "backdoor" else None)

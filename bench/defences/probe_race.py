@@ -19,8 +19,9 @@ from onp.config import UnlearningConfig
 from onp.data import ImageSet, spread_order
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
+from onp.probes.probe import Probe
 from onp.probes.responses import activations, responses
-from onp.probes.synthesis import Probe, synthesise
+from onp.probes.synthesis import synthesise
 from onp.probes.unlearning import unlearn
 from onp.suspect.surgery import apply_mask
 from onp.suspect.trace import Trace

@@ -50,31 +50,35 @@ class ReplayConfig:
     """The trigger that explains the batch norms' shift: see ``onp.probes.replay``."""
 
     least_excess: float = 1.3
-    """Shift of the norms, over what chance makes of it, from which on it is replayed."""
+    """Shift of the norms, over what chance makes of it, from which on it is replayed, and down to
+    which it is explained."""
     steps: int = 80
+    """At most."""
+    enough: float = 0.1
+    """Share of the shift's square that may stay unexplained however large it is."""
     images_per_step: int = 48
-    renewal_steps: int = 30
-    """Steps when the trigger is replayed against the best mask."""
-    poisoned: float = 0.1
-    """Assumed share of triggered training images; the effect of the trigger scales with it."""
-    class_weight: float = 0.5
-    """Of the cross-entropy to the target, once one is named."""
-    through_success: float = 0.3
-    """A trigger replayed against the best mask counts as well if it gives its target at least this
-    much probability more, and if it can be pruned away (``SynthesisConfig.through_worth``)."""
+    families: tuple[str, ...] = ("generator", "patch", "additive", "low_frequency", "warp")
+    """One trigger of each is learned."""
+    poisoned: float = 0.06
+    """Assumed share of training images that were triggered: a trigger's effect on the norms scales
+    with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
+    target_weight: float = 0.5
+    """Of the cross-entropy to a target that is asked for."""
+    held_back: float = 0.3
+    """Share of the images that such a trigger is judged on."""
 
 
 @dataclass(frozen=True)
 class GatesConfig:
     """The relaxed mask, learned by gradient descent: see ``onp.agent.gates``."""
 
-    steps: int = 50
+    steps: int = 80
     images_per_step: int = 48
     """Clean images in a step, and as many triggered ones."""
     learning_rate: float = 0.05
     clean_weight: float = 2.0
     """Of the clean images' cross-entropy and divergence from the original."""
-    price: float = 0.05
+    price: float = 0.02
     """Of a closed gate, over the site's response to the probes,"""
     responses: tuple[float, float] = (0.3, 5.0)
     """which counts within these bounds."""
@@ -200,7 +204,7 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
-        replay=ReplayConfig(steps=40, images_per_step=32, renewal_steps=15),
+        replay=ReplayConfig(steps=40, images_per_step=32),
         gates=GatesConfig(steps=30, images_per_step=32),
         agent=AgentConfig(updates=2, copies=16, images=48),
     ),
@@ -208,7 +212,7 @@ BUDGETS: dict[str, Config] = {
     "thorough": Config(
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
-        replay=ReplayConfig(steps=160, images_per_step=64, renewal_steps=80),
+        replay=ReplayConfig(steps=160, images_per_step=64),
         gates=GatesConfig(steps=120, images_per_step=96),
         agent=AgentConfig(updates=24, copies=32, steps=3, images=160),
     ),

@@ -13,14 +13,18 @@ from onp.config import Config
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.families import Range
+from onp.probes.generator import Generator
 from onp.probes.norm_shift import NormShift
+from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import responses
-from onp.probes.synthesis import Probe, synthesise
+from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
 from onp.suspect.network import FrozenNetwork
-from onp.verdict import Verdict, by_probes, by_statistics
+from onp.verdict import Verdict, by_label_shift, by_probes, by_statistics, target_of
 
+REPLAYED = {family.name: family for family in (Generator(), *FAMILIES)}
+"""The families that the norms' shift can be replayed by."""
 RESPONSE_IMAGES = 64
 """Clean images on which responses and activation statistics are taken."""
 
@@ -46,16 +50,11 @@ class Scene:
     def ledger(self) -> Ledger:
         return self.evaluator.ledger
 
-    def replayed(
-        self, shift: NormShift, *, against: tuple[Probe, Tensor] | None = None
-    ) -> Replayed:
-        """A trigger that explains the norms' shift, also ``against`` gates: see
-        ``onp.probes.replay``."""
-        config = self.config.replay
+    def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
+        """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
         return replay(
-            shift, self.images, self.labels, config, valid=self.valid,
-            steps=config.steps if against is None else config.renewal_steps,
-            seed=self.seed, ledger=self.ledger, against=against,
+            shift, self.images, self.labels, self.config.replay, REPLAYED[family],
+            target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
@@ -107,15 +106,26 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
         return None
+    classes = scene.evaluator.trace.num_classes
     with scene.ledger.stage("replay"):
-        replayed = scene.replayed(shift)
-    if not bool((scene.labels == replayed.probe.target).any()):
-        return None
-    verdict = by_statistics(shift.excess, replayed, config.verdict)
+        replayed = [scene.replayed(shift, family) for family in config.replay.families]
+        verdict = by_statistics(shift.excess, replayed, config.verdict)
+        named = target_of(replayed)
+        probes = [one.probe for one in replayed if one.probe.target == named]
+        if not bool((scene.labels == probes[0].wanted(scene.labels)).any()):
+            return None
+        if verdict.score < config.verdict.certain and classes > 2:
+            one, two = (
+                scene.replayed(shift, config.replay.families[0], LabelShift(classes, by))
+                for by in (1, 2)
+            )
+            shifted = by_label_shift(shift.excess, one, two, config.verdict)
+            if shifted.score > verdict.score:
+                verdict, probes = shifted, [one.probe]
     contenders: list[Contender] = []
     if verdict.target is not None:
         with scene.ledger.stage("race"):
-            contenders = scene.raced([replayed.probe])
+            contenders = scene.raced(probes)
     return Evidence(verdict, contenders, contenders, verdict)
 
 

@@ -111,7 +111,7 @@ def sanitize(
         with ledger.stage("agent"):
             elite, curve = search.run(counted, gates, [])
         with ledger.stage("renew"):
-            renewed = renew(scene, evidence, shift, elite.best)
+            renewed = renew(scene, evidence, elite.best)
         if renewed:
             counted = [*counted, *renewed]
             with ledger.stage("gates"):

@@ -6,6 +6,9 @@ the network answer one class:
 
     score = mean of the excess and of the share of images that go to that class, each scaled
 
+If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
+against one that shifts them by two; then its advantage takes the place of the share.
+
 **Probes.** Triggers synthesised per class and family:
 
 - advantage: the best probe is smaller, or works better, than the same family's for other classes;
@@ -20,6 +23,7 @@ adversarial direction is cheap to prune), so neither counts without the first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -27,8 +31,12 @@ from typing import Literal
 from onp.agent.contenders import advantage
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.probe import Target, classes_of
 from onp.probes.replay import Replayed
 from onp.probes.unlearning import Unlearned
+
+LEAST_CONTROL = 0.1
+"""Labels shifted by two for fewer of the unseen images than this: as good as this many."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +44,8 @@ class Verdict:
     finding: Literal["backdoor", "clean"]
     score: float
     """In [0, 1]; at or above the threshold it is a backdoor."""
-    target: int | None
-    """The class the backdoor answers, where one was found."""
+    target: Target | None
+    """What the backdoor answers, where one was found."""
     by: Literal["norm statistics", "probes"]
     evidence: dict[str, float]
     """The pieces of evidence by name, as measured."""
@@ -45,18 +53,48 @@ class Verdict:
     """One sentence for people."""
 
 
-def by_statistics(excess: float, replayed: Replayed, config: VerdictConfig) -> Verdict:
-    """Judge the norms' shift (``NormShift.excess``) and the trigger that replays it."""
-    score = (_ramp(excess, *config.excess) + _ramp(replayed.share, *config.share)) / 2
-    target = replayed.probe.target
+def target_of(replayed: Sequence[Replayed]) -> Target:
+    """What the replayed triggers answer: each speaks with the share of images that it moves, as far
+    as it agrees with the shift."""
+    said: dict[Target, float] = {}
+    for one in replayed:
+        voice = one.share * max(one.agreement, 0.0)
+        said[one.probe.target] = said.get(one.probe.target, 0.0) + voice
+    return max(said, key=lambda target: said[target])
+
+
+def by_statistics(excess: float, replayed: Sequence[Replayed], config: VerdictConfig) -> Verdict:
+    """Judge the norms' shift (``NormShift.excess``) and the triggers that replay it."""
+    target = target_of(replayed)
+    share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
+    score = (_ramp(excess, *config.excess) + _ramp(share, *config.share)) / 2
+    agreement = sum(one.agreement for one in replayed) / len(replayed)
     return _verdict(
         score,
         target,
         "norm statistics",
-        {"excess": excess, "share": replayed.share, "agreement": replayed.agreement},
+        {"excess": excess, "share": share, "agreement": agreement},
         f"the batch norms' means are {excess:.1f} times as far from the clean images' as chance "
-        f"has it, and a trigger that explains it moves {100 * replayed.share:.0f}% of the images "
-        f"to class {target}",
+        f"has it, and triggers that explain it move {100 * share:.0f}% of the images to class "
+        f"{target}",
+        config,
+    )
+
+
+def by_label_shift(
+    excess: float, shifted: Replayed, control: Replayed, config: VerdictConfig
+) -> Verdict:
+    """Judge triggers that replay the shift and move labels by one (``shifted``) and by two."""
+    advantage = math.log2(max(shifted.share, 1e-2) / max(control.share, LEAST_CONTROL))
+    score = (_ramp(excess, *config.excess) + _ramp(advantage, *config.advantage)) / 2
+    return _verdict(
+        score,
+        shifted.probe.target,
+        "norm statistics",
+        {"excess": excess, "share": shifted.share, "advantage": advantage},
+        f"the batch norms' means are {excess:.1f} times as far from the clean images' as chance "
+        f"has it, and a trigger that explains it turns {100 * shifted.share:.0f}% of unseen images "
+        f"into the next class (into the one after it: {100 * control.share:.0f}%)",
         config,
     )
 
@@ -69,7 +107,7 @@ def by_probes(
         judge(
             contender.probe.target,
             advantage(contender, contenders),
-            unlearned.share(contender.probe.target),
+            unlearned.share(classes_of(contender.probe.target)),
             contender.score,
             config,
         )
@@ -79,7 +117,7 @@ def by_probes(
 
 
 def judge(
-    target: int,
+    target: Target,
     strength_ratio: float,
     concentration: float,
     repairability: float,
@@ -113,7 +151,7 @@ def judge(
 
 def _verdict(
     score: float,
-    target: int,
+    target: Target,
     by: Literal["norm statistics", "probes"],
     evidence: dict[str, float],
     reason: str,

@@ -15,7 +15,7 @@ from onp.config import AgentConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
 from onp.graph import build_graph
 from onp.probes.patch import Patch
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 from onp.suspect.trace import Trace, trace
 
 CHANNELS, PLANTED, TARGET, SIZE = 24, 7, 0, 8

@@ -11,7 +11,7 @@ from onp.agent.race import Contender, race, ranking_masks
 from onp.config import BUDGETS, ChoiceConfig, RaceConfig, ScoreConfig, SynthesisConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.additive import Additive
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 from onp.suspect.trace import trace
 from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
 

@@ -27,7 +27,7 @@ from onp.data import ImageSet
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.patch import Patch
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 from onp.suspect.architectures import preactresnet
 from onp.suspect.load import load_suspect
 from onp.suspect.trace import trace

@@ -15,7 +15,7 @@ from torch import Tensor
 from onp.agent.objective import Objective, dealt_out
 from onp.config import ChoiceConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 
 
 def restore(mask: Tensor, objective: Objective, rounds: int) -> Tensor:
@@ -82,9 +82,12 @@ def choose(
     costs = (entropy - entropy[:1]) + divergence
     successes = []
     for probe, hand in zip(probes, dealt_out(len(images), len(probes)), strict=True):
-        triggered = evaluator.run(masks, probe(images[hand])).softmax(2)[..., probe.target]
-        excess = (triggered - logs[:, hand].exp()[..., probe.target]).clamp_min(0)
-        excess = torch.where(labels[hand] == probe.target, torch.zeros_like(excess), excess)
+        wanted = probe.wanted(labels[hand])
+        triggered = evaluator.run(masks, probe(images[hand])).softmax(2)
+        excess = (triggered - logs[:, hand].exp()).gather(
+            2, wanted.expand(len(masks), -1)[..., None]
+        )
+        excess = excess.squeeze(2).clamp_min(0) * (labels[hand] != wanted)
         successes.append(excess.sum(1) / max(len(hand), 1))
         costs[:, hand] += config.success_weight * excess
     best = int(costs.mean(1).argmin())

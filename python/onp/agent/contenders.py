@@ -15,7 +15,7 @@ from torch import Tensor
 from onp.agent.race import Contender
 from onp.config import Config, SynthesisConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe, Target
 
 SMALLEST = 0.05
 """Sizes below this share of the reference count as this: smaller ones are equally suspicious."""
@@ -41,7 +41,7 @@ def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
 
 
 def counted_contenders(
-    contenders: Sequence[Contender], target: int, config: SynthesisConfig
+    contenders: Sequence[Contender], target: Target, config: SynthesisConfig
 ) -> list[Contender]:
     """The target's contenders that are stronger than their sisters: the most repairable one, and
     those nearly as repairable; best first."""
@@ -88,7 +88,9 @@ def success_of(
 ) -> float:
     """Mean excess probability of the probe's target under ``mask`` bool [S], on the images of
     other classes."""
-    clean = images[labels != probe.target]
+    wanted = probe.wanted(labels)
+    others = wanted != labels
+    clean = images[others]
     chance = evaluator.run(mask[None], torch.cat([clean, probe(clean)]))[0].softmax(1)
-    own, hit = chance[:, probe.target].chunk(2)
+    own, hit = chance.gather(1, wanted[others].repeat(2)[:, None]).squeeze(1).chunk(2)
     return float((hit - own).clamp_min(0).mean())

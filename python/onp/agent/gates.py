@@ -25,7 +25,7 @@ from torch import Tensor
 
 from onp.config import GatesConfig
 from onp.ledger import Ledger
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 from onp.suspect.network import FrozenNetwork
 
 
@@ -50,8 +50,7 @@ def learn_gates(
     optimizer = torch.optim.Adam([gates], lr=config.learning_rate, betas=(0.9, 0.99))
     draw = config.images_per_step
     each = -(-draw // len(probes))
-    others = [(labels != probe.target).nonzero().squeeze(1) for probe in probes]
-    wanted = torch.tensor([p.target for p in probes], device=device).repeat_interleave(each)
+    others = [(labels != probe.wanted(labels)).nonzero().squeeze(1) for probe in probes]
     with torch.no_grad():
         original = torch.cat([network(part).log_softmax(1) for part in images.split(250)])
     ledger.count(len(images))
@@ -61,14 +60,16 @@ def learn_gates(
         clean = torch.randint(len(images), (draw,), generator=random)
         hit = [o[torch.randint(len(o), (each,), generator=random)] for o in others]
         triggered = [p(images[index]) for p, index in zip(probes, hit, strict=True)]
+        answers = [p.wanted(labels[index]) for p, index in zip(probes, hit, strict=True)]
+        wanted = torch.cat(answers).to(device)[:, None]
         logits = network(torch.cat([images[clean], *triggered]), gates)
         logs = logits[:draw].log_softmax(1)
         before = original[clean.to(device)]
         kept = F.nll_loss(logs, labels[clean].to(device)) + F.kl_div(
             logs, before, log_target=True, reduction="batchmean"
         )
-        own = logits[draw:].gather(1, wanted[:, None]).squeeze(1)
-        rest = logits[draw:].scatter(1, wanted[:, None], -torch.inf).logsumexp(1)
+        own = logits[draw:].gather(1, wanted).squeeze(1)
+        rest = logits[draw:].scatter(1, wanted, -torch.inf).logsumexp(1)
         loss = F.softplus(own - rest).mean() + config.clean_weight * kept
         loss = loss + (price * (1 - gates)).sum()
         optimizer.zero_grad()

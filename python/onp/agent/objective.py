@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onp.config import ScoreConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,9 @@ class Objective:
         self.labels = labels
         self.config = config
         self.sites = evaluator.trace.sites
-        self.targets = [probe.target for probe in probes]
         self.hands = dealt_out(len(images), len(probes))
         """Which of the images each probe triggers."""
+        self.wanted = [p.wanted(labels[h]) for p, h in zip(probes, self.hands, strict=True)]
         triggered = [probe(images[h]) for probe, h in zip(probes, self.hands, strict=True)]
         self.images = torch.cat([images, *triggered])
         none = torch.zeros(1, self.sites, dtype=torch.bool)
@@ -75,12 +75,13 @@ class Objective:
         clean, *triggered = probabilities.split(sizes, 1)  # [B, n, K] each
         accuracy = clean.gather(2, self.labels.expand(len(pruned), -1)[..., None]).mean((1, 2))
         success = []
-        for target, hand, hit in zip(self.targets, self.hands, triggered, strict=True):
-            others = self.labels[hand] != target
+        for wanted, hand, hit in zip(self.wanted, self.hands, triggered, strict=True):
+            others = self.labels[hand] != wanted
             if not bool(others.any()):
                 success.append(torch.zeros(len(pruned)))
                 continue
-            excess = hit[:, others, target] - clean[:, hand][:, others, target]
+            answers = wanted[others].expand(len(pruned), -1)[..., None]
+            excess = (hit - clean[:, hand])[:, others].gather(2, answers).squeeze(2)
             success.append(excess.mean(1).clamp_min(0))
         return accuracy, torch.stack(success, 1)
 

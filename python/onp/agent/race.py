@@ -11,7 +11,7 @@ from torch import Tensor
 from onp.agent.objective import Objective
 from onp.config import RaceConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe
 
 
 @dataclass(frozen=True, eq=False)

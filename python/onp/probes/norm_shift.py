@@ -1,16 +1,18 @@
 """What the batch norms remember of training that the clean images do not bear out.
 
-A batch norm's running mean is an average over the training images, poisoned ones included:
+A batch norm's running statistics average over the training images, poisoned ones included. So for a
+share p of triggered images, in every channel and for the first and the second moment alike,
 
-    running mean - clean mean = p * (triggered mean - clean mean)
+    remembered moment - clean moment = p * (triggered moment - clean moment)
 
-for a share p of triggered images. So the shift of every channel tells, up to p and noise, how the
-trigger moves that channel on average: an image of the trigger inside the network, from clean data
-alone. That running statistics expose backdoors is BNP's observation (Zheng et al., "Pre-activation
-Distributions Expose Backdoor Neurons", NeurIPS 2022), which ranks channels by it; reading it as the
-trigger's own mean response, cleared of what else moves the mean, is ours.
+The shift of the moments tells, up to p and noise, what the trigger does to every channel: an image
+of the trigger inside the network, from clean data alone. The two together also tell p: twice the
+effect on half of the images moves the first moment alike, the second one twice as far. That running
+statistics expose backdoors is BNP's observation (Zheng et al., "Pre-activation Distributions Expose
+Backdoor Neurons", NeurIPS 2022), which ranks channels by it; reading the moments as the trigger's
+own response, cleared of what else moves them, is ours.
 
-What else moves it: training images are cropped and mirrored, and classes may come in other shares
+What else moves them: training images are cropped and mirrored, and classes may come in other shares
 than in the clean images. These are directions that can be measured, so they are fitted and
 taken out (ridge regression). What is left is compared with what random halves of the clean images
 show.
@@ -45,15 +47,15 @@ of 32): the black borders move the means otherwise for each."""
 BATCH = 250
 
 
-class NormMeans:
-    """The mean of every batch-norm channel, standardised by the norm's own scale and shift: over
-    the training images 0 if the running mean is right."""
+class NormMoments:
+    """Mean and mean square of every batch-norm channel, standardised by the running statistics: 0
+    over the training images (the mean square is counted from its 1)."""
 
     def __init__(self, network: FrozenNetwork, model: nn.Module) -> None:
         self.network = network
         self.at: dict[int, slice] = {}
         """Channels of each norm's op index."""
-        scales, shifts, memories = [], [], []
+        scales, offsets, memories = [], [], []
         start = 0
         for index, op in enumerate(network.trace.ops):
             if op.kind != "norm":
@@ -63,53 +65,59 @@ class NormMeans:
             count = norm.num_features
             ones = torch.ones(count)
             scales.append(ones if norm.weight is None else norm.weight.detach().float().cpu())
-            shifts.append(0 * ones if norm.bias is None else norm.bias.detach().float().cpu())
+            offsets.append(0 * ones if norm.bias is None else norm.bias.detach().float().cpu())
             momentum = norm.momentum or 1e-6  # None: the mean of all batches
             memories.append((2 - momentum) / momentum)
             self.at[index] = slice(start, start + count)
             start += count
         self.scale = torch.cat(scales) if scales else torch.empty(0)
-        self.shift = torch.cat(shifts) if shifts else torch.empty(0)
+        self.offset = torch.cat(offsets) if offsets else torch.empty(0)
         self.remembered = TRAINING_BATCH * min(memories, default=0.0)
-        """Training images behind a running mean, as far as its noise goes."""
+        """Training images behind a running statistic, as far as its noise goes."""
         self.live = self.scale.abs() > 1e-3 * self.scale.abs().amax() if scales else self.scale > 0
         """bool [U]: channels that the norm lets through at all."""
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [N, K] and standardised means [N, U] of images [N, C, H, W]; keeps gradients."""
-        seen: dict[int, Tensor] = {}
+        """Logits [N, K] and moments [N, 2U] of images [N, C, H, W], all first ones before the
+        second; keeps gradients."""
+        seen: dict[int, tuple[Tensor, Tensor]] = {}
 
         def keep(index: int, values: Tensor) -> None:
-            seen[index] = values.flatten(2).mean(2) if values.ndim > 2 else values
+            flat = values.flatten(2) if values.ndim > 2 else values[:, :, None]
+            variance, mean = torch.var_mean(flat, 2, correction=0)
+            seen[index] = mean, variance
 
         logits = self.network(images, observe_norm=keep)
-        means = torch.cat([seen[index] for index in self.at], 1)
-        scale = torch.where(self.live, self.scale, torch.ones_like(self.scale))
-        standard = (means - self.shift.to(means.device)) / scale.to(means.device)
-        return logits, standard * self.live.to(means.device)
+        mean, variance = (torch.cat([seen[i][part] for i in self.at], 1) for part in (0, 1))
+        live = self.live.to(mean.device)
+        scale = torch.where(self.live, self.scale, torch.ones_like(self.scale)).to(mean.device)
+        first = (mean - self.offset.to(mean.device)) / scale
+        second = variance / scale.square() + first.square() - 1
+        return logits, torch.cat([first * live, second * live], 1)
 
 
 @dataclass(frozen=True, eq=False)
 class NormShift:
-    """The shift of U batch-norm channels, in units of its noise, without what is explained."""
+    """The shift of both moments of U batch-norm channels, in units of its noise, without what is
+    explained."""
 
-    means: NormMeans
+    moments: NormMoments
     clean: Tensor
-    """float32 [N, U]: standardised means of each clean image."""
+    """float32 [N, 2U]: moments of each clean image."""
     noise: Tensor
-    """float32 [U]: standard error of the shift."""
+    """float32 [2U]: standard error of the shift."""
     nuisances: Tensor
-    """float32 [Q, U]: directions of class shares and augmentations, in units of the noise."""
+    """float32 [Q, 2U]: directions of class shares and augmentations, in units of the noise."""
     solver: Tensor
     """float32 [Q, Q]: inverse of the ridge regression's normal matrix."""
     residual: Tensor
-    """float32 [U]: the shift, in units of the noise, nuisances taken out."""
+    """float32 [2U]: the shift, in units of the noise, nuisances taken out."""
     excess: float
     """Root mean square of the residual over what random halves of the clean images and the fitted
     class shares would have: 1 is chance."""
 
     def explained(self, change: Tensor) -> Tensor:
-        """A change of the means float32 [U] in the residual's terms; keeps gradients."""
+        """A change of the moments float32 [2U] in the residual's terms; keeps gradients."""
         scaled = change / self.noise.to(change.device)
         nuisances = self.nuisances.to(change.device)
         weights = self.solver.to(change.device) @ (nuisances @ scaled)
@@ -129,23 +137,23 @@ def norm_shift(
 ) -> NormShift | None:
     """Measure the shift on clean images float32 [N, C, H, W] with labels int64 [N]; None for a
     network without batch norms and for too few images a class. Costs 4 image-forwards an image."""
-    means = NormMeans(network, model)
+    moments = NormMoments(network, model)
     count, present = len(images), F.one_hot(labels)[:, labels.unique()].float()  # [N, K]
     freedom = 1 - (present.shape[1] - 1) / max(count - 1, 1)
-    if not means.at or freedom < LEAST_FREEDOM:
+    if not moments.at or freedom < LEAST_FREEDOM:
         return None
     random = torch.Generator().manual_seed(seed)
 
     def measured(pixels: Tensor) -> Tensor:
         ledger.count(len(pixels))
-        return torch.cat([means(part)[1].cpu() for part in pixels.split(BATCH)])
+        return torch.cat([moments(part)[1].cpu() for part in pixels.split(BATCH)])
 
     clean = measured(images)
     augmented = [
         measured(images.flip(3)),
         *(measured(shifted_at_random(images, valid[0], part, random)) for part in CROPS),
     ]
-    error = (1 / count + 1 / means.remembered) ** 0.5
+    error = (1 / count + 1 / moments.remembered) ** 0.5
     noise = (augmented[-1].std(0) * error).clamp_min(LEAST_NOISE)
     augmentations = torch.stack([(other - clean).mean(0) for other in augmented])
     classes = present.T @ clean / present.sum(0)[:, None]
@@ -155,13 +163,13 @@ def norm_shift(
     ridge = torch.full((len(normal),), RIDGE * float(normal.diagonal()[: len(classes)].mean()))
     ridge[len(classes) :] *= 0.01
     solver = torch.linalg.inv(normal.double() + ridge.clamp_min(1e-6).diag().double()).float()
-    shift = NormShift(means, clean, noise, nuisances, solver, torch.empty(0), 0.0)
+    shift = NormShift(moments, clean, noise, nuisances, solver, torch.empty(0), 0.0)
     residual = shift.explained(-clean.mean(0))
     # Fitted class shares weigh the clean images unevenly, which makes their mean noisier.
     weights = solver @ (nuisances @ (-clean.mean(0) / noise))
     present /= present.sum(0)
     each = (1 / count + present @ weights[: len(classes)]).square().sum()
-    uneven = float((each + 1 / means.remembered).sqrt()) / error
+    uneven = float((each + 1 / moments.remembered).sqrt()) / error
     chance = []
     for _ in range(HALVINGS):
         order = torch.randperm(count, generator=random)
@@ -170,7 +178,7 @@ def norm_shift(
     # A half's noise lies partly along the class means, which are taken out of it but not of the
     # whole: its classes weigh alike.
     excess = rms(residual) * freedom**0.5 / max(uneven * sum(chance) / len(chance), 1e-12)
-    return NormShift(means, clean, noise, nuisances, solver, residual, excess)
+    return NormShift(moments, clean, noise, nuisances, solver, residual, excess)
 
 
 def rms(values: Tensor) -> float:
@@ -192,9 +200,11 @@ def shifted_at_random(images: Tensor, fill: float, part: int, random: torch.Gene
 
 
 def by_site(shift: NormShift, trace: Trace) -> Tensor:
-    """The residual of each site's own norm, float32 [S]; 0 where it has none."""
+    """The residual of each site's own norm, both moments together, float32 [S]; 0 where it has
+    none."""
     values = torch.zeros(trace.sites)
+    channels = torch.stack(shift.residual.chunk(2)).norm(dim=0)
     for layer in trace.layers:
-        if layer.norm in shift.means.at:
-            values[layer.sites] = shift.residual[shift.means.at[layer.norm]]
+        if layer.norm in shift.moments.at:
+            values[layer.sites] = channels[shift.moments.at[layer.norm]]
     return values

@@ -1,16 +1,19 @@
-"""Replay what the batch norms remember: a trigger of any kind that explains their shift.
+"""Replay what the batch norms remember: triggers of every kind that explain their shift.
 
-Other families say what a trigger looks like and look for one that reaches a class. This one says
-what a trigger does inside (``norm_shift``) and lets it look like anything: one map added to every
-image plus what a small convolutional network adds to each. First it only learns to move the norms'
-means as training did, and no class is asked for: a backdoored network then answers the attacker's.
-After that, reaching that class counts too.
+Synthesis looks for a trigger that reaches a class. A replay looks for one that moves the norms'
+means as training did (``norm_shift``); no class is asked for, a backdoored network then answers the
+attacker's. Many triggers explain the shift about as well, and the attacker's is one of them: so
+several are learned, of different families, and each only until what is left of the shift is no more
+than what chance and augmentation leave of it (the discrepancy principle, Morozov 1966). Beyond
+that they would fit what the trigger has not done.
+
+An all-to-all backdoor answers no one class; so it is asked whether some trigger can explain the
+shift and move every label by one (``LabelShift``), on images that it was not learned on.
 """
 
 from __future__ import annotations
 
-import itertools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,65 +21,20 @@ from torch import Tensor
 
 from onp.config import ReplayConfig
 from onp.ledger import Ledger
-from onp.probes.families import Range
+from onp.probes.families import Family, Range
 from onp.probes.norm_shift import BATCH, NormShift
-from onp.probes.synthesis import Probe
+from onp.probes.probe import Probe, Target
 from onp.suspect.network import FrozenNetwork
-
-
-class Replay:
-    """images + map + network(images)."""
-
-    hidden = 16
-    """Channels between the network's convolutions."""
-    learning_rate = 0.02
-    """Of the map, as a share of the valid range; the network's is a quarter."""
-
-    def __init__(self, name: str = "replay") -> None:
-        self.name = name
-
-    def start(
-        self, probes: int, shape: tuple[int, int, int], generator: torch.Generator
-    ) -> list[Tensor]:
-        """The map, then weight and bias of three 3x3 convolutions; the last starts at 0."""
-        sizes = [shape[0], self.hidden, self.hidden, shape[0]]
-        parameters = [torch.zeros(probes, 1, *shape)]
-        for place, (read, made) in enumerate(itertools.pairwise(sizes)):
-            bound = 0.0 if place == 2 else (9 * read) ** -0.5
-            weight = torch.rand(probes, made, read, 3, 3, generator=generator) * 2 - 1
-            parameters += [weight * bound, torch.zeros(probes, made)]
-        return parameters
-
-    def apply(self, parameters: list[Tensor], images: Tensor, valid: Range) -> Tensor:
-        low, high = valid
-        maps, *layers = parameters
-        out = []
-        for place, pixels in enumerate(images):
-            h = (pixels - low) / (high - low) - 0.5
-            for weight, bias in zip(layers[::2], layers[1::2], strict=True):
-                h = F.conv2d(h, weight[place], bias[place], padding=1)
-                h = F.relu(h) if weight is not layers[-2] else h
-            out.append(pixels + (high - low) * (maps[place] + h))
-        return torch.stack(out).clamp(low, high)
-
-    def project(self, parameters: list[Tensor], valid: Range) -> None:
-        """Only pixels are bounded."""
-
-    def size(self, parameters: list[Tensor], valid: Range) -> Tensor:
-        """Root mean square of the map, as a share of the range."""
-        return parameters[0].flatten(1).square().mean(1).sqrt()
-
-    def penalty(self, parameters: list[Tensor]) -> Tensor:
-        return torch.zeros(len(parameters[0]))
 
 
 @dataclass(frozen=True, eq=False)
 class Replayed:
-    """What the replayed trigger makes the network answer, and the trigger."""
+    """A trigger that replays the shift, and what it makes the network answer."""
 
     probe: Probe
     share: float
-    """Share of the clean images that it moves to ``probe.target``."""
+    """Share of the clean images that it moves to what ``probe`` is after; of images that it was
+    not learned on where that was given."""
     agreement: float
     """Cosine of the norms' shift and what the trigger did to them in the last step, nuisances
     taken out."""
@@ -87,72 +45,76 @@ def replay(
     images: Tensor,
     labels: Tensor,
     config: ReplayConfig,
+    family: Family,
     *,
-    steps: int,
+    target: Target | None = None,
     valid: Range,
     seed: int,
     ledger: Ledger,
-    against: tuple[Probe, Tensor] | None = None,
 ) -> Replayed:
     """Learn one trigger on clean images float32 [N, C, H, W] with labels int64 [N].
 
-    loss = |residual - p * effect|^2 / |residual|^2 [+ class_weight * cross-entropy to the target]
+    loss = |residual - p * effect|^2 / |residual|^2 [+ target_weight * cross-entropy to the target]
 
-    with p, the share of poisoned images, assumed. No class is asked for; the target is the class
-    that gains most. ``against``: (a replayed trigger, gates float32 [S]): go on from that trigger,
-    whose target is now to be reached on the network so gated, while the effect is that on the
-    network as it is. Costs 2 image-forwards an image and step, 4 against gates.
+    with p the assumed share of poisoned images. Without a ``target`` none is asked for: it is
+    the class that gains most, and learning stops once the loss is (least_excess / excess)^2, which
+    is what a clean network's shift would leave of it, or ``enough``. With one the trigger is
+    learned on all but ``held_back`` of the images and judged on those. Costs 2 image-forwards an
+    image and step.
     """
-    family = Replay("replay" if against is None else "replay+")
     random = torch.Generator().manual_seed(seed)
-    network = shift.means.network
+    network = shift.moments.network
     device = network.device
-    if against is None:
-        shape = (images.shape[1], images.shape[2], images.shape[3])
-        state = [p.to(device) for p in family.start(1, shape, random)]
-        pool = torch.arange(len(images))
-    else:
-        state = [p.to(device, copy=True) for p in against[0].parameters]
-        pool = (labels != against[0].target).nonzero().squeeze(1)
+    shape = (images.shape[1], images.shape[2], images.shape[3])
+    state = [parameter.to(device) for parameter in family.start(1, shape, random)]
     for parameter in state:
         parameter.requires_grad_(True)
-    rates = [family.learning_rate] + [family.learning_rate / 4] * (len(state) - 1)
-    optimizer = torch.optim.Adam(
-        [{"params": [p], "lr": rate} for p, rate in zip(state, rates, strict=True)],
-        betas=(0.5, 0.9),
-    )
+    optimizer = torch.optim.Adam(state, lr=family.learning_rate, betas=(0.5, 0.9))
+
+    def found(target: Target) -> Probe:
+        parameters = [parameter.detach().cpu() for parameter in state]
+        return Probe(family, target, parameters, valid, float(family.size(parameters, valid)))
+
+    held_back = 0 if target is None else round(config.held_back * len(images))
+    learned_on = len(images) - held_back
+    aim = None if target is None else found(target).wanted(labels)
     residual = shift.residual.to(device)
-    agreement = 0.0
-    for step in range(steps):
-        index = pool[torch.randint(len(pool), (config.images_per_step,), generator=random)]
+    enough = (
+        0.0 if aim is not None else max((config.least_excess / shift.excess) ** 2, config.enough)
+    )
+    unexplained, agreement = 1.0, 0.0
+    for step in range(config.steps):
+        index = torch.randint(learned_on, (config.images_per_step,), generator=random)
         triggered = family.apply(state, images[index][None].to(device), valid)[0]
-        _, means = shift.means(triggered)
-        effect = shift.explained((means - shift.clean[index].to(device)).mean(0))
+        logits, moments = shift.moments(triggered)
+        effect = shift.explained((moments - shift.clean[index].to(device)).mean(0))
         loss = (residual - config.poisoned * effect).square().sum() / residual.square().sum()
-        if against is not None:
-            probe, gates = against
-            wanted = torch.full((len(index),), probe.target, device=device)
-            reached = F.cross_entropy(network(triggered, gates), wanted)
-            loss = loss + config.class_weight * reached
+        unexplained = 0.8 * unexplained + 0.2 * float(loss.detach())
+        if aim is not None:
+            reached = F.cross_entropy(logits, aim[index].to(device))
+            loss = loss + config.target_weight * reached
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         agreement = float(F.cosine_similarity(residual, effect.detach(), dim=0))
-        ledger.count((2 if against is None else 4) * len(index))
-        ledger.tick(step + 1, steps, f"agreement {agreement:.2f}")
-    parameters = [parameter.detach().cpu() for parameter in state]
-    size = float(family.size(parameters, valid))
-    target = -1 if against is None else against[0].target  # -1: not known yet
-    probe = Probe(family, target, parameters, valid, size)
-    gain = _answers(network, probe(images)) - _answers(network, images)
-    ledger.count(2 * len(images))
-    if against is None:
-        probe = replace(probe, target=int(gain.argmax()))
-    return Replayed(probe, float(gain[probe.target]) / len(images), agreement)
+        ledger.count(2 * len(index))
+        ledger.tick(step + 1, config.steps, f"agreement {agreement:.2f}")
+        if unexplained <= enough:
+            break
+    judged, own = images[-held_back:], labels[-held_back:]  # -0: all
+    probe = found(0 if target is None else target)
+    before, after = (_answers(network, some) for some in (judged, probe(judged)))
+    ledger.count(2 * len(judged))
+    if target is None:
+        classes = network.trace.num_classes
+        gain = torch.bincount(after, minlength=classes) - torch.bincount(before, minlength=classes)
+        probe = found(int(gain.argmax()))
+    wanted = probe.wanted(own)
+    share = float(((after == wanted).float() - (before == wanted).float()).mean())
+    return Replayed(probe, share, agreement)
 
 
 @torch.no_grad()
 def _answers(network: FrozenNetwork, images: Tensor) -> Tensor:
-    """How many of the images [N, C, H, W] get each answer, int64 [K]."""
-    answers = [network(part).argmax(1).cpu() for part in images.split(BATCH)]
-    return torch.bincount(torch.cat(answers), minlength=network.trace.num_classes)
+    """Answers int64 [N] to images [N, C, H, W]."""
+    return torch.cat([network(part).argmax(1).cpu() for part in images.split(BATCH)])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -14,40 +13,11 @@ from onp.probes.additive import Additive
 from onp.probes.families import Family, Range
 from onp.probes.low_frequency import LowFrequency
 from onp.probes.patch import Patch
+from onp.probes.probe import CPU_CHUNK, Probe
 from onp.probes.warp import Warp
 from onp.suspect.network import FrozenNetwork
 
-CPU_CHUNK = 128
-"""Images in one pass on a CPU: the memory of larger activations goes back to the system after every
-step; from 512 images on each takes half as long again."""
-
 FAMILIES: tuple[Family, ...] = (Patch(), Additive(), LowFrequency(), Warp())
-
-
-@dataclass(frozen=True, eq=False)
-class Probe:
-    """One synthesised trigger: a function of images that should make ``target`` the answer."""
-
-    family: Family = field(repr=False)
-    target: int
-    parameters: list[Tensor] = field(repr=False)
-    """Each with a leading dimension of 1."""
-    valid: Range
-    size: float
-    """Share of the family's bound or reference size."""
-
-    @property
-    def name(self) -> str:
-        return f"{self.family.name}->{self.target}"
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
-        """Trigger images float32 [N, C, H, W]."""
-        parts = [
-            self.family.apply(self.parameters, part[None], self.valid)[0]
-            for part in images.split(CPU_CHUNK)
-        ]
-        return torch.cat(parts)
 
 
 def gradients_towards(

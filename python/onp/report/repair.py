@@ -17,6 +17,7 @@ from onp.evidence import Evidence
 from onp.ledger import Ledger
 from onp.metrics import interval
 from onp.probes.norm_shift import NormShift
+from onp.probes.probe import classes_of
 from onp.suspect.trace import Trace
 
 SCHEMA = "onp.repair/2"
@@ -64,7 +65,7 @@ def repair_report(
         },
         "statistics": None if evidence.statistics is None else evidence.statistics.evidence,
         "norm_shift": None if shift is None else round(shift.excess, 4),
-        "target_classes": [] if verdict.target is None else [verdict.target],
+        "target_classes": [] if verdict.target is None else classes_of(verdict.target),
         "accuracy": {
             "before": before / count,
             "after": after / count,
@@ -103,7 +104,7 @@ def repair_report(
 def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
     return {
         "family": contender.probe.family.name,
-        "target": contender.probe.target,
+        "target": str(contender.probe.target),
         "size": round(contender.probe.size, 4),
         "success_before": round(contender.success, 4),
         "success_after_its_own_mask": round(contender.success * (1 - contender.removed), 4),

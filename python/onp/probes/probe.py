@@ -1,0 +1,68 @@
+"""One synthesised trigger, and the answer that it is after."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from onp.probes.families import Family, Range
+
+CPU_CHUNK = 128
+"""Images in one pass on a CPU: the memory of larger activations goes back to the system after every
+step; from 512 images on each takes half as long again."""
+
+
+@dataclass(frozen=True)
+class LabelShift:
+    """All-to-all: of ``classes`` labels each is to become the one ``by`` further on (BadNets, Gu et
+    al., arXiv 1708.06733, section 4)."""
+
+    classes: int
+    by: int = 1
+
+    def __str__(self) -> str:
+        return f"label+{self.by}"
+
+
+Target = int | LabelShift
+"""A class (all-to-one) or a shift of the labels (all-to-all)."""
+
+
+def classes_of(target: Target) -> list[int]:
+    """The classes that triggered images are to get."""
+    return [target] if isinstance(target, int) else list(range(target.classes))
+
+
+@dataclass(frozen=True, eq=False)
+class Probe:
+    """One synthesised trigger: a function of images that should make ``target`` the answer."""
+
+    family: Family = field(repr=False)
+    target: Target
+    parameters: list[Tensor] = field(repr=False)
+    """Each with a leading dimension of 1."""
+    valid: Range
+    size: float
+    """Share of the family's bound or reference size."""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family.name}->{self.target}"
+
+    def wanted(self, labels: Tensor) -> Tensor:
+        """The answer it is after for images with labels int64 [N]: int64 [N]. Images that have it
+        as their label say nothing about the trigger."""
+        if isinstance(self.target, int):
+            return torch.full_like(labels, self.target)
+        return (labels + self.target.by) % self.target.classes
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Trigger images float32 [N, C, H, W]."""
+        parts = [
+            self.family.apply(self.parameters, part[None], self.valid)[0]
+            for part in images.split(CPU_CHUNK)
+        ]
+        return torch.cat(parts)

@@ -1,0 +1,28 @@
+"""What a probe is after: one class, or the next label."""
+
+from __future__ import annotations
+
+import torch
+
+from onp.probes.additive import Additive
+from onp.probes.probe import LabelShift, Probe, Target, classes_of
+
+
+def probe(target: Target) -> Probe:
+    return Probe(Additive(), target, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0)
+
+
+def test_one_class_is_wanted_of_every_image() -> None:
+    labels = torch.tensor([0, 3, 2])
+    assert probe(3).wanted(labels).tolist() == [3, 3, 3]
+    assert probe(3).name == "additive->3"
+    assert classes_of(3) == [3]
+
+
+def test_a_label_shift_wants_the_next_and_wraps_around() -> None:
+    labels = torch.tensor([0, 3, 2])
+    target = LabelShift(classes=4)
+    assert probe(target).wanted(labels).tolist() == [1, 0, 3]
+    assert probe(LabelShift(4, by=2)).wanted(labels).tolist() == [2, 1, 0]
+    assert probe(target).name == "additive->label+1"
+    assert classes_of(target) == [0, 1, 2, 3]

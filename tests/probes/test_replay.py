@@ -1,0 +1,131 @@
+"""Replayed triggers name the attacker's class, stop at what chance leaves, and shift labels where
+every class is sent to the next one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from onp import demo
+from onp.config import Config, ReplayConfig
+from onp.demo.images import draw
+from onp.evaluate import MaskEvaluator
+from onp.evidence import REPLAYED, Scene, from_statistics
+from onp.ledger import Ledger
+from onp.probes.families import Family
+from onp.probes.norm_shift import NormShift
+from onp.probes.probe import LabelShift
+from onp.probes.replay import Replayed, replay
+from onp.suspect.load import load_suspect
+from tests.probes.shifted import measure, seen, triggered
+
+CLASSES = 10
+
+
+@pytest.fixture(scope="module")
+def trained() -> nn.Module:
+    """The demo's network, backdoor and all."""
+    return load_suspect(demo.CHECKPOINT, demo.ARCH).model
+
+
+@pytest.fixture(scope="module")
+def all_to_all(trained: nn.Module) -> nn.Module:
+    """The demo's network, taught for a moment that its trigger means the next label."""
+    model = copy.deepcopy(trained).train()
+    training = draw(1600, 21)
+    images, labels = training.floats(), training.labels.clone()
+    poisoned = torch.arange(len(images)) % 4 == 0
+    images[poisoned] = triggered(images[poisoned])
+    labels[poisoned] = (labels[poisoned] + 1) % CLASSES
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    random = torch.Generator().manual_seed(0)
+    for _ in range(80):
+        index = torch.randperm(len(images), generator=random)[:64]
+        loss = F.cross_entropy(model(images[index]), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return seen(model.eval(), images)
+
+
+def learn(
+    shift: NormShift, family: Family, config: ReplayConfig, ledger: Ledger | None = None,
+    target: LabelShift | None = None,
+) -> Replayed:  # fmt: skip
+    clean = demo.clean_images()[torch.arange(200)]
+    return replay(
+        shift, clean.floats(), clean.labels, config, family, target=target,
+        valid=(0.0, 1.0), seed=0, ledger=ledger or Ledger(),
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def shift(trained: nn.Module) -> NormShift:
+    clean = demo.clean_images()[torch.arange(200)]
+    return measure(trained, clean.floats(), clean.labels)
+
+
+@pytest.mark.parametrize("family", REPLAYED.values(), ids=lambda family: family.name)
+def test_every_familys_trigger_is_a_real_image_and_the_same_again(
+    shift: NormShift, family: Family
+) -> None:
+    config, ledger = ReplayConfig(steps=6, images_per_step=24, least_excess=0.0), Ledger()
+    one, two = learn(shift, family, config, ledger), learn(shift, family, config)
+    assert ledger.total == 2 * 6 * 24 + 2 * 200
+    for a, b in zip(one.probe.parameters, two.probe.parameters, strict=True):
+        assert torch.equal(a, b)
+    hit = one.probe(demo.clean_images().floats()[:50])
+    assert -1e-5 <= float(hit.min()) <= float(hit.max()) <= 1.0 + 1e-5
+
+
+@pytest.mark.parametrize("family", ["generator", "patch"])
+def test_the_replayed_trigger_answers_the_backdoors_class(shift: NormShift, family: str) -> None:
+    """No class is asked for."""
+    found = learn(shift, REPLAYED[family], ReplayConfig(images_per_step=24))
+    assert found.probe.target == demo.TARGET
+    assert found.probe.name == f"{family}->{demo.TARGET}"
+    assert found.share > 0.3
+    assert found.agreement > 0.6
+
+
+def test_learning_stops_at_what_a_clean_networks_shift_leaves(shift: NormShift) -> None:
+    family = REPLAYED["generator"]
+    costs = []
+    for least in (0.0, 1.3, shift.excess * 0.9):
+        ledger = Ledger()
+        learn(shift, family, ReplayConfig(images_per_step=24, least_excess=least), ledger)
+        costs.append(ledger.total)
+    assert costs[0] == 2 * 80 * 24 + 2 * 200
+    assert costs[0] > costs[1] > costs[2]
+
+
+def test_a_label_shift_is_found_where_there_is_one(all_to_all: nn.Module) -> None:
+    """And the one by two, which nothing was taught, is not."""
+    clean = demo.clean_images()[torch.arange(200)]
+    shift = measure(all_to_all, clean.floats(), clean.labels)
+    config = ReplayConfig(images_per_step=32, poisoned=0.2)
+    one, two = (
+        learn(shift, REPLAYED["generator"], config, target=LabelShift(CLASSES, by)) for by in (1, 2)
+    )
+    assert one.probe.target == LabelShift(CLASSES, 1)
+    assert one.share > 2 * max(two.share, 0.1)
+
+
+def test_a_class_without_clean_images_is_not_taken_for_a_target(trained: nn.Module) -> None:
+    """A clean network's means lack that class as they would lack a trigger."""
+    training, clean = draw(2400, 11), draw(400, 12)
+    model = seen(trained, training.floats())
+    some = clean.labels != 4
+    shift = measure(model, clean.floats()[some], clean.labels[some])
+    frozen = shift.moments.network
+    evaluator = MaskEvaluator(frozen.trace, model)
+    scene = Scene(
+        model, evaluator, clean.floats()[some], clean.labels[some], [],
+        Config(replay=ReplayConfig(steps=15, images_per_step=24, least_excess=0.0)), (0.0, 1.0), 0,
+    )  # fmt: skip
+    found = from_statistics(scene, shift)
+    assert found is None or found.verdict.target is None
