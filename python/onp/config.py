@@ -47,7 +47,7 @@ class SynthesisConfig:
 
 @dataclass(frozen=True)
 class ReplayConfig:
-    """The trigger that explains the batch norms' shift: see ``onp.probes.replay``."""
+    """The triggers that explain the batch norms' shift: see ``onp.probes.replay``."""
 
     least_excess: float = 1.3
     """Shift of the norms, over what chance makes of it, from which on it is replayed, and down to
@@ -58,7 +58,7 @@ class ReplayConfig:
     """Share of the shift's square that may stay unexplained however large it is."""
     images_per_step: int = 48
     families: tuple[str, ...] = ("generator", "patch", "additive", "low_frequency", "warp")
-    """One trigger of each is learned."""
+    """One trigger of each is learned; the first also tries label shifts."""
     poisoned: float = 0.06
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
@@ -160,13 +160,14 @@ class VerdictConfig:
     repairability: tuple[float, float] = (0.5, 0.9)
     """Worth of the best probe's best mask (1 is a free and complete repair)."""
     advantage: tuple[float, float] = (0.4, 1.4)
-    """Binary logarithm of the best probe's strength over the same family's for another class."""
+    """Binary logarithm of the best probe's strength over the same family's for another class; of a
+    label shift's share, over that of the shift by two."""
     certain: float = 0.75
     """Score of the norm statistics from which on no other probes are asked."""
     excess: tuple[float, float] = (1.2, 2.2)
     """The norms' shift over what chance makes of it."""
     share: tuple[float, float] = (0.2, 0.6)
-    """Share of the clean images that the replayed trigger moves to one class."""
+    """Share of the clean images that the replayed triggers move to one class, on average."""
 
 
 @dataclass(frozen=True)

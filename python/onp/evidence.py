@@ -101,8 +101,9 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
 
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
-    """Replay the norms' shift; None where there is nothing to replay, or where it leads to a class
-    without clean images: the class itself is then what they lack."""
+    """Replay the norms' shift, as a label shift too if no class speaks clearly; None where there is
+    nothing to replay, or where it leads to a class without clean images: the class itself is then
+    what they lack."""
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
         return None
@@ -122,11 +123,13 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
             shifted = by_label_shift(shift.excess, one, two, config.verdict)
             if shifted.score > verdict.score:
                 verdict, probes = shifted, [one.probe]
-    contenders: list[Contender] = []
-    if verdict.target is not None:
-        with scene.ledger.stage("race"):
-            contenders = scene.raced(probes)
-    return Evidence(verdict, contenders, contenders, verdict)
+    if verdict.target is None:
+        return Evidence(verdict, [], [], verdict)
+    with scene.ledger.stage("race"):
+        contenders = scene.raced(probes)
+    strongest = max(contenders, key=lambda contender: contender.success)
+    counted = [contender for contender in contenders if contender.size > 0] or [strongest]
+    return Evidence(verdict, contenders, counted, verdict)
 
 
 def from_probes(scene: Scene) -> Evidence:

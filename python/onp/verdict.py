@@ -1,13 +1,15 @@
 """Is there a backdoor? Two independent findings from clean data; either one calls it.
 
-**Norm statistics.** The batch norms' running means differ from the clean images' by more than
-chance, and a trigger that is synthesised to explain the difference, no class being asked for, makes
+**Norm statistics.** The moments that the batch norms remember differ from the clean images' by more
+than chance, and triggers that are learned to explain the difference, no class being asked for, make
 the network answer one class:
 
     score = mean of the excess and of the share of images that go to that class, each scaled
 
+The share is a mean over all triggers, 0 for those that answer another class.
+
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
-against one that shifts them by two; then its advantage takes the place of the share.
+against one that shifts them by two; then the lesser of its share and its advantage counts.
 
 **Probes.** Triggers synthesised per class and family:
 
@@ -31,7 +33,7 @@ from typing import Literal
 from onp.agent.contenders import advantage
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
-from onp.probes.probe import Target, classes_of
+from onp.probes.probe import Target
 from onp.probes.replay import Replayed
 from onp.probes.unlearning import Unlearned
 
@@ -68,15 +70,15 @@ def by_statistics(excess: float, replayed: Sequence[Replayed], config: VerdictCo
     target = target_of(replayed)
     share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
     score = (_ramp(excess, *config.excess) + _ramp(share, *config.share)) / 2
-    agreement = sum(one.agreement for one in replayed) / len(replayed)
+    alike = [one.agreement for one in replayed if one.probe.target == target]
     return _verdict(
         score,
         target,
         "norm statistics",
-        {"excess": excess, "share": share, "agreement": agreement},
-        f"the batch norms' means are {excess:.1f} times as far from the clean images' as chance "
-        f"has it, and triggers that explain it move {100 * share:.0f}% of the images to class "
-        f"{target}",
+        {"excess": excess, "share": share, "agreement": sum(alike) / len(alike)},
+        f"the batch norms' moments are {excess:.1f} times as far from the clean images' as chance "
+        f"has it, and {len(replayed)} triggers that explain it move {100 * share:.0f}% of the "
+        f"images to class {target} on average",
         config,
     )
 
@@ -85,14 +87,15 @@ def by_label_shift(
     excess: float, shifted: Replayed, control: Replayed, config: VerdictConfig
 ) -> Verdict:
     """Judge triggers that replay the shift and move labels by one (``shifted``) and by two."""
-    advantage = math.log2(max(shifted.share, 1e-2) / max(control.share, LEAST_CONTROL))
-    score = (_ramp(excess, *config.excess) + _ramp(advantage, *config.advantage)) / 2
+    stronger = math.log2(max(shifted.share, 1e-2) / max(control.share, LEAST_CONTROL))
+    support = min(_ramp(stronger, *config.advantage), _ramp(shifted.share, *config.share))
+    score = (_ramp(excess, *config.excess) + support) / 2
     return _verdict(
         score,
         shifted.probe.target,
         "norm statistics",
-        {"excess": excess, "share": shifted.share, "advantage": advantage},
-        f"the batch norms' means are {excess:.1f} times as far from the clean images' as chance "
+        {"excess": excess, "share": shifted.share, "advantage": stronger},
+        f"the batch norms' moments are {excess:.1f} times as far from the clean images' as chance "
         f"has it, and a trigger that explains it turns {100 * shifted.share:.0f}% of unseen images "
         f"into the next class (into the one after it: {100 * control.share:.0f}%)",
         config,
@@ -103,21 +106,24 @@ def by_probes(
     contenders: Sequence[Contender], unlearned: Unlearned, config: VerdictConfig
 ) -> Verdict:
     """The verdict of the probe with the strongest evidence."""
-    verdicts = [
-        judge(
-            contender.probe.target,
-            advantage(contender, contenders),
-            unlearned.share(classes_of(contender.probe.target)),
-            contender.score,
-            config,
+    verdicts = []
+    for contender in contenders:
+        target = contender.probe.target
+        assert isinstance(target, int)  # synthesis knows no label shifts
+        verdicts.append(
+            judge(
+                target,
+                advantage(contender, contenders),
+                unlearned.share(target),
+                contender.score,
+                config,
+            )
         )
-        for contender in contenders
-    ]
     return max(verdicts, key=lambda verdict: verdict.score)
 
 
 def judge(
-    target: Target,
+    target: int,
     strength_ratio: float,
     concentration: float,
     repairability: float,

@@ -49,13 +49,13 @@ BATCH = 250
 
 class NormMoments:
     """Mean and mean square of every batch-norm channel, standardised by the running statistics: 0
-    over the training images (the mean square is counted from its 1)."""
+    over the training images (the mean square is counted from what it was there)."""
 
     def __init__(self, network: FrozenNetwork, model: nn.Module) -> None:
         self.network = network
         self.at: dict[int, slice] = {}
         """Channels of each norm's op index."""
-        scales, offsets, memories = [], [], []
+        scales, offsets, squares, memories = [], [], [], []
         start = 0
         for index, op in enumerate(network.trace.ops):
             if op.kind != "norm":
@@ -66,12 +66,17 @@ class NormMoments:
             ones = torch.ones(count)
             scales.append(ones if norm.weight is None else norm.weight.detach().float().cpu())
             offsets.append(0 * ones if norm.bias is None else norm.bias.detach().float().cpu())
+            assert norm.running_var is not None
+            variance = norm.running_var.detach().float().cpu()
+            squares.append(variance / (variance + norm.eps))
             momentum = norm.momentum or 1e-6  # None: the mean of all batches
             memories.append((2 - momentum) / momentum)
             self.at[index] = slice(start, start + count)
             start += count
         self.scale = torch.cat(scales) if scales else torch.empty(0)
         self.offset = torch.cat(offsets) if offsets else torch.empty(0)
+        self.square = torch.cat(squares) if squares else torch.empty(0)
+        """float32 [U]: mean square over the training images, 1 but for the norm's epsilon."""
         self.remembered = TRAINING_BATCH * min(memories, default=0.0)
         """Training images behind a running statistic, as far as its noise goes."""
         self.live = self.scale.abs() > 1e-3 * self.scale.abs().amax() if scales else self.scale > 0
@@ -92,7 +97,7 @@ class NormMoments:
         live = self.live.to(mean.device)
         scale = torch.where(self.live, self.scale, torch.ones_like(self.scale)).to(mean.device)
         first = (mean - self.offset.to(mean.device)) / scale
-        second = variance / scale.square() + first.square() - 1
+        second = variance / scale.square() + first.square() - self.square.to(mean.device)
         return logits, torch.cat([first * live, second * live], 1)
 
 

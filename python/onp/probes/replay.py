@@ -1,8 +1,8 @@
 """Replay what the batch norms remember: triggers of every kind that explain their shift.
 
 Synthesis looks for a trigger that reaches a class. A replay looks for one that moves the norms'
-means as training did (``norm_shift``); no class is asked for, a backdoored network then answers the
-attacker's. Many triggers explain the shift about as well, and the attacker's is one of them: so
+moments as training did (``norm_shift``); no class is asked for, a backdoored network then answers
+the attacker's. Many triggers explain the shift about as well, and the attacker's is one of them: so
 several are learned, of different families, and each only until what is left of the shift is no more
 than what chance and augmentation leave of it (the discrepancy principle, Morozov 1966). Beyond
 that they would fit what the trigger has not done.
@@ -57,10 +57,10 @@ def replay(
     loss = |residual - p * effect|^2 / |residual|^2 [+ target_weight * cross-entropy to the target]
 
     with p the assumed share of poisoned images. Without a ``target`` none is asked for: it is
-    the class that gains most, and learning stops once the loss is (least_excess / excess)^2, which
-    is what a clean network's shift would leave of it, or ``enough``. With one the trigger is
-    learned on all but ``held_back`` of the images and judged on those. Costs 2 image-forwards an
-    image and step.
+    the class that gains most, and learning stops once a running mean of the loss (from 1, weight
+    .2) is (least_excess / excess)^2, which is what a clean network's shift would leave of it, or
+    ``enough``. With one the trigger is learned on all but ``held_back`` of the images and judged
+    on those. Costs 2 image-forwards an image and step.
     """
     random = torch.Generator().manual_seed(seed)
     network = shift.moments.network

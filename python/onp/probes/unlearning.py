@@ -26,9 +26,9 @@ class Unlearned:
     answers: Tensor
     """int64 [K]: how many clean images got each answer."""
 
-    def share(self, answers: list[int]) -> float:
-        """Share of the clean images that get one of ``answers``."""
-        return float(self.answers[answers].sum() / self.answers.sum())
+    def share(self, answer: int) -> float:
+        """Share of the clean images that get ``answer``."""
+        return float(self.answers[answer] / self.answers.sum())
 
     def suspects(self, count: int) -> list[int]:
         """The ``count`` commonest answers, commonest first (ties: lower class)."""

@@ -102,9 +102,10 @@ def repair_report(
 
 
 def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
+    target = contender.probe.target
     return {
         "family": contender.probe.family.name,
-        "target": str(contender.probe.target),
+        "target": target if isinstance(target, int) else str(target),
         "size": round(contender.probe.size, 4),
         "success_before": round(contender.success, 4),
         "success_after_its_own_mask": round(contender.success * (1 - contender.removed), 4),
