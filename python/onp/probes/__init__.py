@@ -1,5 +1,5 @@
-"""What a backdoor looks like from clean data alone: unlearning, and synthesised triggers.
+"""What a backdoor looks like from clean data alone: norm statistics, unlearning, and triggers.
 
-Each trigger family is one file with the same four functions; ``synthesis`` optimises them all in
-one batch. A family that matches the attacker's trigger finds a small, fully effective one.
+Each trigger family is one file with the functions of ``families.Family``. ``replay`` learns triggers
+that explain what the norms remember; ``synthesis`` triggers that reach a class, all in one batch.
 """
