@@ -1,5 +1,5 @@
 """What a backdoor looks like from clean data alone: norm statistics, unlearning, and triggers.
 
-Each trigger family is one file with the functions of ``families.Family``. ``replay`` learns triggers
-that explain what the norms remember; ``synthesis`` triggers that reach a class, all in one batch.
+Each trigger family is one file with the functions of ``families.Family``. ``replay`` learns
+triggers that explain what the norms remember; ``synthesis`` those that reach a class, in one batch.
 """
