@@ -52,8 +52,8 @@ class ReplayConfig:
     least_excess: float = 1.3
     """Shift of the norms, over what chance makes of it, from which on it is replayed, and down to
     which it is explained."""
-    steps: int = 80
-    """At most."""
+    steps: int = 40
+    """At most: a family that can explain the shift takes 10 to 30."""
     enough: float = 0.1
     """Share of the shift's square that may stay unexplained however large it is."""
     images_per_step: int = 48
@@ -76,7 +76,7 @@ class GatesConfig:
     images_per_step: int = 48
     """Clean images in a step, and as many triggered ones."""
     learning_rate: float = 0.05
-    clean_weight: float = 2.0
+    clean_weight: float = 6.0
     """Of the clean images' cross-entropy and divergence from the original."""
     price: float = 0.02
     """Of a closed gate, over the site's response to the probes,"""
@@ -101,16 +101,30 @@ class RaceConfig:
 
 
 @dataclass(frozen=True)
+class FlipConfig:
+    """Single flips of the best mask: see ``onp.agent.flips``."""
+
+    rounds: int = 10
+    """At most."""
+    tried: int = 24
+    """Flips evaluated alone in a round, the most promising ones;"""
+    chained: int = 8
+    """of the better ones so many are evaluated together."""
+    harm: float = 0.01
+    """A flip that lowers the worth by more is not tried again."""
+
+
+@dataclass(frozen=True)
 class AgentConfig:
     """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
 
-    updates: int = 4
-    copies: int = 24
+    updates: int = 2
+    copies: int = 16
     """Environment copies: masks evaluated in one engine call."""
     steps: int = 2
     """Environment steps per rollout; every rollout starts from the best mask so far."""
-    images: int = 64
-    """Clean images (and as many triggered ones in all) a reward is measured on."""
+    images: int = 128
+    """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
     hidden: int = 32
     rounds: int = 2
     """Rounds of message passing."""
@@ -128,6 +142,16 @@ class AgentConfig:
 
 
 @dataclass(frozen=True)
+class CostConfig:
+    """What a mask costs: see ``onp.agent.cost``."""
+
+    success_weight: float = 1.0
+    """Of a triggered image's nats over a clean one's."""
+    price: float = 0.0005
+    """Of a pruned site, in the search."""
+
+
+@dataclass(frozen=True)
 class ChoiceConfig:
     """The last choice among masks: see ``onp.agent.choice``."""
 
@@ -136,13 +160,11 @@ class ChoiceConfig:
     """Images (and as many triggered ones in all) that restoring sites is judged on."""
     rounds: int = 3
     """Rounds of restoring pruned sites."""
-    success_weight: float = 2.0
-    """Nats of clean cross-entropy that probe success left (of 1) is worth."""
 
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What a mask is worth: see ``onp.agent.objective``."""
+    """What a mask is worth against one probe: see ``onp.agent.objective``."""
 
     accuracy_weight: float = 3.0
     """Probe success that one unit of clean accuracy is worth."""
@@ -194,7 +216,9 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
+    flips: FlipConfig = field(default_factory=FlipConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
+    cost: CostConfig = field(default_factory=CostConfig)
     choice: ChoiceConfig = field(default_factory=ChoiceConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
@@ -205,17 +229,19 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
-        replay=ReplayConfig(steps=40, images_per_step=32),
+        replay=ReplayConfig(steps=30, images_per_step=32),
         gates=GatesConfig(steps=30, images_per_step=32),
-        agent=AgentConfig(updates=2, copies=16, images=48),
+        flips=FlipConfig(rounds=4, tried=16),
+        agent=AgentConfig(updates=1, images=64),
     ),
     "standard": Config("standard"),
     "thorough": Config(
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
-        replay=ReplayConfig(steps=160, images_per_step=64),
+        replay=ReplayConfig(steps=80, images_per_step=64),
         gates=GatesConfig(steps=120, images_per_step=96),
-        agent=AgentConfig(updates=24, copies=32, steps=3, images=160),
+        flips=FlipConfig(rounds=20, tried=48),
+        agent=AgentConfig(updates=16, copies=32, steps=3, images=256),
     ),
 }
 """What --budget names."""

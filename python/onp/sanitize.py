@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onp.agent.choice import Choice
+from onp.agent.flips import FlipRound
 from onp.agent.ppo import UpdateLog
 from onp.agent.race import Contender
 from onp.config import Config
@@ -102,6 +103,7 @@ def sanitize(
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted = evidence.counted
     renewed: list[Contender] = []
+    flips: list[FlipRound] = []
     curve: list[UpdateLog] = []
     choice: Choice | None = None
     if evidence.verdict.target is not None:
@@ -109,7 +111,7 @@ def sanitize(
         with ledger.stage("gates"):
             gates = search.gates(counted)
         with ledger.stage("agent"):
-            elite, curve = search.run(counted, gates, [])
+            elite, flips, curve = search.run(counted, gates, [])
         with ledger.stage("renew"):
             renewed = renew(scene, evidence, elite.best)
         if renewed:
@@ -117,8 +119,8 @@ def sanitize(
             with ledger.stage("gates"):
                 gates = search.gates(counted)
             with ledger.stage("agent"):
-                elite, more = search.run(counted, gates, elite.masks)
-                curve += more
+                elite, more_flips, more = search.run(counted, gates, elite.masks)
+                flips, curve = flips + more_flips, curve + more
         with ledger.stage("choose"):
             choice = search.choose(elite, counted)
             mask = choice.mask
@@ -132,7 +134,7 @@ def sanitize(
     prefix = "" if preprocess is None else "1."
     run = RunFacts(config, seed, input_range, evaluator.backend, str(device), prefix, ledger)
     report = repair_report(
-        run, trace, shift, evidence, counted, renewed, curve, choice, mask, right
+        run, trace, shift, evidence, counted, renewed, flips, curve, choice, mask, right
     )
 
     def cut() -> tuple[nn.Module, int]:

@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from onp.agent.choice import Choice, choose, restore
+from onp.agent.cost import Cost
+from onp.agent.elite import Elite
 from onp.agent.env import PruningEnv
+from onp.agent.flips import FlipRound, improve
 from onp.agent.gates import learn_gates
-from onp.agent.objective import Objective
 from onp.agent.policy import PruningPolicy, flip_prior
-from onp.agent.ppo import Elite, UpdateLog, optimise
+from onp.agent.ppo import UpdateLog, optimise
 from onp.agent.race import Contender, heads_of
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
@@ -48,12 +50,12 @@ class Search:
             [c.ranking for c in evidence.contenders if c.probe.target != evidence.verdict.target],
         )  # fmt: skip
 
-    def objective(self, counted: Sequence[Contender], first: int, count: int) -> Objective:
-        """J on ``count`` clean images from number ``first`` on (wrapping around)."""
+    def cost(self, counted: Sequence[Contender], first: int, count: int) -> Cost:
+        """The cost on ``count`` clean images from number ``first`` on (wrapping around)."""
         index = (torch.arange(count) + first) % len(self.images)
         probes = [contender.probe for contender in counted]
-        return Objective(
-            self.evaluator, self.images[index], self.labels[index], probes, self.config.score
+        return Cost(
+            self.evaluator, self.images[index], self.labels[index], probes, self.config.cost
         )
 
     def gates(self, counted: Sequence[Contender]) -> Tensor:
@@ -66,17 +68,23 @@ class Search:
 
     def run(
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
-    ) -> tuple[Elite, list[UpdateLog]]:
-        """PPO from the best of the contenders' masks, their union, the heads of the gates' ranking
-        float32 [S], and the ``known`` masks."""
+    ) -> tuple[Elite, list[FlipRound], list[UpdateLog]]:
+        """From the best of the contenders' masks, their union, the heads of the gates' ranking
+        float32 [S] and the ``known`` masks: single flips, then PPO."""
         agent, ledger = self.config.agent, self.evaluator.ledger
-        objective = self.objective(counted, 0, min(agent.images, len(self.images)))
+        cost = self.cost(counted, 0, min(agent.images, len(self.images)))
         union = torch.stack([contender.mask for contender in counted]).any(0)
         closed = int((ranking > 0).sum())
         heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
         start = torch.stack([*(contender.mask for contender in counted), union, *heads, *known])
         elite = Elite(2 * self.config.choice.finalists)
-        elite.offer(start, objective(start).total)
+        elite.offer(start, cost.worth(start))
+
+        def tell_round(number: int, log: FlipRound) -> None:
+            message = f"worth {log.worth:.3f}, {log.better} of {log.tried} flips help"
+            ledger.tick(number + 1, self.config.flips.rounds, message)
+
+        rounds = improve(elite, cost, self.config.flips, tell_round)
         best = elite.best
         with torch.random.fork_rng(devices=[]):  # building layers draws on the global state
             policy = PruningPolicy(
@@ -87,24 +95,22 @@ class Search:
                 rounds=agent.rounds,
                 generator=torch.Generator().manual_seed(self.seed),
             )
-        env = PruningEnv(lambda masks: objective(masks).total, len(best), agent.copies, agent.steps)
+        env = PruningEnv(cost.worth, len(best), agent.copies, agent.steps)
 
         def tell(update: int, log: UpdateLog) -> None:
             message = f"worth {log.best:.3f}, mean reward {log.reward:+.3f}"
             ledger.tick(update + 1, agent.updates, message)
 
-        return elite, optimise(env, policy, elite, agent, seed=self.seed, report=tell)
+        updates = optimise(env, policy, elite, agent, seed=self.seed, report=tell)
+        return elite, rounds, updates
 
     def choose(self, elite: Elite, counted: Sequence[Contender]) -> Choice:
         """Restore what the best masks need not prune, then pick on all clean images."""
         config = self.config.choice
         count = min(config.images, len(self.images))
-        objective = self.objective(counted, len(self.images) - count, count)
-        worths = objective(torch.stack(elite.masks)).total
+        cost = self.cost(counted, len(self.images) - count, count)
+        worths = cost.worth(torch.stack(elite.masks))
         order = worths.argsort(descending=True, stable=True).tolist()
         leaders = [elite.masks[i] for i in order[: config.finalists]]
-        finalists = [restore(leaders[0], objective, config.rounds), *leaders]
-        return choose(
-            finalists, self.evaluator, self.images, self.labels,
-            [contender.probe for contender in counted], config,
-        )  # fmt: skip
+        finalists = [restore(leaders[0], cost, config.rounds), *leaders]
+        return choose(finalists, self.cost(counted, 0, len(self.images)))

@@ -6,9 +6,9 @@ import torch
 
 from onp.agent.choice import choose, restore
 from onp.agent.contenders import advantage, counted_contenders, getting_through
-from onp.agent.objective import Objective
+from onp.agent.cost import Cost
 from onp.agent.race import Contender, race, ranking_masks
-from onp.config import BUDGETS, ChoiceConfig, RaceConfig, ScoreConfig, SynthesisConfig
+from onp.config import BUDGETS, CostConfig, RaceConfig, ScoreConfig, SynthesisConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.additive import Additive
 from onp.probes.probe import Probe
@@ -59,18 +59,18 @@ def test_the_race_finds_the_planted_channel_and_skips_weak_probes() -> None:
 def test_restoring_keeps_what_matters_and_choosing_takes_the_cheapest() -> None:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
-    objective = Objective(evaluator, images, labels, [probe], ScoreConfig())
+    cost = Cost(evaluator, images, labels, [probe], CostConfig())
     wide = torch.zeros(CHANNELS, dtype=torch.bool)
     wide[[1, 2, PLANTED, 11, 20]] = True
-    slim = restore(wide, objective, rounds=5)
+    slim = restore(wide, cost, rounds=5)
     assert slim[PLANTED]
     assert int(slim.sum()) < 5
-    assert float(objective(slim[None]).total) >= float(objective(wide[None]).total)
+    assert float(cost.worth(slim[None])) >= float(cost.worth(wide[None]))
     only = torch.zeros(CHANNELS, dtype=torch.bool)
     only[PLANTED] = True
     everything = torch.ones(CHANNELS, dtype=torch.bool)
     nothing = torch.zeros(CHANNELS, dtype=torch.bool)
-    choice = choose([everything, nothing, only], evaluator, images, labels, [probe], ChoiceConfig())
+    choice = choose([everything, nothing, only], cost)
     assert torch.equal(choice.mask, only)
     assert choice.success_after[0] < 0.1 * choice.success_before[0]
     assert choice.interval[0] <= choice.crossfit <= choice.interval[1]

@@ -67,8 +67,8 @@ def race(
     first, second = slice(0, config.first_images), slice(-config.second_images, None)
     heats: list[tuple[Objective, Tensor, Tensor]] = []
     for probe, ranking in zip(probes, rankings, strict=True):
-        objective = Objective(evaluator, images[first], labels[first], [probe], score)
-        weak = float(objective.success) < config.least_success
+        objective = Objective(evaluator, images[first], labels[first], probe, score)
+        weak = objective.success < config.least_success
         masks = ranking_masks(ranking, () if weak else config.sizes)
         heats.append((objective, masks, objective(masks).total))
     everything = torch.cat([total for _, _, total in heats]).sort(descending=True).values
@@ -77,19 +77,17 @@ def race(
     for probe, ranking, (objective, masks, total) in zip(probes, rankings, heats, strict=True):
         if len(masks) == 0:
             nothing = torch.zeros_like(ranking, dtype=torch.bool)
-            contenders.append(
-                Contender(probe, ranking, float(objective.success), nothing, 0.0, 0.0)
-            )
+            contenders.append(Contender(probe, ranking, objective.success, nothing, 0.0, 0.0))
             continue
         masks = masks[(total >= bar) | (total == total.max())]
-        objective = Objective(evaluator, images[second], labels[second], [probe], score)
+        objective = Objective(evaluator, images[second], labels[second], probe, score)
         values = objective(masks)
         best = int(values.total.argmax())
         contenders.append(
             Contender(
                 probe,
                 ranking,
-                float(objective.success),
+                objective.success,
                 masks[best],
                 float(values.total[best]),
                 float(values.removed[best]),

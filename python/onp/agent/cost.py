@@ -1,0 +1,110 @@
+"""What a mask costs, from clean images and probes alone; search and final choice minimise it.
+
+    cost(m) = mean over the images of
+                cross-entropy over the original's + KL(original || masked), on the clean image
+                - success_weight * log(1 - excess probability of the target), on the image triggered
+
+in nats an image. The divergence tells masks apart where the label alone cannot: on a few hundred
+images some mask of many is always right by luck, but it does not answer as the original did. The
+logarithm makes an image that the trigger turns for sure cost more than many that it makes doubtful:
+the first is what a backdoor does, the others what natural directions do to every network.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from onp.config import CostConfig
+from onp.evaluate import MaskEvaluator
+from onp.probes.probe import Probe
+
+CHUNK = 64
+"""Images, each with its triggered twin, in one backward pass."""
+SUREST = 0.98
+"""Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
+
+
+@dataclass(frozen=True)
+class Parts:
+    """The cost of B masks image by image, float32 [B, N] each."""
+
+    harm: Tensor
+    """Cross-entropy added and divergence, in nats."""
+    success: Tensor
+    """Probability of the target that the trigger adds; 0 where it is the image's own label."""
+
+
+class Cost:
+    """The cost on a fixed set of clean images, each also triggered by one of the probes."""
+
+    def __init__(
+        self,
+        evaluator: MaskEvaluator,
+        images: Tensor,
+        labels: Tensor,
+        probes: Sequence[Probe],
+        config: CostConfig,
+    ) -> None:
+        """images: float32 [N, C, H, W] with labels int64 [N]."""
+        self.evaluator = evaluator
+        self.config = config
+        self.sites = evaluator.trace.sites
+        self.images, self.labels = images, labels
+        self.hands = dealt_out(len(images), len(probes))
+        """Which of the images each probe triggers."""
+        self.triggered, self.wanted = torch.empty_like(images), torch.empty_like(labels)
+        for probe, hand in zip(probes, self.hands, strict=True):
+            self.triggered[hand] = probe(images[hand])
+            self.wanted[hand] = probe.wanted(labels[hand])
+        none = torch.zeros(1, self.sites, dtype=torch.bool)
+        self.original = evaluator.run(none, images)[0].log_softmax(1)  # [N, K]
+
+    def parts(self, pruned: Tensor) -> Parts:
+        """Of masks bool [B, S]; one engine call."""
+        logits = self.evaluator.run(pruned, torch.cat([self.images, self.triggered]))
+        clean, hit = logits.split(len(self.images), 1)
+        return self._parts(clean, hit, torch.arange(len(self.images)))
+
+    def worth(self, pruned: Tensor) -> Tensor:
+        """Minus the cost, minus the price of every pruned site: float32 [B]."""
+        return -self.each(self.parts(pruned)).mean(1) - self.config.price * pruned.sum(1).float()
+
+    def flip_effects(self, mask: Tensor) -> Tensor:
+        """Change of the worth by flipping each site of a mask bool [S], to first order: float32
+        [S]. Costs 2 image-forwards an image, clean and triggered."""
+        network = self.evaluator.network
+        gates = (~mask).float().to(network.device).requires_grad_(True)
+        for index in torch.arange(len(self.images)).split(CHUNK):
+            both = torch.cat([self.images[index], self.triggered[index]])
+            clean, hit = network(both, gates).cpu().split(len(index))
+            costs = self.each(self._parts(clean[None], hit[None], index))
+            (-costs.sum() / len(self.images)).backward()  # adds up in gates.grad
+            self.evaluator.ledger.count(2 * len(both))
+        slope = torch.zeros(self.sites) if gates.grad is None else gates.grad.cpu()
+        return torch.where(mask, slope + self.config.price, -slope - self.config.price)
+
+    def each(self, parts: Parts) -> Tensor:
+        """The cost image by image, float32 [B, N]."""
+        return parts.harm - self.config.success_weight * torch.log1p(-SUREST * parts.success)
+
+    def _parts(self, clean: Tensor, hit: Tensor, index: Tensor) -> Parts:
+        """Of logits [B, n, K] on the images ``index`` int64 [n], clean and triggered."""
+        masks, original = len(clean), self.original[index]
+        labels = self.labels[index].expand(masks, -1)[..., None]
+        wanted = self.wanted[index].expand(masks, -1)[..., None]
+        logs = clean.log_softmax(2)
+        entropy = (original - logs).gather(2, labels).squeeze(2)
+        divergence = (original.exp() * (original - logs)).sum(2)
+        excess = (hit.softmax(2) - logs.exp()).gather(2, wanted).squeeze(2).clamp_min(0)
+        return Parts(entropy + divergence, excess * (wanted != labels).squeeze(2))
+
+
+def dealt_out(count: int, hands: int) -> list[Tensor]:
+    """The numbers 0 .. count - 1, shuffled (always alike: images come with their classes in turn),
+    dealt out in ``hands`` parts, int64 each."""
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
+    return [order[hand::hands].sort().values for hand in range(hands)]

@@ -1,0 +1,135 @@
+"""Single flips: what the gradient promises, what the engine confirms."""
+
+from __future__ import annotations
+
+import math
+from typing import cast
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onp.agent.cost import Cost
+from onp.agent.elite import Elite
+from onp.agent.flips import chained, improve
+from onp.config import CostConfig, FlipConfig
+from onp.evaluate import MaskEvaluator
+from onp.ledger import Ledger
+from onp.suspect.trace import trace
+from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
+
+
+@pytest.fixture(scope="module")
+def cost() -> Cost:
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
+    return Cost(evaluator, images, labels, [probe, probe], CostConfig())
+
+
+def naive_worth(cost: Cost, gates: Tensor) -> float:
+    """Minus cost and price of gates [S], written out image by image."""
+    network, config = cost.evaluator.network, cost.config
+    total = 0.0
+    for image, hit, label, wanted in zip(
+        cost.images, cost.triggered, cost.labels.tolist(), cost.wanted.tolist(), strict=True
+    ):
+        before = network(image[None])[0].log_softmax(0)
+        after = network(image[None], gates)[0].log_softmax(0)
+        triggered = network(hit[None], gates)[0].softmax(0)
+        total += float(before[label] - after[label] + F.kl_div(after, before, log_target=True,
+                                                                reduction="sum"))  # fmt: skip
+        if wanted != label:
+            excess = max(0.0, float(triggered[wanted] - after[wanted].exp()))
+            total -= config.success_weight * math.log(1 - 0.98 * excess)
+    return -total / len(cost.images) - config.price * float((1 - gates).sum())
+
+
+def test_the_worth_is_its_formula(cost: Cost) -> None:
+    masks = torch.zeros(3, CHANNELS, dtype=torch.bool)
+    masks[1, PLANTED] = True
+    masks[2, ::3] = True
+    expected = [naive_worth(cost, (~mask).float()) for mask in masks]
+    assert cost.worth(masks).tolist() == pytest.approx(expected, abs=1e-4)
+    assert expected[1] > expected[0] + 0.5  # the repair is worth more than the backdoor
+
+
+def test_effects_are_the_slope_of_the_worth(cost: Cost) -> None:
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    mask[3] = True
+    before = cost.evaluator.ledger.total
+    effects = cost.flip_effects(mask)
+    assert cost.evaluator.ledger.total - before == 4 * len(cost.images)
+    step = 2e-3
+    for site in (0, 3, PLANTED, CHANNELS - 1):
+        up, down = ((~mask).float() for _ in range(2))
+        up[site] += step
+        down[site] -= step
+        slope = (naive_worth(cost, up) - naive_worth(cost, down)) / (2 * step)
+        expected = slope if mask[site] else -slope
+        assert float(effects[site]) == pytest.approx(expected, abs=2e-3, rel=0.05)
+
+
+def test_the_planted_channel_is_found_from_nothing(cost: Cost) -> None:
+    nothing = torch.zeros(1, CHANNELS, dtype=torch.bool)
+    elite = Elite(4)
+    elite.offer(nothing, cost.worth(nothing))
+    # so sure is the toy of its target that the slope says nothing: let all flips be tried
+    rounds = improve(elite, cost, FlipConfig(tried=CHANNELS))
+    assert elite.best[PLANTED]
+    assert elite.worths[0] > float(cost.worth(nothing)) + 0.5
+    assert rounds[-1].worth == elite.worths[0]
+    assert float(cost.worth(elite.best[None])) == pytest.approx(elite.worths[0], abs=1e-5)
+
+
+class Linear:
+    """Worth = weights of the pruned sites; the effects are told wrongly where ``lies`` says so."""
+
+    def __init__(self, weights: list[float], lies: list[float] | None = None) -> None:
+        self.weights = torch.tensor(weights)
+        self.lies = self.weights if lies is None else torch.tensor(lies)
+        self.sites = len(weights)
+        self.asked: list[Tensor] = []
+
+    def worth(self, masks: Tensor) -> Tensor:
+        self.asked.append(masks)
+        return masks.float() @ self.weights
+
+    def flip_effects(self, mask: Tensor) -> Tensor:
+        return torch.where(mask, -self.lies, self.lies)
+
+
+def _improved(worth: Linear, config: FlipConfig) -> tuple[Elite, list[int]]:
+    elite = Elite(4)
+    elite.offer(torch.zeros(1, worth.sites, dtype=torch.bool), torch.zeros(1))
+    rounds = improve(elite, cast("Cost", worth), config)
+    return elite, [log.better for log in rounds]
+
+
+def test_flips_that_help_are_taken_together() -> None:
+    elite, better = _improved(Linear([0.1, 0.2, -0.3, 0.4]), FlipConfig(tried=3, rounds=5))
+    assert elite.best.tolist() == [True, True, False, True]
+    assert better == [3, 0, 0]  # two rounds without any end it
+
+
+def test_harmful_flips_are_not_tried_again() -> None:
+    worth = Linear([-1.0, -1.0, 0.5, -0.005], lies=[9.0, 8.0, 1.0, 2.0])
+    elite, better = _improved(worth, FlipConfig(tried=2, rounds=9))
+    assert elite.best.tolist() == [False, False, True, False]
+    assert better == [0, 1, 0, 0]
+    tried = [masks.nonzero()[:, 1].tolist() for masks in worth.asked]
+    assert tried[0] == [0, 1]  # promised most, and harmful
+    assert all(0 not in sites and 1 not in sites for sites in tried[1:])
+    assert 3 in tried[2]  # of little harm: it may help another mask
+
+
+def test_nothing_left_to_try_is_no_error() -> None:
+    elite, better = _improved(Linear([-1.0, -1.0]), FlipConfig(tried=8, rounds=9))
+    assert not elite.best.any()
+    assert better == [0, 0]
+
+
+def test_chains_grow_by_one_flip() -> None:
+    mask = torch.tensor([True, False, False])
+    chains = chained(mask, torch.tensor([2, 0, 1]))
+    assert chains.tolist() == [[False, False, True], [False, True, True]]
