@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
+from bench.defences.known_trigger import KNOWN_TRIGGER
 from bench.scoreboard.leaderboard import PublicMean
 from bench.scoreboard.rows import Row
 from bench.scoreboard.summary import NO_DEFENCE, Aggregate, Spread, Summary
@@ -21,9 +22,10 @@ _NAMES = {
 _LEGEND = """\
 CA drop, ASR, excess ASR (over the clean twin's rate on the same images), RA and DER are in percent
 (points), over backdoored networks. DER = [max(0, ASR before - after) - max(0, CA before - after) +
-1] / 2; its shortfall is what is missing to ASR 0 with no accuracy lost. A: share with ASR < 10% and
-CA drop < 5 points. B: share with excess ASR < 1 point and CA drop < 1 point. Seconds
-(wall clock; of a shared machine, where jobs is more than 1), CPU seconds (all threads) and
+1] / 2; its shortfall is what is missing to ASR 0 with no accuracy lost, "behind" what is missing to
+the best mask that the package's own search finds when it is told the trigger. A: share with ASR <
+10% and CA drop < 5 points. B: share with excess ASR < 1 point and CA drop < 1 point. Seconds (wall
+clock; of a shared machine, where jobs is more than 1), CPU seconds (all threads) and
 image-forwards are means, memory is the largest; none of them holds scoring."""
 
 _INCOMPLETE = "†: rows are missing, so these means are not comparable with complete ones."
@@ -55,8 +57,8 @@ def tables(summary: Summary) -> str:
 def main_table(found: Sequence[Aggregate]) -> str:
     """One line a defence; means over backdoored networks, and what clean ones lose."""
     head = (
-        "defence", "seeds", "rows", *_NAMES.values(), "A", "B", "clean nets: mean drop", "largest",
-        "seconds", "CPU s", "image-forwards", "MB", "errors", "n/a",
+        "defence", "seeds", "rows", *_NAMES.values(), "behind", "A", "B", "clean nets: mean drop",
+        "largest", "seconds", "CPU s", "image-forwards", "MB", "errors", "n/a",
     )  # fmt: skip
     lines = []
     for a in found:
@@ -67,6 +69,7 @@ def main_table(found: Sequence[Aggregate]) -> str:
                 str(a.seeds),
                 f"{a.scored}/{a.expected}",
                 *(_percent(spread.mean if spread else None) for spread in spreads),
+                _percent(a.behind),
                 _percent(a.repaired, 0),
                 _percent(a.traceless, 0),
                 _percent(a.clean_drop_mean),
@@ -133,13 +136,15 @@ def _models(summary: Summary) -> str:
     lines = []
     for name, rows in summary.models.items():
         if not rows:
-            lines.append((name, "–", "–", *("–" for _ in defences)))
+            lines.append((name, "–", "–", "–", *("–" for _ in defences)))
             continue
         first = rows[0]
         before = _pair(first.ca_before, first.asr_before)
         cells = [_cell([row for row in rows if row.defence == defence]) for defence in defences]
-        lines.append((name, before, _percent(first.asr_clean_twin), *cells))
-    return table(("network", "before", "twin's ASR", *defences), lines)
+        told = summary.known.get(name)
+        ceiling = "–" if told is None else _cell([told])
+        lines.append((name, before, _percent(first.asr_clean_twin), ceiling, *cells))
+    return table(("network", "before", "twin's ASR", KNOWN_TRIGGER, *defences), lines)
 
 
 def _cell(rows: Sequence[Row]) -> str:

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 
 from bench.defences.api import Defence, NotApplicable
+from bench.defences.known_trigger import KNOWN_TRIGGER, known_trigger
 from bench.scoreboard.memory import PeakMemory
 from bench.scoreboard.rows import Key, Row, append_rows, plain, put_row
 from bench.scoreboard.scoring import Baseline, Examiner, Subject, effectiveness
@@ -41,8 +43,13 @@ class Job:
     """A row that picks among the defence's candidates with the true trigger is wanted as well."""
 
     @property
+    def told(self) -> bool:
+        """The search is told the trigger: its row is an oracle's."""
+        return self.defence == KNOWN_TRIGGER
+
+    @property
     def key(self) -> Key:
-        return (self.model, self.defence, self.seed, self.clean_samples, False)
+        return (self.model, self.defence, self.seed, self.clean_samples, self.told)
 
     @property
     def oracle_key(self) -> Key:
@@ -156,9 +163,13 @@ class Runner:
             torch.manual_seed(job.seed)  # for defences that draw from torch's own generator
             peak, started, cpu_started = PeakMemory(), time.perf_counter(), time.process_time()
             try:
-                model, info = self._defences[job.defence](
-                    suspect, clean, seed=job.seed, ledger=ledger
-                )
+                defence: Defence
+                if job.told:
+                    assert subject.attack is not None  # clean twins have no such job
+                    defence = partial(known_trigger, attack=subject.attack)
+                else:
+                    defence = self._defences[job.defence]
+                model, info = defence(suspect, clean, seed=job.seed, ledger=ledger)
                 spent, cpu_spent = time.perf_counter() - started, time.process_time() - cpu_started
                 memory = peak.megabytes()
                 after = exam.score(model.eval())
@@ -225,6 +236,7 @@ class Runner:
             defence=job.defence,
             seed=job.seed,
             clean_samples=job.clean_samples,
+            oracle=job.told,
             ca_before=_rounded(scores.ca),
             asr_before=_rounded(scores.asr),
             ra_before=_rounded(scores.ra),

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean, median, stdev
 from typing import Any
 
+from bench.defences.known_trigger import KNOWN_TRIGGER
 from bench.scoreboard.rows import Row
 
 MEASURES: dict[str, Callable[[Sequence[float]], float]] = {
@@ -56,6 +57,9 @@ class Aggregate:
     comparable."""
     backdoored: int
     measures: dict[str, Spread | None]
+    behind: float | None
+    """Mean of how far DER is behind the search's that knows the trigger, where there is such a row;
+    negative where it found less."""
     repaired: float | None
     """Share of backdoored rows with ASR < 10% and less than 5 points of accuracy lost."""
     traceless: float | None
@@ -83,6 +87,8 @@ class Summary:
     """By a field of the card (dataset, arch, attack), then by its value."""
     models: dict[str, list[Row]]
     """Rows by network, without the oracle's."""
+    known: dict[str, Row]
+    """By network, the best row of the search that knows the trigger."""
     expected: list[str]
     """Names of the networks."""
     seeds: list[int]
@@ -94,6 +100,7 @@ def summarise(
     """``rows`` of the networks of ``cards`` and of ``seeds``; others must not be among them."""
     main = [row for row in rows if not row.oracle]
     oracle = [row for row in rows if row.oracle]
+    known = best_known(oracle)
     backdoored = [card for card in cards if card["attack"] != "clean"]
     groups: dict[str, dict[str, list[Aggregate]]] = {}
     for field in by:
@@ -102,31 +109,51 @@ def summarise(
             value: aggregates(
                 [row for row in main if str(getattr(row, field)) == value],
                 sum(str(card[field]) == value for card in cards),
+                known,
             )
             for value in values
         }
     names = [str(card["name"]) for card in cards]
     return Summary(
-        defences=aggregates(main, len(cards)),
-        oracle=aggregates(oracle, len(backdoored))[1:],
+        defences=aggregates(main, len(cards), known),
+        oracle=aggregates(oracle, len(backdoored), known)[1:],
         groups=groups,
         models={name: [row for row in main if row.model == name] for name in names},
+        known=known,
         expected=names,
         seeds=list(seeds),
     )
 
 
-def aggregates(rows: Sequence[Row], networks: int) -> list[Aggregate]:
+def best_known(oracle: Sequence[Row]) -> dict[str, Row]:
+    """By network, the row of highest DER of the search that knows the trigger."""
+    best: dict[str, Row] = {}
+    for row in oracle:
+        if row.defence == KNOWN_TRIGGER and row.der is not None:
+            other = best.get(row.model)
+            if other is None or row.der > (other.der or 0.0):
+                best[row.model] = row
+    return best
+
+
+def aggregates(
+    rows: Sequence[Row], networks: int, known: Mapping[str, Row] | None = None
+) -> list[Aggregate]:
     """No defence first, as a yardstick, then every defence, the smallest DER shortfall first."""
     defences = dict.fromkeys(row.defence for row in rows)
-    found = [aggregate(d, [row for row in rows if row.defence == d], networks) for d in defences]
+    known = known or {}
+    found = [
+        aggregate(d, [row for row in rows if row.defence == d], networks, known) for d in defences
+    ]
     found.sort(key=_order)
     undefended = list({row.model: _undefended(row) for row in rows if row.ca_before}.values())
-    return [aggregate(NO_DEFENCE, undefended, networks), *found]
+    return [aggregate(NO_DEFENCE, undefended, networks, known), *found]
 
 
-def aggregate(defence: str, rows: Sequence[Row], networks: int) -> Aggregate:
-    """``rows`` of one defence on so many networks."""
+def aggregate(
+    defence: str, rows: Sequence[Row], networks: int, known: Mapping[str, Row] | None = None
+) -> Aggregate:
+    """``rows`` of one defence on so many networks; ``known``: see ``Summary``."""
     seeds = len({row.seed for row in rows})
     expected = networks * seeds
     scored = [row for row in rows if row.scored]
@@ -142,6 +169,13 @@ def aggregate(defence: str, rows: Sequence[Row], networks: int) -> Aggregate:
         complete=len(scored) == expected,
         backdoored=len(backdoored),
         measures={name: _spread(backdoored, name) for name in MEASURES},
+        behind=_mean(
+            [
+                (known[row.model].der or 0.0) - row.der
+                for row in backdoored
+                if known and row.der is not None and row.model in known
+            ]
+        ),
         repaired=_share_below(backdoored, "asr_after", REPAIRED_ASR, REPAIRED_DROP),
         traceless=_share_below(backdoored, "excess_asr", TRACELESS, TRACELESS),
         clean=len(drops),

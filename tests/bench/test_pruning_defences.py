@@ -16,11 +16,13 @@ from bench.defences.bnp import bnp, statistics_divergence
 from bench.defences.clp import channel_lipschitz, clp
 from bench.defences.common import ACCURACY_LIMIT, NormLayer, norm_layers, norm_of
 from bench.defences.fp import RELATIVE_LIMIT, fp, prune_dormant
+from bench.defences.known_trigger import known_trigger
 from bench.defences.onp_defence import onp_defence
 from bench.defences.outliers import outliers
 from bench.defences.probe_race import Judge, probe_race, restore
 from bench.defences.rnp import rnp
 from bench.defences.units import NormUnits, SiteUnits, cut_by_number, sweep_of
+from bench.zoo.attacks import Attack
 from onp import demo
 from onp.config import AgentConfig, Config, SynthesisConfig
 from onp.data import ImageSet
@@ -31,7 +33,7 @@ from onp.probes.probe import Probe
 from onp.suspect.architectures import preactresnet
 from onp.suspect.load import load_suspect
 from onp.suspect.trace import trace
-from tests.bench.planted import BACKDOOR, TARGET, colour_images, planted_network, scores
+from tests.bench.planted import BACKDOOR, TARGET, colour_images, planted_network, scores, stamped
 from tests.networks import network
 
 Run = Callable[[nn.Module, ImageSet, Ledger], tuple[nn.Module, Info]]
@@ -430,3 +432,26 @@ def test_registry_holds_the_pruning_defences() -> None:
     assert {"fp", "anp", "clp", "bnp", "rnp", "probe-race", "onp"} <= DEFENCES.keys()
     model = preactresnet.of_width(8, 10, (1, 1, 1, 1))
     assert sum(layer.channels for layer in norm_layers(model)) == 184
+
+
+# ---- the ceiling -------------------------------------------------------------------------------
+
+
+class Stamp(Attack):
+    name = "stamp"
+
+    def __call__(self, images: Tensor) -> Tensor:
+        return stamped(images)
+
+
+@pytest.mark.parametrize("norm", [True, False])
+def test_told_the_trigger_the_search_finds_the_planted_channel(norm: bool) -> None:
+    suspect, ledger = planted_network(norm=norm), Ledger()
+    attack = Stamp(target=TARGET, classes=3)
+    repaired, info = known_trigger(suspect, CLEAN, attack=attack, seed=0, ledger=ledger)
+    before, after = scores(suspect), scores(repaired)
+    assert before[1] == 1.0
+    assert after[0] == before[0]
+    assert after[1] < 0.05
+    assert info.settings["pruned"] == 1
+    assert ledger.total > 0

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from bench import side_by_side
 from bench.defences.api import Defence, Info, NotApplicable
+from bench.defences.known_trigger import KNOWN_TRIGGER
 from bench.scoreboard import memory
 from bench.scoreboard.cli import costly_first, default_out, main
 from bench.scoreboard.commands import commands
@@ -531,6 +532,40 @@ def test_oracle_row_is_marked_and_left_out_of_the_means(
     assert not any(r["oracle"] for r in summary["models"]["patched"])
 
 
+def test_the_search_that_is_told_the_trigger_is_a_ceiling(
+    stubs: Stubs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    told: list[Attack] = []
+
+    def known(
+        model: Reader, _clean: ImageSet, *, attack: Attack, seed: int, ledger: Ledger
+    ) -> tuple[nn.Module, Info]:
+        assert seed == 0
+        told.append(attack)
+        ledger.count(7)
+        model.moved, model.confused = set(), {5}
+        return model, Info("told", {"pruned": 1})
+
+    monkeypatch.setattr("bench.scoreboard.run.known_trigger", known)
+    options = ("--defences", "nothing", KNOWN_TRIGGER, "--json")
+    assert stubs.run(*options) == 0
+    assert [attack.name for attack in told] == ["badnets"]  # not on the twin
+    ceiling = stubs.rows()["patched", KNOWN_TRIGGER, 0, True]
+    assert (ceiling.der, ceiling.image_forwards, ceiling.pruned) == (0.95, 7, 1)
+    assert ("patched", KNOWN_TRIGGER, 0, False) not in stubs.rows()
+    summary = json.loads(capsys.readouterr().out)
+    nothing = next(a for a in summary["defences"] if a["defence"] == "nothing")
+    assert nothing["behind"] == pytest.approx(0.95 - 0.5)
+    assert [a["defence"] for a in summary["oracle"]] == [KNOWN_TRIGGER]
+    assert "| patched | 100.0 / 100.0 | 11.1 | 90.0 / 0.0 | 100.0 / 100.0 |" in (
+        stubs.out.with_suffix(".md").read_text()
+    )
+    assert stubs.run(*options) == 0
+    assert len(told) == 1
+    assert stubs.run("--defences", "all") == 1  # one of the stubs fails; all is all defences
+    assert len(told) == 1
+
+
 def test_oracle_can_come_later_and_by_fewer_images(stubs: Stubs) -> None:
     options = ("--models", "patched", "--defences", "cure")
     assert stubs.run(*options, "--no-oracle") == 0
@@ -797,8 +832,8 @@ def test_report_is_written_beside_the_rows(
     assert "### attack: badnets" in text
     assert "### Standard deviation of the means of single seeds" in text
     assert "### Oracle" in text
-    assert "| patched | 100.0 / 100.0 | 11.1 | 90.0 / 0.0 | 100.0 / 100.0 |" in text
-    assert "| twin | 100.0 | – | 90.0 | 100.0 |" in text
+    assert "| patched | 100.0 / 100.0 | 11.1 | – | 90.0 / 0.0 | 100.0 / 100.0 |" in text
+    assert "| twin | 100.0 | – | – | 90.0 | 100.0 |" in text
     stubs.out.with_suffix(".md").unlink()
     stubs.zoo.pop()
     assert stubs.run("--seeds", "0", "1", "--summary-only") == 0

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.probe import Probe
+from onp.probes.probe import Trigger
 
 CHUNK = 64
 """Images, each with its triggered twin, in one backward pass."""
@@ -46,7 +46,7 @@ class Cost:
         evaluator: MaskEvaluator,
         images: Tensor,
         labels: Tensor,
-        probes: Sequence[Probe],
+        probes: Sequence[Trigger],
         config: CostConfig,
     ) -> None:
         """images: float32 [N, C, H, W] with labels int64 [N]."""

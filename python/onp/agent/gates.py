@@ -25,7 +25,7 @@ from torch import Tensor
 
 from onp.config import GatesConfig
 from onp.ledger import Ledger
-from onp.probes.probe import Probe
+from onp.probes.probe import Trigger
 from onp.suspect.network import FrozenNetwork
 
 
@@ -33,7 +33,7 @@ def learn_gates(
     network: FrozenNetwork,
     images: Tensor,
     labels: Tensor,
-    probes: Sequence[Probe],
+    probes: Sequence[Trigger],
     response: Tensor,
     config: GatesConfig,
     *,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,18 @@ Target = int | LabelShift
 def classes_of(target: Target) -> list[int]:
     """The classes that triggered images are to get."""
     return [target] if isinstance(target, int) else list(range(target.classes))
+
+
+class Trigger(Protocol):
+    """What stands for an attacker's trigger: a change of images, and the answers it is after."""
+
+    def wanted(self, labels: Tensor) -> Tensor:
+        """The answers for images with labels int64 [N]: int64 [N]."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Trigger images float32 [N, C, H, W]."""
+        ...
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,0 +1,80 @@
+"""The ceiling: the search of the package, told the trigger. No defence; nobody who repairs has it.
+
+It says how much of what a defence loses is the network's fault: its backdoor may share channels
+with what the network is for, so that no mask removes the one and keeps the other.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from bench.defences.api import Info
+from bench.defences.common import device_of, traced
+from bench.zoo.attacks import Attack
+from onp.agent.cost import Cost
+from onp.agent.elite import Elite
+from onp.agent.flips import improve
+from onp.agent.gates import learn_gates
+from onp.agent.race import heads_of
+from onp.config import CostConfig, FlipConfig, GatesConfig
+from onp.data import ImageSet, spread_order
+from onp.evaluate import MaskEvaluator
+from onp.ledger import Ledger
+from onp.probes.responses import activations, responses
+from onp.suspect.surgery import apply_mask
+
+KNOWN_TRIGGER = "known-trigger"
+"""What its rows are called."""
+IMAGES = 256
+"""Clean images (and as many triggered ones) that a mask is judged on in the search."""
+RESPONSE_IMAGES = 64
+GATES = GatesConfig(steps=120)
+FLIPS = FlipConfig(rounds=16, tried=32)
+_BATCH = 250
+
+
+@dataclass(frozen=True)
+class KnownProbe:
+    """The attack in the place of a synthesised trigger."""
+
+    attack: Attack
+
+    def wanted(self, labels: Tensor) -> Tensor:
+        return self.attack.answers(labels)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        return torch.cat([self.attack(part) for part in images.split(_BATCH)])
+
+
+def known_trigger(
+    model: nn.Module, clean: ImageSet, *, attack: Attack, seed: int, ledger: Ledger
+) -> tuple[nn.Module, Info]:
+    """The best mask that gates and single flips find against the attack itself."""
+    suspect = copy.deepcopy(model).float().eval()
+    trace = traced(suspect, clean)
+    evaluator = MaskEvaluator(trace, suspect, device=device_of(suspect), ledger=ledger)
+    drawn = clean[spread_order(clean.labels, seed)]
+    images, labels = drawn.floats(), drawn.labels
+    probe = KnownProbe(attack)
+    seen = images[:RESPONSE_IMAGES]
+    before = activations(evaluator.network, seen)
+    response = responses(before, evaluator.network, probe(seen), ledger)
+    gates = learn_gates(
+        evaluator.network, images, labels, [probe], response, GATES, seed=seed, ledger=ledger
+    )
+    cost = Cost(evaluator, images[:IMAGES], labels[:IMAGES], [probe], CostConfig())
+    nothing = torch.zeros(1, trace.sites, dtype=torch.bool)
+    closed = int((gates > 0).sum())
+    heads = heads_of(gates, [count for count in GATES.counts if count <= closed])
+    first = torch.cat([nothing, heads, heads_of(response, GATES.counts)])
+    elite = Elite(5)
+    elite.offer(first, cost.worth(first))
+    rounds = improve(elite, cost, FLIPS)
+    mask = elite.best
+    settings = {"pruned": int(mask.sum()), "sites": trace.sites, "rounds": len(rounds)}
+    return apply_mask(suspect, trace, mask), Info("told the trigger", settings)
