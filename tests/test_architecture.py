@@ -116,6 +116,29 @@ def test_no_circles_within_a_layer() -> None:
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the circle
 
 
+def test_a_repair_never_reaches_a_trigger() -> None:
+    """What reads true triggers, and the benchmark, which holds attacks, cannot be reached from the
+    story by imports."""
+    graph: dict[str, set[str]] = {}
+    for path in _python_files(PACKAGE):
+        graph.setdefault(_part(path), set()).update(_parts_imported(path))
+    reached, left = set[str](), ["sanitize"]
+    while left:
+        part = left.pop()
+        if part not in reached:
+            reached.add(part)
+            left += graph.get(part, set())
+    assert {"agent", "evidence", "probes"} < reached
+    assert not reached & {"triggers", "demo", "cli"}
+    foreign = [
+        f"{path.relative_to(ROOT)} imports {module}"
+        for path in _python_files(PACKAGE)
+        for module, _ in _imports(_parse(path))
+        if module.split(".")[0] in {"bench", "tests"}
+    ]
+    assert foreign == []
+
+
 @pytest.mark.parametrize("name", ["errors.py", "config.py"])
 def test_bottom_imports_nothing_of_onp(name: str) -> None:
     path = PACKAGE / name

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onp.agent.elite import Elite
-from onp.agent.env import PruningEnv
+from onp.agent.env import Observation, PruningEnv
 from onp.agent.objective import Objective
 from onp.agent.policy import PruningPolicy, flip_prior
 from onp.agent.ppo import optimise
@@ -139,6 +141,45 @@ def test_the_prior_flips_as_many_sites_as_asked_near_the_cut() -> None:
     order = ranking.argsort(descending=True)
     assert float(odds[order[10]]) > 5 * float(odds[order[100]])
     assert float(odds[order[9]]) > float(odds[order[0]])
+
+
+def test_the_policy_follows_a_permutation_of_channels() -> None:
+    """Channels of a layer have no order: permuted with their weights, their logits are permuted."""
+    torch.manual_seed(4)
+    wide = 14
+    model = nn.Sequential(
+        nn.Conv2d(3, wide, 3), nn.BatchNorm2d(wide), nn.ReLU(), nn.Conv2d(wide, 9, 3), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(9, 5),
+    ).eval()  # fmt: skip
+    order = torch.randperm(wide)
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other[0].weight.copy_(model[0].weight[order])
+        other[0].bias.copy_(model[0].bias[order])
+        other[3].weight.copy_(model[3].weight[:, order])
+    traced = trace(model, (3, SIZE, SIZE))
+    first = next(layer for layer in traced.layers if layer.channels == wide)
+    places = torch.arange(traced.sites)
+    places[first.sites] = first.start + order
+    features = torch.randn(traced.sites, 6)
+    prior = torch.randn(traced.sites)
+    pruned = torch.rand(2, traced.sites) < 0.2
+    results = []
+    for network, moved in ((model, torch.arange(traced.sites)), (other, places)):
+        random = torch.Generator().manual_seed(0)
+        policy = PruningPolicy(
+            build_graph(trace(network, (3, SIZE, SIZE)), network), features[moved], prior[moved],
+            hidden=16, rounds=2, generator=random,
+        )  # fmt: skip
+        with torch.no_grad():
+            policy.flip.weight.normal_(generator=random)
+            policy.value.weight.normal_(generator=random)
+            logits, value = policy(Observation(pruned[:, moved], torch.zeros(2), 1))
+        results.append((logits, value))
+    (logits, value), (permuted, same) = results
+    torch.testing.assert_close(permuted, logits[:, places], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(same, value, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(permuted, logits, atol=1e-2)
 
 
 def test_same_seed_same_masks(

@@ -100,7 +100,7 @@ def test_learning_stops_at_what_a_clean_networks_shift_leaves(shift: NormShift) 
     costs = []
     for least, enough in ((0.0, 0.0), (1.3, 0.0), (1.3, 0.3), (shift.excess, 0.0)):
         ledger = Ledger()
-        config = ReplayConfig(images_per_step=24, least_excess=least, enough=enough)
+        config = ReplayConfig(steps=80, images_per_step=24, least_excess=least, enough=enough)
         learn(shift, family, config, ledger)
         costs.append((ledger.total - 2 * 200) // (2 * 24))
     assert costs[0] == 80
