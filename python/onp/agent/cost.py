@@ -60,12 +60,13 @@ class Cost:
         for probe, hand in zip(probes, self.hands, strict=True):
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
+        self.both = torch.cat([images, self.triggered])
         none = torch.zeros(1, self.sites, dtype=torch.bool)
         self.original = evaluator.run(none, images)[0].log_softmax(1)  # [N, K]
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call."""
-        logits = self.evaluator.run(pruned, torch.cat([self.images, self.triggered]))
+        logits = self.evaluator.run(pruned, self.both)
         clean, hit = logits.split(len(self.images), 1)
         return self._parts(clean, hit, torch.arange(len(self.images)))
 
