@@ -21,7 +21,7 @@ from onp.agent.elite import Elite
 from onp.agent.flips import improve
 from onp.agent.gates import learn_gates
 from onp.agent.race import heads_of
-from onp.config import CostConfig, FlipConfig, GatesConfig
+from onp.config import AgentConfig, CostConfig, GatesConfig
 from onp.data import ImageSet, spread_order
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -34,7 +34,7 @@ IMAGES = 256
 """Clean images (and as many triggered ones) that a mask is judged on in the search."""
 RESPONSE_IMAGES = 64
 GATES = GatesConfig(steps=120)
-FLIPS = FlipConfig(rounds=16, tried=32)
+FLIPS = AgentConfig(rounds=24, tried=16, pool=128, grown=16)
 _BATCH = 250
 
 
@@ -75,7 +75,7 @@ def known_trigger(
     first = torch.cat([nothing, heads, heads_of(response, GATES.counts)])
     elite = Elite(5)
     elite.offer(first, cost.worth(first))
-    rounds = improve(elite, cost, FLIPS)
+    rounds = improve(elite, cost, None, FLIPS)
     mask = elite.best
     settings = {"pruned": int(mask.sum()), "sites": trace.sites, "rounds": len(rounds)}
     return apply_mask(suspect, trace, mask), Info("told the trigger", settings)

@@ -101,51 +101,36 @@ class RaceConfig:
 
 
 @dataclass(frozen=True)
-class FlipConfig:
-    """Single flips of the best mask: see ``onp.agent.flips``."""
-
-    rounds: int = 10
-    """At most."""
-    tried: int = 24
-    """Flips evaluated alone in a round, the most promising ones;"""
-    chained: int = 8
-    """of the better ones so many are evaluated together."""
-    harm: float = 0.01
-    """A flip that lowers the worth by more is not tried again."""
-
-
-@dataclass(frozen=True)
 class AgentConfig:
-    """The policy and its PPO (Schulman et al., arXiv 1707.06347)."""
+    """The search by flips and the policy that proposes them: see ``onp.agent``."""
 
-    updates: int = 2
-    copies: int = 16
-    """Environment copies: masks evaluated in one engine call."""
-    steps: int = 2
-    """Environment steps per rollout; every rollout starts from the best mask so far."""
     images: int = 128
     """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
+    rounds: int = 12
+    """At most."""
+    tried: int = 6
+    """Flips evaluated alone in a round, those the policy values most."""
+    pool: int = 64
+    """Flips that the policy values most, from which a set is grown"""
+    grown: int = 8
+    """of at most so many."""
+    harm: float = 0.01
+    """A flip that lowers the worth by more is not tried again."""
     hidden: int = 32
-    rounds: int = 2
+    messages: int = 1
     """Rounds of message passing."""
-    epochs: int = 3
-    clip: float = 0.2
-    learning_rate: float = 3e-3
-    discount: float = 0.95
-    trace_decay: float = 0.95
-    """Lambda of generalised advantage estimation."""
-    value_weight: float = 0.5
-    entropy_weight: float = 1e-4
-    gradient_norm: float = 1.0
-    expected_flips: float = 3.0
-    """Sites that the prior flips per step, on average."""
+    steps: int = 3
+    """Of Adam after each round of the search; 0: the policy keeps to what the model foresees."""
+    replayed: int = 2
+    """Earlier states in each step."""
+    learning_rate: float = 1e-3
 
 
 @dataclass(frozen=True)
 class CostConfig:
     """What a mask costs: see ``onp.agent.cost``."""
 
-    success_weight: float = 1.0
+    success_weight: float = 1.5
     """Of a triggered image's nats over a clean one's."""
     price: float = 0.0005
     """Of a pruned site, in the search."""
@@ -155,11 +140,15 @@ class CostConfig:
 class ChoiceConfig:
     """The last choice among masks: see ``onp.agent.choice``."""
 
-    finalists: int = 5
-    images: int = 160
-    """Images (and as many triggered ones in all) that restoring sites is judged on."""
-    rounds: int = 3
-    """Rounds of restoring pruned sites."""
+    leaders: int = 5
+    """Best masks of the search that take part."""
+    images: int = 250
+    """Of those that the search has not seen, at most so many judge what is given back."""
+    rounds: int = 2
+    """Of giving back."""
+    success_weight: float = 2.0
+    """As in the search's cost, but dearer: an attacker's trigger works better than what stands for
+    it here."""
 
 
 @dataclass(frozen=True)
@@ -216,7 +205,6 @@ class Config:
     replay: ReplayConfig = field(default_factory=ReplayConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
-    flips: FlipConfig = field(default_factory=FlipConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)
     cost: CostConfig = field(default_factory=CostConfig)
     choice: ChoiceConfig = field(default_factory=ChoiceConfig)
@@ -231,8 +219,7 @@ BUDGETS: dict[str, Config] = {
         synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
         replay=ReplayConfig(steps=30, images_per_step=32),
         gates=GatesConfig(steps=30, images_per_step=32),
-        flips=FlipConfig(rounds=4, tried=16),
-        agent=AgentConfig(updates=1, images=64),
+        agent=AgentConfig(images=64, rounds=4),
     ),
     "standard": Config("standard"),
     "thorough": Config(
@@ -240,8 +227,7 @@ BUDGETS: dict[str, Config] = {
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         replay=ReplayConfig(steps=80, images_per_step=64),
         gates=GatesConfig(steps=120, images_per_step=96),
-        flips=FlipConfig(rounds=20, tried=48),
-        agent=AgentConfig(updates=16, copies=32, steps=3, images=256),
+        agent=AgentConfig(images=256, rounds=24, tried=16, pool=128, grown=16),
     ),
 }
 """What --budget names."""

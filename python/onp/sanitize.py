@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from onp.agent.choice import Choice
-from onp.agent.flips import FlipRound
-from onp.agent.ppo import UpdateLog
+from onp.agent.flips import Round
 from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
@@ -103,26 +102,25 @@ def sanitize(
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted = evidence.counted
     renewed: list[Contender] = []
-    flips: list[FlipRound] = []
-    curve: list[UpdateLog] = []
+    rounds: list[Round] = []
     choice: Choice | None = None
     if evidence.verdict.target is not None:
         search = Search(scene, graph, shift, evidence)
         with ledger.stage("gates"):
             gates = search.gates(counted)
         with ledger.stage("agent"):
-            elite, flips, curve = search.run(counted, gates, [])
+            finalists, rounds = search.run(counted, gates, [])
         with ledger.stage("renew"):
-            renewed = renew(scene, evidence, elite.best)
+            renewed = renew(scene, evidence, finalists[0])
         if renewed:
             counted = [*counted, *renewed]
             with ledger.stage("gates"):
                 gates = search.gates(counted)
             with ledger.stage("agent"):
-                elite, more_flips, more = search.run(counted, gates, elite.masks)
-                flips, curve = flips + more_flips, curve + more
+                finalists, more = search.run(counted, gates, finalists)
+                rounds = rounds + more
         with ledger.stage("choose"):
-            choice = search.choose(elite, counted)
+            choice = search.choose(finalists, counted)
             mask = choice.mask
 
     with ledger.stage("finish"):
@@ -134,7 +132,7 @@ def sanitize(
     prefix = "" if preprocess is None else "1."
     run = RunFacts(config, seed, input_range, evaluator.backend, str(device), prefix, ledger)
     report = repair_report(
-        run, trace, shift, evidence, counted, renewed, flips, curve, choice, mask, right
+        run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right
     )
 
     def cut() -> tuple[nn.Module, int]:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from onp.agent.choice import Choice, choose, restore
+from onp.agent.choice import Choice, choose
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
-from onp.agent.env import PruningEnv
-from onp.agent.flips import FlipRound, improve
+from onp.agent.flips import Round, give_back, improve
 from onp.agent.gates import learn_gates
-from onp.agent.policy import PruningPolicy, flip_prior
-from onp.agent.ppo import UpdateLog, optimise
+from onp.agent.learner import Learner
+from onp.agent.policy import FlipPolicy
 from onp.agent.race import Contender, heads_of
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
@@ -50,13 +50,15 @@ class Search:
             [c.ranking for c in evidence.contenders if c.probe.target != evidence.verdict.target],
         )  # fmt: skip
 
-    def cost(self, counted: Sequence[Contender], first: int, count: int) -> Cost:
-        """The cost on ``count`` clean images from number ``first`` on (wrapping around)."""
-        index = (torch.arange(count) + first) % len(self.images)
+    def cost(
+        self, counted: Sequence[Contender], images: slice, success_weight: float | None = None
+    ) -> Cost:
+        """The cost on a part of the clean images."""
+        config = self.config.cost
+        if success_weight is not None:
+            config = replace(config, success_weight=success_weight)
         probes = [contender.probe for contender in counted]
-        return Cost(
-            self.evaluator, self.images[index], self.labels[index], probes, self.config.cost
-        )
+        return Cost(self.evaluator, self.images[images], self.labels[images], probes, config)
 
     def gates(self, counted: Sequence[Contender]) -> Tensor:
         """The relaxed mask against the counted probes, float32 [S]."""
@@ -68,49 +70,37 @@ class Search:
 
     def run(
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
-    ) -> tuple[Elite, list[FlipRound], list[UpdateLog]]:
+    ) -> tuple[list[Tensor], list[Round]]:
         """From the best of the contenders' masks, their union, the heads of the gates' ranking
-        float32 [S] and the ``known`` masks: single flips, then PPO."""
+        float32 [S] and the ``known`` masks: the best masks,
+        bool [S] each, and the rounds' logs."""
         agent, ledger = self.config.agent, self.evaluator.ledger
-        cost = self.cost(counted, 0, min(agent.images, len(self.images)))
+        cost = self.cost(counted, slice(agent.images))
         union = torch.stack([contender.mask for contender in counted]).any(0)
         closed = int((ranking > 0).sum())
         heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
         start = torch.stack([*(contender.mask for contender in counted), union, *heads, *known])
-        elite = Elite(2 * self.config.choice.finalists)
+        elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
+        policy = FlipPolicy(
+            self.graph, self.features(counted, ranking),
+            hidden=agent.hidden, rounds=agent.messages, seed=self.seed,
+        )  # fmt: skip
 
-        def tell_round(number: int, log: FlipRound) -> None:
-            message = f"worth {log.worth:.3f}, {log.better} of {log.tried} flips help"
-            ledger.tick(number + 1, self.config.flips.rounds, message)
+        def tell(number: int, log: Round) -> None:
+            message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
+            ledger.tick(number + 1, agent.rounds, message)
 
-        rounds = improve(elite, cost, self.config.flips, tell_round)
-        best = elite.best
-        with torch.random.fork_rng(devices=[]):  # building layers draws on the global state
-            policy = PruningPolicy(
-                self.graph,
-                self.features(counted, ranking),
-                flip_prior(ranking + 1e3 * best.float(), int(best.sum()), agent.expected_flips),
-                hidden=agent.hidden,
-                rounds=agent.rounds,
-                generator=torch.Generator().manual_seed(self.seed),
-            )
-        env = PruningEnv(cost.worth, len(best), agent.copies, agent.steps)
+        learner = Learner(policy, agent, seed=self.seed)
+        rounds = improve(elite, cost, learner, agent, tell)
+        return elite.masks, rounds
 
-        def tell(update: int, log: UpdateLog) -> None:
-            message = f"worth {log.best:.3f}, mean reward {log.reward:+.3f}"
-            ledger.tick(update + 1, agent.updates, message)
-
-        updates = optimise(env, policy, elite, agent, seed=self.seed, report=tell)
-        return elite, rounds, updates
-
-    def choose(self, elite: Elite, counted: Sequence[Contender]) -> Choice:
-        """Restore what the best masks need not prune, then pick on all clean images."""
-        config = self.config.choice
-        count = min(config.images, len(self.images))
-        cost = self.cost(counted, len(self.images) - count, count)
-        worths = cost.worth(torch.stack(elite.masks))
-        order = worths.argsort(descending=True, stable=True).tolist()
-        leaders = [elite.masks[i] for i in order[: config.finalists]]
-        finalists = [restore(leaders[0], cost, config.rounds), *leaders]
-        return choose(finalists, self.cost(counted, 0, len(self.images)))
+    def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:
+        """Give back what images that the search has not seen do not need pruned, then take the
+        cheapest on all of them."""
+        config, seen = self.config.choice, self.config.agent.images
+        weight = config.success_weight
+        if len(self.images) >= 2 * seen:
+            fresh = self.cost(counted, slice(seen, seen + config.images), weight)
+            finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
+        return choose(finalists, self.cost(counted, slice(None), weight))

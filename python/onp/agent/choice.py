@@ -1,4 +1,4 @@
-"""The final mask, chosen by clean data: restore what need not be pruned, then pick a finalist.
+"""The final mask, chosen by clean data.
 
 Finalists are compared on all clean images, by the cost alone: what they prune has no price here.
 """
@@ -12,34 +12,6 @@ import torch
 from torch import Tensor
 
 from onp.agent.cost import Cost
-
-
-def restore(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
-    """Give back pruned sites whose return does not lower the mask's worth; mask bool [S].
-
-    Each round tries every site alone, then the best half of the harmless ones together, and keeps
-    the larger step that does not lower the worth.
-    """
-    best = float(cost.worth(mask[None]))
-    for _ in range(rounds):
-        sites = mask.nonzero().squeeze(1)
-        if len(sites) == 0:
-            break
-        trials = mask.expand(len(sites), -1).clone()
-        trials[torch.arange(len(sites)), sites] = False
-        worths = cost.worth(trials)
-        order = worths.argsort(descending=True, stable=True)
-        harmless = order[worths[order] >= best]
-        if len(harmless) == 0:
-            break
-        together = mask.clone()
-        together[sites[harmless[: (len(harmless) + 1) // 2]]] = False
-        single = trials[harmless[0]]
-        options = torch.stack([together, single])
-        worth = cost.worth(options)
-        pick = 0 if float(worth[0]) >= best else 1
-        mask, best = options[pick], max(best, float(worth[pick]))
-    return mask
 
 
 @dataclass(frozen=True, eq=False)

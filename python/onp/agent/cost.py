@@ -22,8 +22,6 @@ from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.probe import Trigger
 
-CHUNK = 64
-"""Images, each with its triggered twin, in one backward pass."""
 SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
 
@@ -74,23 +72,13 @@ class Cost:
         """Minus the cost, minus the price of every pruned site: float32 [B]."""
         return -self.each(self.parts(pruned)).mean(1) - self.config.price * pruned.sum(1).float()
 
-    def flip_effects(self, mask: Tensor) -> Tensor:
-        """Change of the worth by flipping each site of a mask bool [S], to first order: float32
-        [S]. Costs 2 image-forwards an image, clean and triggered."""
-        network = self.evaluator.network
-        gates = (~mask).float().to(network.device).requires_grad_(True)
-        for index in torch.arange(len(self.images)).split(CHUNK):
-            both = torch.cat([self.images[index], self.triggered[index]])
-            clean, hit = network(both, gates).cpu().split(len(index))
-            costs = self.each(self._parts(clean[None], hit[None], index))
-            (-costs.sum() / len(self.images)).backward()  # adds up in gates.grad
-            self.evaluator.ledger.count(2 * len(both))
-        slope = torch.zeros(self.sites) if gates.grad is None else gates.grad.cpu()
-        return torch.where(mask, slope + self.config.price, -slope - self.config.price)
-
     def each(self, parts: Parts) -> Tensor:
         """The cost image by image, float32 [B, N]."""
-        return parts.harm - self.config.success_weight * torch.log1p(-SUREST * parts.success)
+        return parts.harm + self.of_success(parts.success)
+
+    def of_success(self, success: Tensor) -> Tensor:
+        """What a triggered image costs by the probability of the target that the trigger adds."""
+        return -self.config.success_weight * torch.log1p(-SUREST * success)
 
     def _parts(self, clean: Tensor, hit: Tensor, index: Tensor) -> Parts:
         """Of logits [B, n, K] on the images ``index`` int64 [n], clean and triggered."""

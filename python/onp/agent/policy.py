@@ -1,19 +1,50 @@
-"""The policy: a GNN over the neuron graph, a flip logit per node, a value per network copy.
+"""The policy: a GNN over the neuron graph that says what flipping each site is worth.
 
-The logits start from a prior made of the features (``flip_prior``), and the network's last layer
-starts at zero: before any learning the agent searches where the probes point, and what it learns
-is a correction.
+An action's value is what the mask's worth gains by it (every state is looked at anew, so an
+episode is one move), and the policy is greedy in the values. They start from the gain that the
+model of the margins foresees (``onp.agent.effects``); what is learned, from the gains that moves
+turn out to have on this network, is a correction, by what is known of the site and its neighbours.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onp.agent.env import Observation
+from onp.agent.effects import Effects
 from onp.graph import NeuronGraph
 from onp.ops.message_passing import message_passing
+
+UNIT = 0.005
+"""Nats an image: values are asinh(gain / UNIT), linear around nothing and logarithmic beyond."""
+
+
+@dataclass(frozen=True)
+class State:
+    """A mask, what the flips that lead on from it would do, and their gains as foreseen."""
+
+    pruned: Tensor
+    """bool [S]."""
+    inputs: Tensor
+    """float32 [S, INPUTS], of size about one."""
+    foreseen: Tensor
+    """float32 [S]."""
+
+    INPUTS = 5
+
+    @classmethod
+    def of(cls, pruned: Tensor, effects: Effects) -> State:
+        clean, triggered = effects.gains(effects.clean_change, effects.triggered_change)
+        moved = [
+            change.square().mean(0).sqrt()
+            for change in (effects.clean_change, effects.triggered_change)
+        ]
+        columns = [torch.asinh(gain / (2 * UNIT)) for gain in (clean, triggered)]
+        columns += [torch.asinh(change / 0.3) for change in moved] + [pruned.float()]
+        return cls(pruned, torch.stack(columns, 1) / 2, clean + triggered + effects.price)
 
 
 class GraphLayer(nn.Module):
@@ -31,70 +62,30 @@ class GraphLayer(nn.Module):
         return out
 
 
-class PruningPolicy(nn.Module):
-    """Flip logits [B, S] and values [B] for B copies of one network."""
+class FlipPolicy(nn.Module):
+    """Values of all flips of B states of one network, float32 [B, S], as asinh(gain / UNIT)."""
 
     def __init__(
-        self,
-        graph: NeuronGraph,
-        features: Tensor,
-        prior: Tensor,
-        *,
-        hidden: int,
-        rounds: int,
-        generator: torch.Generator,
+        self, graph: NeuronGraph, features: Tensor, *, hidden: int, rounds: int, seed: int
     ) -> None:
-        """features: float32 [S, F]. prior: float32 [S], prune-if-positive evidence."""
+        """features: float32 [S, F], of the sites whatever the mask. rounds: of message passing; 0
+        looks at every site alone."""
         super().__init__()
         self.features = features
-        self.prior = prior
-        self.embed = nn.Linear(features.shape[1] + 2, hidden)
-        self.layers = nn.ModuleList(GraphLayer(graph, hidden) for _ in range(rounds))
-        self.flip = nn.Linear(2 * hidden, 2)
-        self.value = nn.Linear(hidden + 2, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Linear):
-                bound = module.in_features**-0.5
-                with torch.no_grad():
-                    module.weight.uniform_(-bound, bound, generator=generator)
-                    module.bias.zero_()
-        nn.init.zeros_(self.flip.weight)
+        with torch.random.fork_rng(devices=[]):  # building layers draws on the global state
+            torch.manual_seed(seed)
+            self.embed = nn.Linear(features.shape[1] + State.INPUTS, hidden)
+            self.layers = nn.ModuleList(GraphLayer(graph, hidden) for _ in range(rounds))
+            self.value = nn.Linear(hidden, 1)
         nn.init.zeros_(self.value.weight)
+        nn.init.zeros_(self.value.bias)
 
-    def forward(self, state: Observation) -> tuple[Tensor, Tensor]:
-        pruned = state.pruned.float()[..., None]  # [B, S, 1]
-        fixed = self.features.expand(len(pruned), -1, -1)
-        prior = self.prior.view(1, -1, 1).expand(len(pruned), -1, -1).clamp(-3, 3)
-        h = F.relu(self.embed(torch.cat([fixed, prior, pruned], -1)))
+    def forward(self, states: list[State]) -> Tensor:
+        inputs = torch.stack([state.inputs for state in states])
+        fixed = self.features.expand(len(states), -1, -1) / 2
+        h = F.relu(self.embed(torch.cat([fixed, inputs], -1)))
         for layer in self.layers:
             h = layer(h)
-        whole = h.mean(1)  # [B, D]
-        correction = self.flip(torch.cat([h, whole[:, None].expand_as(h)], -1))  # [B, S, 2]
-        # one logit to prune a kept site, one to restore a pruned one
-        learned = torch.where(state.pruned, correction[..., 1], correction[..., 0])
-        start = torch.where(state.pruned, -self.prior, self.prior)
-        left = torch.full_like(state.worth, float(state.left))
-        value = self.value(torch.cat([whole, state.worth[:, None], left[:, None]], -1))
-        return start + learned, value.squeeze(-1)
-
-
-def flip_prior(ranking: Tensor, size: int, expected_flips: float) -> Tensor:
-    """Logits float32 [S] that say how surely a site belongs in the mask.
-
-    A site at place r of the ranking (0 = first) with a mask of ``size`` sites gets
-    ``log(size / r)``-like evidence, shifted so that flipping with these odds from the ranking's
-    own mask flips ``expected_flips`` sites on average: most flips fall where the ranking is
-    unsure, near its cut.
-    """
-    places = torch.empty_like(ranking)
-    places[ranking.argsort(descending=True, stable=True)] = torch.arange(
-        len(ranking), dtype=ranking.dtype
-    )
-    evidence = 1.5 * ((size + 0.5) / (places + 1)).log()
-    inside = places < size
-    low, high = -20.0, 20.0
-    for _ in range(40):  # bisection on the shift: flips fall as it grows
-        shift = (low + high) / 2
-        odds = torch.where(inside, -evidence, evidence) - shift
-        low, high = (shift, high) if odds.sigmoid().sum() > expected_flips else (low, shift)
-    return torch.where(inside, evidence + shift, evidence - shift)
+        foreseen = torch.stack([state.foreseen for state in states])
+        out: Tensor = torch.asinh(foreseen / UNIT) + self.value(h).squeeze(-1)
+        return out

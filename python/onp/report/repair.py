@@ -9,8 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from onp.agent.choice import Choice
-from onp.agent.flips import FlipRound
-from onp.agent.ppo import UpdateLog
+from onp.agent.flips import Round
 from onp.agent.race import Contender
 from onp.config import Config
 from onp.environment import describe
@@ -45,8 +44,7 @@ def repair_report(
     evidence: Evidence,
     counted: Sequence[Contender],
     renewed: Sequence[Contender],
-    flips: Sequence[FlipRound],
-    curve: Sequence[UpdateLog],
+    rounds: Sequence[Round],
     choice: Choice | None,
     mask: Tensor,
     right: Tensor,
@@ -88,8 +86,7 @@ def repair_report(
         "probes": [_probe(c, c in counted) for c in evidence.contenders],
         "renewed_probes": [_probe(c, True) for c in renewed],
         "choice": None if choice is None else _choice(choice),
-        "flips": [asdict(log) | {"worth": round(log.worth, 5)} for log in flips],
-        "learning_curve": [{k: round(v, 5) for k, v in asdict(log).items()} for log in curve],
+        "rounds": [{k: round(v, 5) for k, v in asdict(log).items()} for log in rounds],
         "image_forwards": {**run.ledger.forwards, "total": run.ledger.total},
         "seconds": {
             **{stage: round(seconds, 3) for stage, seconds in run.ledger.seconds.items()},

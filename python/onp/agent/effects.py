@@ -1,0 +1,128 @@
+"""What flips of a mask would do, told by one backward pass: a model of the cost around the mask.
+
+The slope of the worth misleads where it matters: on an image that is answered rightly and surely
+the cross-entropy is flat, so that pruning a channel which all classes need looks harmless. What is
+nearly linear in a channel is the *margin*, an answer's logit over the log-sum-exp of the others. So
+its gradient is taken image by image; the margins after any flips follow, and of them the costs
+themselves, with the divergence as that of two answers (the label, any other).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onp.agent.cost import Cost
+
+CHUNK = 64
+"""Images, each with its triggered twin, in one backward pass."""
+CAUTION = 1.5
+"""Harm is judged at this multiple of the linear change of the clean images' margins: networks bend,
+and more often towards harm."""
+
+
+@dataclass(frozen=True)
+class Effects:
+    """Of flips of one mask, on N images each clean and triggered and S sites."""
+
+    clean: Tensor
+    """float32 [N]: margins of the labels."""
+    clean_change: Tensor
+    """float32 [N, S]: their linear change by each flip."""
+    triggered: Tensor
+    """float32 [N]: margins of what the trigger wants,"""
+    triggered_change: Tensor
+    """float32 [N, S]: and their change."""
+    sure: Tensor
+    """float32 [N]: probability of the label, nothing pruned."""
+    own: Tensor
+    """float32 [N]: probability of what the trigger wants, without the trigger."""
+    turned: Tensor
+    """bool [N]: whether that is another answer than the label."""
+    price: Tensor
+    """float32 [S]: change of the worth by the price of a pruned site."""
+    cost: Cost
+
+    def gains(self, clean_change: Tensor, triggered_change: Tensor) -> tuple[Tensor, Tensor]:
+        """Gains of worth on clean and on triggered images, float32 [n] each, of changes of the
+        margins float32 [N, n]."""
+        clean, hit = self.clean[:, None], self.triggered[:, None]
+        harm = self._harm(clean) - self._harm(clean + CAUTION * clean_change)
+        return harm.mean(0), (self._success(hit) - self._success(hit + triggered_change)).mean(0)
+
+    def singles(self) -> Tensor:
+        """Gain of worth by each flip alone, float32 [S]."""
+        clean, hit = self.gains(self.clean_change, self.triggered_change)
+        return clean + hit + self.price
+
+    def grown(self, pool: Tensor, size: int) -> list[int]:
+        """Sites of ``pool`` int64 [n] in the order in which they are best flipped together: each
+        adds most to the gain of those before it; at most ``size``, all that add anything."""
+        chosen: list[int] = []
+        clean_change = torch.zeros(len(self.clean), 1)
+        triggered_change, price, best = torch.zeros_like(clean_change), 0.0, 0.0
+        left = torch.ones(len(pool), dtype=torch.bool)
+        while len(chosen) < min(size, len(pool)):
+            clean, hit = self.gains(
+                clean_change + self.clean_change[:, pool],
+                triggered_change + self.triggered_change[:, pool],
+            )
+            gains = (clean + hit + price + self.price[pool]).masked_fill(~left, -torch.inf)
+            pick = int(gains.argmax())
+            if float(gains[pick]) <= best:
+                break
+            site, best, left[pick] = int(pool[pick]), float(gains[pick]), False
+            chosen.append(site)
+            clean_change = clean_change + self.clean_change[:, [site]]
+            triggered_change = triggered_change + self.triggered_change[:, [site]]
+            price += float(self.price[site])
+        return chosen
+
+    def _harm(self, margins: Tensor) -> Tensor:
+        """Cross-entropy and divergence from the original, up to a constant, float32 [N, n]."""
+        lost, kept = F.softplus(-margins), F.softplus(margins)
+        sure = self.sure[:, None]
+        return lost + sure * lost + (1 - sure) * kept
+
+    def _success(self, margins: Tensor) -> Tensor:
+        excess = (margins.sigmoid() - self.own[:, None]).clamp_min(0)
+        return self.cost.of_success(excess * self.turned[:, None])
+
+
+def flip_effects(cost: Cost, mask: Tensor) -> Effects:
+    """The effects on ``cost`` of flips of a mask bool [S].
+
+    Costs 2 image-forwards an image, clean and triggered.
+    """
+    network = cost.evaluator.network
+    towards = torch.where(mask, 1.0, -1.0)  # a flip opens a closed gate, closes an open one
+    parts: list[list[Tensor]] = []
+    for index in torch.arange(len(cost.images)).split(CHUNK):
+        both = torch.cat([cost.images[index], cost.triggered[index]])
+        answers = torch.cat([cost.labels[index], cost.wanted[index]]).to(network.device)
+        gates = (~mask).float().to(network.device).expand(len(both), -1).requires_grad_(True)
+        logits = network(both, gates)
+        margins = margin(logits, answers)
+        (slopes,) = torch.autograd.grad(margins.sum(), gates)
+        clean, triggered = margins.detach().cpu().chunk(2)
+        clean_change, triggered_change = (slopes.cpu() * towards).chunk(2)
+        chances = logits.detach().cpu()[: len(index)].softmax(1)
+        own = chances.gather(1, cost.wanted[index, None]).squeeze(1)
+        parts.append([clean, clean_change, triggered, triggered_change, own])
+        cost.evaluator.ledger.count(2 * len(both))
+    clean, clean_change, triggered, triggered_change, own = map(torch.cat, zip(*parts, strict=True))
+    return Effects(
+        clean, clean_change, triggered, triggered_change,
+        cost.original.exp().gather(1, cost.labels[:, None]).squeeze(1),
+        own, cost.wanted != cost.labels, cost.config.price * towards, cost,
+    )  # fmt: skip
+
+
+def margin(logits: Tensor, answers: Tensor) -> Tensor:
+    """How far each image's answer int64 [N] leads in logits [N, K], float32 [N]."""
+    chosen = answers[:, None]
+    rest = logits.scatter(1, chosen, -torch.inf).logsumexp(1)
+    return logits.gather(1, chosen).squeeze(1) - rest
