@@ -57,13 +57,15 @@ def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: Im
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/2"
+    assert report["schema"] == "onp.repair/3"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]
     before, after = (report["choice"][f"probe_success_{when}"] for when in ("before", "after"))
     assert max(after) < 0.3 < min(before)
-    assert len(report["learning_curve"]) >= report["config"]["agent"]["updates"]
+    worths = [log["worth"] for log in report["rounds"]]
+    assert worths == sorted(worths)
+    assert all(log["tried"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
     stages = {"prepare", "statistics", "replay", "race", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
@@ -203,7 +205,7 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
         BUDGETS["quick"],
         unlearning=UnlearningConfig(max_steps=2),
         synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
-        agent=AgentConfig(updates=1, copies=4, images=8),
+        agent=AgentConfig(rounds=2, images=8),
     )
     found = Verdict("backdoor", 1.0, int(labels[0]), "probes", {}, "taken for granted")
     story = sys.modules["onp.evidence"]

@@ -72,8 +72,7 @@ class Search:
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Round]]:
         """From the best of the contenders' masks, their union, the heads of the gates' ranking
-        float32 [S] and the ``known`` masks: the best masks,
-        bool [S] each, and the rounds' logs."""
+        float32 [S] and the ``known`` masks: the best masks, bool [S] each, and the rounds' logs."""
         agent, ledger = self.config.agent, self.evaluator.ledger
         cost = self.cost(counted, slice(agent.images))
         union = torch.stack([contender.mask for contender in counted]).any(0)

@@ -1,4 +1,4 @@
-"""The agent on a toy network with a planted backdoor channel: it must find it, by learning."""
+"""The agent on a toy network with a planted backdoor channel: what it values, what it learns."""
 
 from __future__ import annotations
 
@@ -9,11 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onp.agent.elite import Elite
-from onp.agent.env import Observation, PruningEnv
+from onp.agent.learner import Learner
 from onp.agent.objective import Objective
-from onp.agent.policy import PruningPolicy, flip_prior
-from onp.agent.ppo import optimise
+from onp.agent.policy import UNIT, FlipPolicy, State
 from onp.config import AgentConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
 from onp.graph import build_graph
@@ -75,76 +73,68 @@ def test_the_toy_has_a_backdoor_in_the_planted_channel(
     assert float(values.removed[1 + PLANTED]) > 0.85
 
 
-def test_reward_rises_while_the_agent_learns(
+def policy_of(traced: Trace, model: nn.Module, features: Tensor, *, rounds: int = 1) -> FlipPolicy:
+    return FlipPolicy(build_graph(traced, model), features, hidden=16, rounds=rounds, seed=3)
+
+
+def a_state(sites: int, seed: int = 0) -> State:
+    random = torch.Generator().manual_seed(seed)
+    pruned = torch.rand(sites, generator=random) < 0.2
+    inputs = torch.randn(sites, State.INPUTS, generator=random)
+    return State(pruned, inputs, 0.01 * torch.randn(sites, generator=random))
+
+
+def test_before_learning_flips_are_worth_what_is_foreseen(
     planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
 ) -> None:
-    traced, _, objective, model = planted
-    config = AgentConfig(updates=40, copies=32, steps=1, learning_rate=0.01, entropy_weight=0.0)
+    traced, _, _, model = planted
+    policy = policy_of(traced, model, torch.randn(CHANNELS, 6))
+    state = a_state(CHANNELS)
+    values = Learner(policy, AgentConfig(), seed=0).values(state)
+    torch.testing.assert_close(values, torch.asinh(state.foreseen / UNIT))
+
+
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_the_agent_learns_what_the_model_does_not_foresee(
+    planted: tuple[Trace, MaskEvaluator, Objective, nn.Module], rounds: int
+) -> None:
+    """Flips of sites with a certain feature turn out to do harm; it is told of half of them."""
+    traced, _, _, model = planted
     random = torch.Generator().manual_seed(1)
-    features = torch.randn(CHANNELS, 6, generator=random)  # tell channels apart, say nothing
-    policy = PruningPolicy(
-        build_graph(traced, model), features, torch.full((CHANNELS,), -2.5),
-        hidden=16, rounds=2, generator=random,
-    )  # fmt: skip
-    env = PruningEnv(lambda masks: objective(masks).total, CHANNELS, 32, 1)
-
-    class Empty(Elite):
-        """Every episode starts from nothing, so that only the policy can raise the reward."""
-
-        @property
-        def best(self) -> Tensor:
-            return torch.zeros(CHANNELS, dtype=torch.bool)
-
-    elite = Empty(4)
-    elite.offer(elite.best[None], torch.zeros(1))
-    logs = optimise(env, policy, elite, config, seed=0)
-    rewards = torch.tensor([log.reward for log in logs])
-    early, late = float(rewards[:10].mean()), float(rewards[-10:].mean())
-    assert late > early + 0.3, f"mean reward {early:.3f} -> {late:.3f}"
-    assert logs[-1].entropy < logs[0].entropy
-    assert elite.masks[0][PLANTED]
-    with torch.no_grad():
-        logits, _ = policy(env.reset(elite.best)[0])
-    assert float(logits[0, PLANTED]) > 0  # it started at -2.5
+    features = torch.randn(CHANNELS, 6, generator=random)
+    features[:, 0] = (torch.arange(CHANNELS) % 2).float()
+    policy = policy_of(traced, model, features, rounds=rounds)
+    learner = Learner(policy, AgentConfig(learning_rate=0.01), seed=0)
+    told = torch.arange(CHANNELS // 2)
+    losses = []
+    for number in range(25):
+        state = a_state(CHANNELS, number)
+        gains = state.foreseen - 0.05 * features[:, 0]
+        losses.append(learner.learn(state, told, gains[told]))
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
+    state = a_state(CHANNELS, 99)
+    surprise = learner.values(state) - torch.asinh(state.foreseen / UNIT)
+    unseen = torch.arange(CHANNELS // 2, CHANNELS)
+    odd = features[unseen, 0] == 1
+    assert float(surprise[unseen][odd].mean()) < float(surprise[unseen][~odd].mean()) - 1
 
 
-def test_the_environment_keeps_its_contract() -> None:
-    weights = torch.linspace(-1, 1, 5)
-    env = PruningEnv(lambda masks: masks.float() @ weights, 5, copies=3, steps=2)
-    start = torch.tensor([True, False, False, False, False])
-    state, info = env.reset(start)
-    assert state.pruned.shape == (3, 5)
-    assert info == {}
-    flips = torch.zeros(3, 5, dtype=torch.bool)
-    flips[1, 0] = flips[2, 4] = True
-    state, reward, terminated, truncated, info = env.step(flips)
-    torch.testing.assert_close(reward, torch.tensor([0.0, 1.0, 1.0]))
-    assert (terminated, truncated) == (False, False)
-    assert info["flips"].tolist() == [0, 1, 1]
-    _, _, terminated, truncated, _ = env.step(flips)
-    assert (terminated, truncated) == (False, True)
-    assert env.evaluations == 1 + 3 + 3
-    with pytest.raises(RuntimeError, match="call reset"):
-        env.step(flips)
-    env.reset(start)
-    with pytest.raises(ValueError, match=r"flips must be bool \[3, 5\]"):
-        env.step(flips[:2])
-
-
-def test_the_prior_flips_as_many_sites_as_asked_near_the_cut() -> None:
-    ranking = torch.rand(500, generator=torch.Generator().manual_seed(0))
-    prior = flip_prior(ranking, 10, expected_flips=3.0)
-    inside = torch.zeros(500, dtype=torch.bool)
-    inside[ranking.argsort(descending=True)[:10]] = True
-    odds = torch.where(inside, -prior, prior).sigmoid()
-    assert float(odds.sum()) == pytest.approx(3.0, abs=0.01)
-    order = ranking.argsort(descending=True)
-    assert float(odds[order[10]]) > 5 * float(odds[order[100]])
-    assert float(odds[order[9]]) > float(odds[order[0]])
+def test_without_steps_the_agent_keeps_to_what_is_foreseen(
+    planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
+) -> None:
+    traced, _, _, model = planted
+    learner = Learner(
+        policy_of(traced, model, torch.randn(CHANNELS, 6)), AgentConfig(steps=0), seed=0
+    )
+    state = a_state(CHANNELS)
+    before = learner.values(state)
+    assert learner.learn(state, torch.arange(5), -torch.ones(5)) == 0
+    torch.testing.assert_close(learner.values(state), before, rtol=0, atol=0)
+    assert learner.learn(state, torch.arange(0), torch.ones(0)) == 0  # nothing was tried
 
 
 def test_the_policy_follows_a_permutation_of_channels() -> None:
-    """Channels of a layer have no order: permuted with their weights, their logits are permuted."""
+    """Channels of a layer have no order: permuted with their weights, their values are permuted."""
     torch.manual_seed(4)
     wide = 14
     model = nn.Sequential(
@@ -162,40 +152,28 @@ def test_the_policy_follows_a_permutation_of_channels() -> None:
     places = torch.arange(traced.sites)
     places[first.sites] = first.start + order
     features = torch.randn(traced.sites, 6)
-    prior = torch.randn(traced.sites)
-    pruned = torch.rand(2, traced.sites) < 0.2
+    states = [a_state(traced.sites, seed) for seed in (1, 2)]
     results = []
     for network, moved in ((model, torch.arange(traced.sites)), (other, places)):
-        random = torch.Generator().manual_seed(0)
-        policy = PruningPolicy(
-            build_graph(trace(network, (3, SIZE, SIZE)), network), features[moved], prior[moved],
-            hidden=16, rounds=2, generator=random,
-        )  # fmt: skip
+        policy = policy_of(trace(network, (3, SIZE, SIZE)), network, features[moved], rounds=2)
+        seen = [State(s.pruned[moved], s.inputs[moved], s.foreseen[moved]) for s in states]
         with torch.no_grad():
-            policy.flip.weight.normal_(generator=random)
-            policy.value.weight.normal_(generator=random)
-            logits, value = policy(Observation(pruned[:, moved], torch.zeros(2), 1))
-        results.append((logits, value))
-    (logits, value), (permuted, same) = results
-    torch.testing.assert_close(permuted, logits[:, places], atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(same, value, atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(permuted, logits, atol=1e-2)
+            policy.value.weight.normal_(generator=torch.Generator().manual_seed(0))
+            results.append(policy(seen))
+    values, permuted = results
+    torch.testing.assert_close(permuted, values[:, places], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(permuted, values, atol=1e-2)
 
 
-def test_same_seed_same_masks(
+def test_same_seed_same_agent(
     planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
 ) -> None:
-    traced, _, objective, model = planted
+    traced, _, _, model = planted
     results = []
     for _ in range(2):
-        random = torch.Generator().manual_seed(3)
-        policy = PruningPolicy(
-            build_graph(traced, model), torch.ones(CHANNELS, 2), torch.full((CHANNELS,), -2.0),
-            hidden=8, rounds=1, generator=random,
-        )  # fmt: skip
-        env = PruningEnv(lambda masks: objective(masks).total, CHANNELS, 8, 2)
-        elite = Elite(4)
-        elite.offer(torch.zeros(1, CHANNELS, dtype=torch.bool), torch.zeros(1))
-        optimise(env, policy, elite, AgentConfig(updates=3, copies=8, steps=2), seed=5)
-        results.append(torch.stack(elite.masks))
+        torch.rand(1)  # the global state is of no matter
+        learner = Learner(policy_of(traced, model, torch.ones(CHANNELS, 2)), AgentConfig(), seed=5)
+        for number in range(5):
+            learner.learn(a_state(CHANNELS, number), torch.arange(4), torch.randn(4) * 0 + 0.01)
+        results.append(learner.values(a_state(CHANNELS, 7)))
     assert torch.equal(*results)

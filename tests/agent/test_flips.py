@@ -1,4 +1,4 @@
-"""Single flips: what the gradient promises, what the engine confirms."""
+"""The search: what is foreseen, what the engine confirms, what is kept and given back."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
-from onp.agent.flips import chained, improve
-from onp.config import CostConfig, FlipConfig
+from onp.agent.flips import flipped, give_back, heads, improve
+from onp.config import AgentConfig, CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.suspect.trace import trace
@@ -54,32 +54,27 @@ def test_the_worth_is_its_formula(cost: Cost) -> None:
     assert expected[1] > expected[0] + 0.5  # the repair is worth more than the backdoor
 
 
-def test_effects_are_the_slope_of_the_worth(cost: Cost) -> None:
-    mask = torch.zeros(CHANNELS, dtype=torch.bool)
-    mask[3] = True
-    before = cost.evaluator.ledger.total
-    effects = cost.flip_effects(mask)
-    assert cost.evaluator.ledger.total - before == 4 * len(cost.images)
-    step = 2e-3
-    for site in (0, 3, PLANTED, CHANNELS - 1):
-        up, down = ((~mask).float() for _ in range(2))
-        up[site] += step
-        down[site] -= step
-        slope = (naive_worth(cost, up) - naive_worth(cost, down)) / (2 * step)
-        expected = slope if mask[site] else -slope
-        assert float(effects[site]) == pytest.approx(expected, abs=2e-3, rel=0.05)
-
-
 def test_the_planted_channel_is_found_from_nothing(cost: Cost) -> None:
     nothing = torch.zeros(1, CHANNELS, dtype=torch.bool)
     elite = Elite(4)
     elite.offer(nothing, cost.worth(nothing))
-    # so sure is the toy of its target that the slope says nothing: let all flips be tried
-    rounds = improve(elite, cost, FlipConfig(tried=CHANNELS))
+    rounds = improve(elite, cost, None, AgentConfig())
     assert elite.best[PLANTED]
     assert elite.worths[0] > float(cost.worth(nothing)) + 0.5
     assert rounds[-1].worth == elite.worths[0]
     assert float(cost.worth(elite.best[None])) == pytest.approx(elite.worths[0], abs=1e-5)
+
+
+def test_what_need_not_be_pruned_is_given_back(cost: Cost) -> None:
+    wide = torch.zeros(CHANNELS, dtype=torch.bool)
+    wide[[1, 2, PLANTED, 11, 20]] = True
+    slim = give_back(wide, cost, rounds=4)
+    assert slim[PLANTED]
+    assert int(slim.sum()) < int(wide.sum())
+    assert float(cost.worth(slim[None])) > float(cost.worth(wide[None]))
+    assert not bool((slim & ~wide).any())
+    empty = torch.zeros(CHANNELS, dtype=torch.bool)
+    assert torch.equal(give_back(empty, cost, rounds=2), empty)
 
 
 class Linear:
@@ -95,26 +90,54 @@ class Linear:
         self.asked.append(masks)
         return masks.float() @ self.weights
 
-    def flip_effects(self, mask: Tensor) -> Tensor:
-        return torch.where(mask, -self.lies, self.lies)
+
+class Told:
+    """Effects of ``Linear``'s flips as it tells them."""
+
+    def __init__(self, cost: Linear, mask: Tensor) -> None:
+        self.clean_change = torch.where(mask, -cost.lies, cost.lies)[None]
+        self.triggered_change = torch.zeros(1, cost.sites)
+        self.price = torch.zeros(cost.sites)
+
+    def gains(self, clean: Tensor, triggered: Tensor) -> tuple[Tensor, Tensor]:
+        return clean.sum(0), triggered.sum(0)
+
+    def grown(self, pool: Tensor, size: int) -> list[int]:
+        told = self.clean_change[0]
+        order = sorted(pool.tolist(), key=lambda site: -float(told[site]))
+        return [site for site in order if told[site] > 0][:size]
 
 
-def _improved(worth: Linear, config: FlipConfig) -> tuple[Elite, list[int]]:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onp.agent.flips.flip_effects", Told)
+
+
+def _improved(worth: Linear, config: AgentConfig) -> tuple[Elite, list[int]]:
     elite = Elite(4)
     elite.offer(torch.zeros(1, worth.sites, dtype=torch.bool), torch.zeros(1))
-    rounds = improve(elite, cast("Cost", worth), config)
+    rounds = improve(elite, cast("Cost", worth), None, config)
     return elite, [log.better for log in rounds]
 
 
+@pytest.mark.usefixtures("told")
 def test_flips_that_help_are_taken_together() -> None:
-    elite, better = _improved(Linear([0.1, 0.2, -0.3, 0.4]), FlipConfig(tried=3, rounds=5))
+    worth = Linear([0.1, 0.2, -0.3, 0.4])
+    elite, better = _improved(worth, AgentConfig(tried=1, rounds=5))
     assert elite.best.tolist() == [True, True, False, True]
     assert better == [3, 0, 0]  # two rounds without any end it
+    assert len(worth.asked) == 3  # one call of the engine a round
+    assert worth.asked[0].tolist() == [
+        [False, False, False, True],
+        [False, True, False, True],
+        [True, True, False, True],
+    ]
 
 
+@pytest.mark.usefixtures("told")
 def test_harmful_flips_are_not_tried_again() -> None:
     worth = Linear([-1.0, -1.0, 0.5, -0.005], lies=[9.0, 8.0, 1.0, 2.0])
-    elite, better = _improved(worth, FlipConfig(tried=2, rounds=9))
+    elite, better = _improved(worth, AgentConfig(tried=2, grown=1, rounds=9))
     assert elite.best.tolist() == [False, False, True, False]
     assert better == [0, 1, 0, 0]
     tried = [masks.nonzero()[:, 1].tolist() for masks in worth.asked]
@@ -123,13 +146,17 @@ def test_harmful_flips_are_not_tried_again() -> None:
     assert 3 in tried[2]  # of little harm: it may help another mask
 
 
+@pytest.mark.usefixtures("told")
 def test_nothing_left_to_try_is_no_error() -> None:
-    elite, better = _improved(Linear([-1.0, -1.0]), FlipConfig(tried=8, rounds=9))
+    elite, better = _improved(Linear([-1.0, -1.0]), AgentConfig(tried=8, rounds=9))
     assert not elite.best.any()
     assert better == [0, 0]
 
 
-def test_chains_grow_by_one_flip() -> None:
+def test_moves_flip_their_sites() -> None:
     mask = torch.tensor([True, False, False])
-    chains = chained(mask, torch.tensor([2, 0, 1]))
-    assert chains.tolist() == [[False, False, True], [False, True, True]]
+    moves = heads(torch.tensor([2, 0, 1]))
+    assert [move.tolist() for move in moves] == [[2, 0], [2, 0, 1]]
+    assert flipped(mask, moves).tolist() == [[False, False, True], [False, True, True]]
+    assert flipped(mask, []).shape == (0, 3)
+    assert mask.tolist() == [True, False, False]

@@ -1,12 +1,13 @@
-"""Races, counted probes, restoring and the final choice, on the toy with a planted backdoor."""
+"""Races, counted probes, giving back and the final choice, on the toy with a planted backdoor."""
 
 from __future__ import annotations
 
 import torch
 
-from onp.agent.choice import choose, restore
+from onp.agent.choice import choose
 from onp.agent.contenders import advantage, counted_contenders, getting_through
 from onp.agent.cost import Cost
+from onp.agent.flips import give_back
 from onp.agent.race import Contender, race, ranking_masks
 from onp.config import BUDGETS, CostConfig, RaceConfig, ScoreConfig, SynthesisConfig
 from onp.evaluate import MaskEvaluator
@@ -56,13 +57,13 @@ def test_the_race_finds_the_planted_channel_and_skips_weak_probes() -> None:
     assert getting_through([probe], evaluator, mask, images, labels, found, config) == []
 
 
-def test_restoring_keeps_what_matters_and_choosing_takes_the_cheapest() -> None:
+def test_giving_back_keeps_what_matters_and_choosing_takes_the_cheapest() -> None:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
     cost = Cost(evaluator, images, labels, [probe], CostConfig())
     wide = torch.zeros(CHANNELS, dtype=torch.bool)
     wide[[1, 2, PLANTED, 11, 20]] = True
-    slim = restore(wide, cost, rounds=5)
+    slim = give_back(wide, cost, rounds=5)
     assert slim[PLANTED]
     assert int(slim.sum()) < 5
     assert float(cost.worth(slim[None])) >= float(cost.worth(wide[None]))

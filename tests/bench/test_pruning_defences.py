@@ -385,7 +385,7 @@ def test_onp_in_the_form_of_a_defence() -> None:
     budget = Config(
         "tiny",
         synthesis=SynthesisConfig(steps=6, images_per_step=4, classes=2, renewal_steps=2),
-        agent=AgentConfig(updates=1, copies=4, steps=1, images=16),
+        agent=AgentConfig(rounds=2, images=16),
     )
     ledger = Ledger()
     clean = demo.clean_images()[torch.arange(100)]

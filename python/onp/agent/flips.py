@@ -48,8 +48,8 @@ def improve(
 ) -> list[Round]:
     """Improve the best mask in ``elite`` (not empty) until two rounds in a row find nothing.
 
-    The worths in ``elite`` must be those of ``cost``. Without a learner the flips are valued by what
-    the model of the margins foresees.
+    The worths in ``elite`` must be those of ``cost``. Without a learner the flips are valued by
+    what the model of the margins foresees.
     """
     rounds: list[Round] = []
     harmful = torch.zeros(cost.sites, dtype=torch.bool)

@@ -20,7 +20,7 @@ from onp.probes.norm_shift import NormShift
 from onp.probes.probe import classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/2"
+SCHEMA = "onp.repair/3"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,119 @@
+"""The model of the margins: gradients against differences, gains against what flips really do."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from onp.agent import effects as module
+from onp.agent.cost import Cost
+from onp.agent.effects import flip_effects, margin
+from onp.config import CostConfig
+from onp.evaluate import MaskEvaluator
+from onp.ledger import Ledger
+from onp.suspect.trace import trace
+from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
+
+
+@pytest.fixture(scope="module")
+def cost() -> Cost:
+    """Of the toy: two classes, logits linear in the gates, so that the model is exact there."""
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
+    return Cost(evaluator, images[:70], labels[:70], [probe], CostConfig())
+
+
+def some_mask() -> Tensor:
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    mask[[3, 11]] = True
+    return mask
+
+
+def test_a_margin_is_a_logit_over_the_others() -> None:
+    logits = torch.tensor([[2.0, 1.0, 0.0], [0.0, 0.0, 5.0]])
+    found = margin(logits, torch.tensor([0, 1]))
+    expected = torch.stack(
+        [2 - torch.tensor([1.0, 0.0]).logsumexp(0), -torch.tensor([0.0, 5.0]).logsumexp(0)]
+    )
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found.sigmoid(), logits.softmax(1)[[0, 1], [0, 1]])
+
+
+def test_changes_are_those_of_the_margins(cost: Cost) -> None:
+    mask = some_mask()
+    before = cost.evaluator.ledger.total
+    effects = flip_effects(cost, mask)
+    assert cost.evaluator.ledger.total - before == 4 * len(cost.images)
+    network = cost.evaluator.network
+    for site in (0, 3, PLANTED, CHANNELS - 1):
+        flip = mask.clone()
+        flip[site] ^= True
+        for images, answers, now, change in (
+            (cost.images, cost.labels, effects.clean, effects.clean_change),
+            (cost.triggered, cost.wanted, effects.triggered, effects.triggered_change),
+        ):
+            found = margin(network(images, (~flip).float()), answers) - now
+            torch.testing.assert_close(change[:, site], found, atol=2e-3, rtol=2e-3)
+
+
+def test_the_gains_are_what_flips_really_bring(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "CAUTION", 1.0)
+    mask = some_mask()
+    effects = flip_effects(cost, mask)
+    flips = mask.repeat(CHANNELS, 1) ^ torch.eye(CHANNELS, dtype=torch.bool)
+    parts = cost.parts(torch.cat([mask[None], flips]))
+    harm = parts.harm.mean(1)
+    clean, _ = effects.gains(effects.clean_change, effects.triggered_change)
+    torch.testing.assert_close(clean, harm[0] - harm[1:], atol=1e-4, rtol=1e-3)
+    monkeypatch.undo()  # the planted channel is silent on clean images: nothing to be cautious of
+    gain = cost.worth(flips[[PLANTED]]) - cost.worth(mask[None])
+    assert float(effects.singles()[PLANTED]) == pytest.approx(float(gain), abs=2e-3)
+    assert int(effects.singles().argmax()) == PLANTED
+
+
+def test_caution_makes_harm_larger(cost: Cost) -> None:
+    effects = flip_effects(cost, some_mask())
+    singles = effects.singles()
+    module_caution = module.CAUTION
+    try:
+        module.CAUTION = 1.0
+        careless = effects.singles()
+    finally:
+        module.CAUTION = module_caution
+    harmful = careless < -0.01
+    assert bool(harmful.any())
+    assert bool((singles[harmful] < careless[harmful]).all())
+
+
+def test_a_set_grows_by_what_adds_to_it(cost: Cost) -> None:
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    effects = flip_effects(cost, mask)
+    pool = torch.arange(CHANNELS)
+    grown = effects.grown(pool, 5)
+    assert grown[0] == PLANTED
+    assert len(set(grown)) == len(grown) <= 5
+    assert effects.grown(pool[pool != PLANTED], 0) == []
+    assert effects.grown(torch.empty(0, dtype=torch.int64), 3) == []
+    found = []
+    for size in range(1, len(grown) + 1):
+        sites = grown[:size]
+        changes = (
+            change[:, sites].sum(1, keepdim=True)
+            for change in (effects.clean_change, effects.triggered_change)
+        )
+        clean, hit = effects.gains(*changes)
+        found.append(float(clean + hit + effects.price[sites].sum()))
+    assert found == sorted(found)
+
+
+def test_a_twin_of_what_is_flipped_adds_nothing() -> None:
+    """Two channels that do the same harm alone: the second is foreseen to add less."""
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
+    cost = Cost(evaluator, images, labels, [probe], CostConfig(price=0.0))
+    effects = flip_effects(cost, torch.zeros(CHANNELS, dtype=torch.bool))
+    change = effects.triggered_change[:, [PLANTED]]
+    nothing = torch.zeros_like(change)
+    once, twice = (float(effects.gains(nothing, n * change)[1]) for n in (1, 2))
+    assert 0 < twice - once + 1e-9 < 0.2 * once
