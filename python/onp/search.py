@@ -68,17 +68,22 @@ class Search:
             seed=self.seed, ledger=self.evaluator.ledger,
         )  # fmt: skip
 
+    def first_masks(self, counted: Sequence[Contender], ranking: Tensor) -> Tensor:
+        """Where the search starts: the contenders' masks, their union and the heads of the gates'
+        ranking float32 [S]; bool [B, S]."""
+        raced = torch.stack([contender.mask for contender in counted])
+        closed = int((ranking > 0).sum())
+        heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
+        return torch.cat([raced, raced.any(0, keepdim=True), heads])
+
     def run(
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Round]]:
-        """From the best of the contenders' masks, their union, the heads of the gates' ranking
-        float32 [S] and the ``known`` masks: the best masks, bool [S] each, and the rounds' logs."""
+        """From the best of the first and of the ``known`` masks on: the best masks, bool [S] each,
+        and the rounds' logs."""
         agent, ledger = self.config.agent, self.evaluator.ledger
         cost = self.cost(counted, slice(agent.images))
-        union = torch.stack([contender.mask for contender in counted]).any(0)
-        closed = int((ranking > 0).sum())
-        heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
-        start = torch.stack([*(contender.mask for contender in counted), union, *heads, *known])
+        start = torch.cat([self.first_masks(counted, ranking), *(mask[None] for mask in known)])
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
         policy = FlipPolicy(

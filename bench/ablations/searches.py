@@ -1,0 +1,75 @@
+"""What the agent is compared with: searches from the same first masks, with the same cost.
+
+Variants of the agent change its configuration. The others take the agent's place and stop when they
+have spent the image-forwards that it took on the same network with the same seed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+
+from onp.agent.cost import Cost
+from onp.agent.elite import Elite
+from onp.config import Config
+
+VARIANTS: dict[str, Callable[[Config], Config]] = {
+    "onp": lambda config: config,
+    "no-gnn": lambda config: replace(config, agent=replace(config.agent, messages=0)),
+    "no-learning": lambda config: replace(config, agent=replace(config.agent, steps=0)),
+    "layerwise": lambda config: replace(config, graph=replace(config.graph, layerwise=True)),
+    "singles": lambda config: replace(config, agent=replace(config.agent, grown=1)),
+    "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1)),
+}
+"""The agent's own: the GNN without messages; the policy as it starts, values as foreseen; one graph
+per layer as in the paper; no sets of flips; one move instead of a sequence."""
+BATCH = 32
+"""Masks in one call of the engine."""
+ELITE = 0.25
+SMOOTHING = 0.3
+"""Of the cross-entropy method: share of a batch that is learned from, and how much of it."""
+EXPECTED_FLIPS = 3.0
+
+Rival = Callable[[Elite, Cost, int, torch.Generator], None]
+"""Improve the masks in an elite within so many masks."""
+
+
+def cross_entropy(elite: Elite, cost: Cost, masks: int, random: torch.Generator) -> None:
+    """The cross-entropy method (Rubinstein, 1999): independent sites, started at the best mask with
+    ``EXPECTED_FLIPS`` flips a sample."""
+    odds = EXPECTED_FLIPS / cost.sites
+    chance = torch.where(elite.best, 1 - odds, odds)
+    for size in _batches(masks):
+        drawn = torch.rand(size, cost.sites, generator=random) < chance
+        worths = cost.worth(drawn)
+        elite.offer(drawn, worths)
+        best = drawn[worths.topk(max(1, round(ELITE * size))).indices].float().mean(0)
+        chance = (1 - SMOOTHING) * chance + SMOOTHING * best
+
+
+def random_flips(elite: Elite, cost: Cost, masks: int, random: torch.Generator) -> None:
+    """Up to four sites of the best mask so far, flipped at random."""
+    for size in _batches(masks):
+        drawn = elite.best.repeat(size, 1)
+        for row in drawn:
+            count = int(torch.randint(1, 5, (), generator=random))
+            row[torch.randint(cost.sites, (count,), generator=random)] ^= True
+        elite.offer(drawn, cost.worth(drawn))
+
+
+def nothing(elite: Elite, cost: Cost, masks: int, random: torch.Generator) -> None:
+    """The best of the first masks: what the gates and the race found."""
+
+
+RIVALS: dict[str, Rival] = {
+    "cem": cross_entropy,
+    "random": random_flips,
+    "gates-alone": nothing,
+}
+
+
+def _batches(masks: int) -> list[int]:
+    sizes = [BATCH] * (masks // BATCH)
+    return [*sizes, masks % BATCH] if masks % BATCH else sizes
