@@ -1,8 +1,9 @@
 """``python -m bench.ablations``: what each part of the search adds, at equal image-forwards.
 
-One JSON line per (network, variant, seed), appended when it is done; a line that is there is not
-run again. Evidence, gates and first masks are made once per network and seed and shared. The true
-trigger only scores. A variant's forwards are those of its search and of the final choice.
+One JSON line per (network, variant, seed), appended when all variants of a network and seed are
+done; lines that are there are not made again. Evidence, gates and first masks are made once per
+network and seed and shared; one search, without renewal. The true trigger only scores. A variant's
+forwards are those of its search and of the final choice.
 """
 
 from __future__ import annotations

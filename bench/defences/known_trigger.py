@@ -30,11 +30,9 @@ from onp.suspect.surgery import apply_mask
 
 KNOWN_TRIGGER = "known-trigger"
 """What its rows are called."""
-IMAGES = 256
-"""Clean images (and as many triggered ones) that a mask is judged on in the search."""
 RESPONSE_IMAGES = 64
 GATES = GatesConfig(steps=120)
-FLIPS = AgentConfig(rounds=24, tried=16, pool=128, grown=16)
+SEARCH = AgentConfig(images=256, rounds=24, tried=16, pool=128, grown=16)
 _BATCH = 250
 
 
@@ -55,7 +53,7 @@ class KnownProbe:
 def known_trigger(
     model: nn.Module, clean: ImageSet, *, attack: Attack, seed: int, ledger: Ledger
 ) -> tuple[nn.Module, Info]:
-    """The best mask that gates and single flips find against the attack itself."""
+    """The best mask that gates and search find against the attack itself."""
     suspect = copy.deepcopy(model).float().eval()
     trace = traced(suspect, clean)
     evaluator = MaskEvaluator(trace, suspect, device=device_of(suspect), ledger=ledger)
@@ -68,14 +66,14 @@ def known_trigger(
     gates = learn_gates(
         evaluator.network, images, labels, [probe], response, GATES, seed=seed, ledger=ledger
     )
-    cost = Cost(evaluator, images[:IMAGES], labels[:IMAGES], [probe], CostConfig())
+    cost = Cost(evaluator, images[: SEARCH.images], labels[: SEARCH.images], [probe], CostConfig())
     nothing = torch.zeros(1, trace.sites, dtype=torch.bool)
     closed = int((gates > 0).sum())
     heads = heads_of(gates, [count for count in GATES.counts if count <= closed])
     first = torch.cat([nothing, heads, heads_of(response, GATES.counts)])
     elite = Elite(5)
     elite.offer(first, cost.worth(first))
-    rounds = improve(elite, cost, None, FLIPS)
+    rounds = improve(elite, cost, None, SEARCH)
     mask = elite.best
     settings = {"pruned": int(mask.sum()), "sites": trace.sites, "rounds": len(rounds)}
     return apply_mask(suspect, trace, mask), Info("told the trigger", settings)

@@ -143,7 +143,9 @@ class ChoiceConfig:
     leaders: int = 5
     """Best masks of the search that take part."""
     images: int = 250
-    """Of those that the search has not seen, at most so many judge what is given back."""
+    """Of those that the search has not seen, at most so many judge what is given back;"""
+    least: int = 100
+    """with fewer, nothing is."""
     rounds: int = 2
     """Of giving back."""
     success_weight: float = 2.0

@@ -104,7 +104,7 @@ class Search:
         cheapest on all of them."""
         config, seen = self.config.choice, self.config.agent.images
         weight = config.success_weight
-        if len(self.images) >= 2 * seen:
+        if len(self.images) - seen >= config.least:
             fresh = self.cost(counted, slice(seen, seen + config.images), weight)
             finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
         return choose(finalists, self.cost(counted, slice(None), weight))

@@ -171,9 +171,10 @@ def test_same_seed_same_agent(
     traced, _, _, model = planted
     results = []
     for _ in range(2):
-        torch.rand(1)  # the global state is of no matter
+        torch.rand(1)  # the global state does not matter
         learner = Learner(policy_of(traced, model, torch.ones(CHANNELS, 2)), AgentConfig(), seed=5)
         for number in range(5):
-            learner.learn(a_state(CHANNELS, number), torch.arange(4), torch.randn(4) * 0 + 0.01)
+            learner.learn(a_state(CHANNELS, number), torch.arange(4), torch.full((4,), 0.05))
         results.append(learner.values(a_state(CHANNELS, 7)))
     assert torch.equal(*results)
+    assert not torch.equal(results[0], torch.asinh(a_state(CHANNELS, 7).foreseen / UNIT))

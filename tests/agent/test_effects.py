@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
 
 from onp.agent import effects as module
 from onp.agent.cost import Cost
-from onp.agent.effects import flip_effects, margin
+from onp.agent.effects import Effects, flip_effects, margin
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -108,12 +111,17 @@ def test_a_set_grows_by_what_adds_to_it(cost: Cost) -> None:
 
 
 def test_a_twin_of_what_is_flipped_adds_nothing() -> None:
-    """Two channels that do the same harm alone: the second is foreseen to add less."""
-    model, images, labels, probe = toy()
-    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
-    cost = Cost(evaluator, images, labels, [probe], CostConfig(price=0.0))
-    effects = flip_effects(cost, torch.zeros(CHANNELS, dtype=torch.bool))
-    change = effects.triggered_change[:, [PLANTED]]
-    nothing = torch.zeros_like(change)
-    once, twice = (float(effects.gains(nothing, n * change)[1]) for n in (1, 2))
-    assert 0 < twice - once + 1e-9 < 0.2 * once
+    """Two sites that each undo the trigger alone: one of them is enough, whatever each promises."""
+    images = 4
+    cost = cast("Cost", SimpleNamespace(of_success=lambda success: -torch.log1p(-0.98 * success)))
+    change = torch.zeros(images, 3)
+    change[:, :2] = -20.0
+    effects = Effects(
+        clean=torch.full((images,), 8.0), clean_change=torch.zeros(images, 3),
+        triggered=torch.full((images,), 8.0), triggered_change=change,
+        sure=torch.ones(images), own=torch.zeros(images),
+        turned=torch.ones(images, dtype=torch.bool), price=torch.full((3,), -0.001), cost=cost,
+    )  # fmt: skip
+    singles = effects.singles()
+    assert float(singles[0]) == float(singles[1]) > 3
+    assert effects.grown(torch.arange(3), 3) == [0]

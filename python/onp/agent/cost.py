@@ -66,7 +66,14 @@ class Cost:
         """Of masks bool [B, S]; one engine call."""
         logits = self.evaluator.run(pruned, self.both)
         clean, hit = logits.split(len(self.images), 1)
-        return self._parts(clean, hit, torch.arange(len(self.images)))
+        masks = len(pruned)
+        labels = self.labels.expand(masks, -1)[..., None]
+        wanted = self.wanted.expand(masks, -1)[..., None]
+        logs = clean.log_softmax(2)
+        entropy = (self.original - logs).gather(2, labels).squeeze(2)
+        divergence = (self.original.exp() * (self.original - logs)).sum(2)
+        excess = (hit.softmax(2) - logs.exp()).gather(2, wanted).squeeze(2).clamp_min(0)
+        return Parts(entropy + divergence, excess * (wanted != labels).squeeze(2))
 
     def worth(self, pruned: Tensor) -> Tensor:
         """Minus the cost, minus the price of every pruned site: float32 [B]."""
@@ -79,17 +86,6 @@ class Cost:
     def of_success(self, success: Tensor) -> Tensor:
         """What a triggered image costs by the probability of the target that the trigger adds."""
         return -self.config.success_weight * torch.log1p(-SUREST * success)
-
-    def _parts(self, clean: Tensor, hit: Tensor, index: Tensor) -> Parts:
-        """Of logits [B, n, K] on the images ``index`` int64 [n], clean and triggered."""
-        masks, original = len(clean), self.original[index]
-        labels = self.labels[index].expand(masks, -1)[..., None]
-        wanted = self.wanted[index].expand(masks, -1)[..., None]
-        logs = clean.log_softmax(2)
-        entropy = (original - logs).gather(2, labels).squeeze(2)
-        divergence = (original.exp() * (original - logs)).sum(2)
-        excess = (hit.softmax(2) - logs.exp()).gather(2, wanted).squeeze(2).clamp_min(0)
-        return Parts(entropy + divergence, excess * (wanted != labels).squeeze(2))
 
 
 def dealt_out(count: int, hands: int) -> list[Tensor]:

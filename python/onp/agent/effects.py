@@ -20,8 +20,8 @@ from onp.agent.cost import Cost
 CHUNK = 64
 """Images, each with its triggered twin, in one backward pass."""
 CAUTION = 1.5
-"""Harm is judged at this multiple of the linear change of the clean images' margins: networks bend,
-and more often towards harm."""
+"""Clean images are judged at this multiple of the linear change of their margins, up or down:
+networks bend, and more often towards harm."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,8 @@ class Effects:
     sure: Tensor
     """float32 [N]: probability of the label, nothing pruned."""
     own: Tensor
-    """float32 [N]: probability of what the trigger wants, without the trigger."""
+    """float32 [N]: probability of what the trigger wants, without the trigger, under the mask; the
+    flips are taken to leave it."""
     turned: Tensor
     """bool [N]: whether that is another answer than the label."""
     price: Tensor

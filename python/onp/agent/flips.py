@@ -54,6 +54,8 @@ def improve(
     rounds: list[Round] = []
     harmful = torch.zeros(cost.sites, dtype=torch.bool)
     for number in range(config.rounds):
+        if bool(harmful.all()):
+            break
         mask, best = elite.best, elite.worths[0]
         effects = flip_effects(cost, mask)
         state = State.of(mask, effects)
@@ -61,7 +63,9 @@ def improve(
         values = values.masked_fill(harmful, -torch.inf)
         open_to = values.argsort(descending=True, stable=True)[: int((~harmful).sum())]
         sites = open_to[: config.tried]
-        together = torch.tensor(effects.grown(open_to[: config.pool], config.grown))
+        together = torch.tensor(
+            effects.grown(open_to[: config.pool], config.grown), dtype=torch.int64
+        )
         moves = torch.cat([flipped(mask, sites.split(1)), flipped(mask, heads(together))])
         gains = cost.worth(moves) - best
         elite.offer(moves, gains + best)

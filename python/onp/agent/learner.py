@@ -33,7 +33,7 @@ class Learner:
 
     def learn(self, state: State, sites: Tensor, gains: Tensor) -> float:
         """Take note of the gains float32 [n] of flipping ``sites`` int64 [n], and learn from them
-        and some earlier ones; returns the loss on these before."""
+        and some earlier ones; returns the loss on them before (0 where nothing is learned)."""
         if len(sites) == 0:
             return 0.0
         first = 0.0
