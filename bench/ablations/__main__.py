@@ -12,7 +12,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,8 +57,8 @@ def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
     if name in VARIANTS:
         config = VARIANTS[name](Config())
         graph = build_graph(search.evaluator.trace, search.scene.model, config.graph)
-        own = Search(search.scene, graph, search.shift, search.evidence)
-        own.config = config
+        scene = replace(search.scene, config=config)
+        own = Search(scene, graph, search.shift, search.evidence)
         masks, rounds = own.run(setting.counted, setting.gates, [])
         worth = rounds[-1].worth
     else:

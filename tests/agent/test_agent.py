@@ -81,7 +81,8 @@ def a_state(sites: int, seed: int = 0) -> State:
     random = torch.Generator().manual_seed(seed)
     pruned = torch.rand(sites, generator=random) < 0.2
     inputs = torch.randn(sites, State.INPUTS, generator=random)
-    return State(pruned, inputs, 0.01 * torch.randn(sites, generator=random))
+    inputs[:, -1] = pruned.float()
+    return State(inputs, 0.01 * torch.randn(sites, generator=random))
 
 
 def test_before_learning_flips_are_worth_what_is_foreseen(
@@ -156,7 +157,7 @@ def test_the_policy_follows_a_permutation_of_channels() -> None:
     results = []
     for network, moved in ((model, torch.arange(traced.sites)), (other, places)):
         policy = policy_of(trace(network, (3, SIZE, SIZE)), network, features[moved], rounds=2)
-        seen = [State(s.pruned[moved], s.inputs[moved], s.foreseen[moved]) for s in states]
+        seen = [State(s.inputs[moved], s.foreseen[moved]) for s in states]
         with torch.no_grad():
             policy.value.weight.normal_(generator=torch.Generator().manual_seed(0))
             results.append(policy(seen))

@@ -12,6 +12,7 @@ from torch import Tensor
 from onp.agent import effects as module
 from onp.agent.cost import Cost
 from onp.agent.effects import Effects, flip_effects, margin
+from onp.agent.policy import State
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -25,6 +26,11 @@ def cost() -> Cost:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
     return Cost(evaluator, images[:70], labels[:70], [probe], CostConfig())
+
+
+def foreseen(effects: Effects) -> Tensor:
+    """Gains of single flips, float32 [S]; of the mask they depend through ``effects`` alone."""
+    return State.of(torch.zeros(len(effects.price), dtype=torch.bool), effects).foreseen
 
 
 def some_mask() -> Tensor:
@@ -71,22 +77,18 @@ def test_the_gains_are_what_flips_really_bring(cost: Cost, monkeypatch: pytest.M
     torch.testing.assert_close(clean, harm[0] - harm[1:], atol=1e-4, rtol=1e-3)
     monkeypatch.undo()  # the planted channel is silent on clean images: nothing to be cautious of
     gain = cost.worth(flips[[PLANTED]]) - cost.worth(mask[None])
-    assert float(effects.singles()[PLANTED]) == pytest.approx(float(gain), abs=2e-3)
-    assert int(effects.singles().argmax()) == PLANTED
+    assert float(foreseen(effects)[PLANTED]) == pytest.approx(float(gain), abs=2e-3)
+    assert int(foreseen(effects).argmax()) == PLANTED
 
 
-def test_caution_makes_harm_larger(cost: Cost) -> None:
+def test_caution_makes_harm_larger(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
     effects = flip_effects(cost, some_mask())
-    singles = effects.singles()
-    module_caution = module.CAUTION
-    try:
-        module.CAUTION = 1.0
-        careless = effects.singles()
-    finally:
-        module.CAUTION = module_caution
+    cautious = foreseen(effects)
+    monkeypatch.setattr(module, "CAUTION", 1.0)
+    careless = foreseen(effects)
     harmful = careless < -0.01
     assert bool(harmful.any())
-    assert bool((singles[harmful] < careless[harmful]).all())
+    assert bool((cautious[harmful] < careless[harmful]).all())
 
 
 def test_a_set_grows_by_what_adds_to_it(cost: Cost) -> None:
@@ -122,6 +124,6 @@ def test_a_twin_of_what_is_flipped_adds_nothing() -> None:
         sure=torch.ones(images), own=torch.zeros(images),
         turned=torch.ones(images, dtype=torch.bool), price=torch.full((3,), -0.001), cost=cost,
     )  # fmt: skip
-    singles = effects.singles()
+    singles = foreseen(effects)
     assert float(singles[0]) == float(singles[1]) > 3
     assert effects.grown(torch.arange(3), 3) == [0]

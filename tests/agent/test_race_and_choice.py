@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from onp.agent.choice import choose
@@ -75,6 +76,13 @@ def test_giving_back_keeps_what_matters_and_choosing_takes_the_cheapest() -> Non
     assert torch.equal(choice.mask, only)
     assert choice.success_after[0] < 0.1 * choice.success_before[0]
     assert choice.interval[0] <= choice.crossfit <= choice.interval[1]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_every_budget_leaves_images_to_give_back_on(budget: str) -> None:
+    """Of the 500 that a user is asked for."""
+    config = BUDGETS[budget]
+    assert 500 - config.agent.images >= config.choice.least
 
 
 def test_advantage_compares_within_the_family_across_classes() -> None:

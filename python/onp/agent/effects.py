@@ -54,11 +54,6 @@ class Effects:
         harm = self._harm(clean) - self._harm(clean + CAUTION * clean_change)
         return harm.mean(0), (self._success(hit) - self._success(hit + triggered_change)).mean(0)
 
-    def singles(self) -> Tensor:
-        """Gain of worth by each flip alone, float32 [S]."""
-        clean, hit = self.gains(self.clean_change, self.triggered_change)
-        return clean + hit + self.price
-
     def grown(self, pool: Tensor, size: int) -> list[int]:
         """Sites of ``pool`` int64 [n] in the order in which they are best flipped together: each
         adds most to the gain of those before it; at most ``size``, all that add anything."""

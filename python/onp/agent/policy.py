@@ -24,19 +24,18 @@ UNIT = 0.005
 
 @dataclass(frozen=True)
 class State:
-    """A mask, what the flips that lead on from it would do, and their gains as foreseen."""
+    """What the flips that lead on from a mask would do, and their gains as foreseen."""
 
-    pruned: Tensor
-    """bool [S]."""
     inputs: Tensor
-    """float32 [S, INPUTS], of size about one."""
+    """float32 [S, INPUTS], of size about one; the last column is the mask's."""
     foreseen: Tensor
-    """float32 [S]."""
+    """float32 [S]: gain of worth by each flip alone, in nats an image."""
 
     INPUTS = 5
 
     @classmethod
     def of(cls, pruned: Tensor, effects: Effects) -> State:
+        """Of a mask bool [S]."""
         clean, triggered = effects.gains(effects.clean_change, effects.triggered_change)
         moved = [
             change.square().mean(0).sqrt()
@@ -44,7 +43,7 @@ class State:
         ]
         columns = [torch.asinh(gain / (2 * UNIT)) for gain in (clean, triggered)]
         columns += [torch.asinh(change / 0.3) for change in moved] + [pruned.float()]
-        return cls(pruned, torch.stack(columns, 1) / 2, clean + triggered + effects.price)
+        return cls(torch.stack(columns, 1) / 2, clean + triggered + effects.price)
 
 
 class GraphLayer(nn.Module):
