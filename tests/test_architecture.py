@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "config", "masks", "trusted", "files", "ledger"},
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
-    {"evaluate", "probes", "metrics"},
+    {"evaluate", "probes", "metrics", "aftercare"},
     {"agent"},
     {"verdict", "evidence"},
     {"search", "renewal", "result", "report", "prepare"},

@@ -31,6 +31,7 @@ REPORT = {
     "reason": "pruning 1 site kills the probe",
     "target_classes": [2],
     "accuracy": {"before": 0.9, "after": 0.875, "images": 8},
+    "aftercare": None,
     "sites": {"total": 48, "pruned": 1},
     "layers": [
         {"name": "conv1", "sites": 16, "pruned": []},
@@ -182,6 +183,19 @@ def test_sanitize_json_is_all_of_stdout(capsys: pytest.CaptureFixture[str]) -> N
 def test_few_clean_images_are_all_taken(calls: list[dict[str, Any]]) -> None:
     assert main(SANITIZE) == 0
     assert len(calls[0]["clean"]) == 12
+
+
+def test_aftercare_is_asked_for(
+    capsys: pytest.CaptureFixture[str],
+    calls: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    told = {"recalibrated": False, "finetuned": True, "accuracy": 0.9}
+    monkeypatch.setitem(REPORT, "aftercare", told)
+    assert main([*SANITIZE, "--finetune"]) == 0
+    assert calls[0]["finetune"]
+    assert not calls[0]["recalibrate"]
+    assert "finetuned: 90.00% on the same clean images" in capsys.readouterr().out
 
 
 def test_fail_on(monkeypatch: pytest.MonkeyPatch) -> None:

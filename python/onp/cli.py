@@ -108,6 +108,13 @@ def sanitize(
     compact: Annotated[
         bool, typer.Option("--compact", help="Cut pruned channels out: a smaller network.")
     ] = False,
+    recalibrate: Annotated[
+        bool,
+        typer.Option("--recalibrate", help="Then estimate norm statistics anew on the images."),
+    ] = False,
+    finetune: Annotated[
+        bool, typer.Option("--finetune", help="Then tune the weights on the images, a little.")
+    ] = False,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
@@ -141,6 +148,8 @@ def sanitize(
             device=device,
             preprocess=preprocess,
             threads=threads,
+            recalibrate=recalibrate,
+            finetune=finetune,
             progress=progress,
         )
 

@@ -198,6 +198,16 @@ class GraphConfig:
 
 
 @dataclass(frozen=True)
+class AftercareConfig:
+    """Fine-tuning after pruning, where it is asked for: see ``onp.aftercare``."""
+
+    epochs: int = 10
+    batch: int = 50
+    learning_rate: float = 0.002
+    momentum: float = 0.9
+
+
+@dataclass(frozen=True)
 class Config:
     """Everything a run depends on besides model, data and seed."""
 
@@ -213,6 +223,7 @@ class Config:
     score: ScoreConfig = field(default_factory=ScoreConfig)
     verdict: VerdictConfig = field(default_factory=VerdictConfig)
     graph: GraphConfig = field(default_factory=GraphConfig)
+    aftercare: AftercareConfig = field(default_factory=AftercareConfig)
 
 
 BUDGETS: dict[str, Config] = {

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from onp.aftercare import Aftercare, AftercareOutcome, care_for
 from onp.agent.choice import Choice
 from onp.agent.flips import Round
 from onp.agent.race import Contender
@@ -52,6 +53,8 @@ def sanitize(
     preprocess: Preprocess | None = None,
     backend: Backend = "auto",
     threads: int | None = None,
+    recalibrate: bool = False,
+    finetune: bool = False,
     progress: Progress | None = None,
 ) -> Result:
     """Repair an image classifier that may carry a backdoor, from a few hundred clean images.
@@ -67,6 +70,8 @@ def sanitize(
         preprocess: normalisation to put in front of the model, where it is not inside.
         backend: how masks are evaluated, ``auto``, ``native`` or ``torch``.
         threads: CPU threads; default: torch's.
+        recalibrate: after pruning, estimate the batch norms' statistics anew on ``clean``.
+        finetune: after pruning, tune the weights on ``clean``; pruned sites stay pruned.
         progress: hears of (stage, done, total, message).
 
     Raises an ``onp.errors.OnpError`` that says what is wrong with the model or the data.
@@ -77,12 +82,15 @@ def sanitize(
         with torch_threads(threads):
             return sanitize(
                 model, clean, seed=seed, budget=config, device=device, input_range=input_range,
-                preprocess=preprocess, backend=backend, progress=progress,
+                preprocess=preprocess, backend=backend,
+                recalibrate=recalibrate, finetune=finetune, progress=progress,
             )  # fmt: skip
 
     with ledger.stage("prepare"):
         images, labels = clean_images(clean, input_range, seed)
         suspect, device = frozen_copy(model, preprocess, device)
+        aftercare = Aftercare(recalibrate, finetune)
+        aftercare.check(suspect)
         trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
         if isinstance(clean, ImageSet):
             check_class_names(clean, trace.num_classes)
@@ -126,17 +134,25 @@ def sanitize(
     with ledger.stage("finish"):
         both = torch.stack([torch.zeros_like(mask), mask])
         right = evaluator.run(both, images).argmax(2) == labels
-        repaired = apply_mask(suspect, trace, mask)
-        check_same(repaired, evaluator, mask, images, "the mask as applied")
-        repaired = unwrapped(repaired, preprocess)
+        pruned = apply_mask(suspect, trace, mask)
+        check_same(pruned, evaluator, mask, images, "the mask as applied")
+    cared: AftercareOutcome | None = None
+    if aftercare and bool(mask.any()):
+        with ledger.stage("aftercare"):
+            cared = care_for(
+                pruned, suspect, images, labels, aftercare, config.aftercare,
+                seed=seed, ledger=ledger,
+            )  # fmt: skip
+            pruned = cared.model
     prefix = "" if preprocess is None else "1."
     run = RunFacts(config, seed, input_range, evaluator.backend, str(device), prefix, ledger)
     report = repair_report(
-        run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right
+        run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right, cared
     )
+    repaired = unwrapped(pruned, preprocess)
 
     def cut() -> tuple[nn.Module, int]:
-        smaller, stayed = remove_mask(suspect, trace, mask)
+        smaller, stayed = remove_mask(pruned, trace, mask)
         return unwrapped(smaller, preprocess), stayed
 
     return Result(repaired, mask, evidence.verdict.finding, report, cut)

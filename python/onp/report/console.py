@@ -16,7 +16,8 @@ def repair_text(report: Mapping[str, Any]) -> str:
 
     Reads ``verdict``, ``reason``, ``target_classes`` (list of int), ``accuracy`` (``before``,
     ``after``, ``images``), ``sites`` (``total``, ``pruned``), ``layers`` (list of ``name``,
-    ``sites``, ``pruned``: channel numbers), ``seconds`` (stage -> float, ``total`` among them);
+    ``sites``, ``pruned``: channel numbers), ``aftercare`` (None, or ``recalibrated``,
+    ``finetuned``, ``accuracy``), ``seconds`` (stage -> float, ``total`` among them);
     ``suspect`` and ``repaired`` (``path``, ``sha256``) where the command line added them.
     """
     verdict = str(report["verdict"])
@@ -31,6 +32,7 @@ def repair_text(report: Mapping[str, Any]) -> str:
             f"{_percent(accuracy['before'])} -> {_percent(accuracy['after'])} "
             f"on {accuracy['images']:,} clean images",
         ),
+        *_aftercare_rows(report["aftercare"]),
         ("time", f"{report['seconds']['total']:.1f} s"),
     ]
     for role in ("suspect", "repaired"):
@@ -69,6 +71,15 @@ def demo_text(outcome: Mapping[str, Any]) -> str:
 def environment_text(environment: Mapping[str, Any]) -> str:
     """The facts of ``onp.environment.describe``, one a line."""
     return _aligned((name.replace("_", " "), _plain(value)) for name, value in environment.items())
+
+
+def _aftercare_rows(aftercare: Mapping[str, Any] | None) -> list[tuple[str, str]]:
+    """A row for what was done after pruning, if anything."""
+    if aftercare is None:
+        return []
+    done = [name for name in ("recalibrated", "finetuned") if aftercare[name]]
+    text = f"{', '.join(done)}: {_percent(aftercare['accuracy'])} on the same clean images"
+    return [("aftercare", text)]
 
 
 def _pruned_rows(layers: Iterable[Mapping[str, Any]]) -> list[tuple[str, str]]:

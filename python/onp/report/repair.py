@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from onp.aftercare import AftercareOutcome
 from onp.agent.choice import Choice
 from onp.agent.flips import Round
 from onp.agent.race import Contender
@@ -48,6 +49,7 @@ def repair_report(
     choice: Choice | None,
     mask: Tensor,
     right: Tensor,
+    cared: AftercareOutcome | None = None,
 ) -> dict[str, Any]:
     """Everything a reader needs to see why; JSON-able. right: bool [2, N], answers before and
     after that are the label's."""
@@ -73,6 +75,7 @@ def repair_report(
             "interval_before": [round(x, 4) for x in interval(before, count)],
             "interval_after": [round(x, 4) for x in interval(after, count)],
         },
+        "aftercare": None if cared is None else _aftercare(cared),
         "sites": {"total": trace.sites, "pruned": int(mask.sum())},
         "layers": [
             {
@@ -112,6 +115,14 @@ def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
         "worth": round(contender.score, 4),
         "sites": contender.size,
         "counted": counted,
+    }
+
+
+def _aftercare(cared: AftercareOutcome) -> dict[str, Any]:
+    return {
+        "recalibrated": cared.done.recalibrate,
+        "finetuned": cared.done.finetune,
+        "accuracy": cared.accuracy,
     }
 
 

@@ -1,0 +1,157 @@
+"""After pruning, for those who ask: norm statistics and weights brought in line on clean images.
+
+Neither is part of the method, and no figure of the method's holds them. Pruned sites stay pruned.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from onp.config import AftercareConfig
+from onp.errors import UsageError
+from onp.ledger import Ledger
+from onp.suspect.network import training_layout
+
+_BATCH = 125
+BatchNorm = nn.BatchNorm1d | nn.BatchNorm2d
+
+
+@dataclass(frozen=True)
+class Aftercare:
+    """What is done to the pruned network."""
+
+    recalibrate: bool = False
+    """Its norm statistics are estimated anew."""
+    finetune: bool = False
+    """Then its weights are tuned."""
+
+    def __bool__(self) -> bool:
+        return self.recalibrate or self.finetune
+
+    def check(self, model: nn.Module) -> None:
+        """Raise UsageError where the network has nothing to recalibrate."""
+        if self.recalibrate and not has_statistics(model):
+            raise UsageError("recalibrate needs batch norms with running statistics: none here")
+
+
+@dataclass(frozen=True)
+class AftercareOutcome:
+    """What came of it."""
+
+    model: nn.Module
+    done: Aftercare
+    accuracy: float
+    """On the clean images, which fine-tuning has seen: no estimate of what it is on others."""
+
+
+def care_for(
+    pruned: nn.Module,
+    suspect: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    wanted: Aftercare,
+    config: AftercareConfig,
+    *,
+    seed: int,
+    ledger: Ledger,
+) -> AftercareOutcome:
+    """Do what is wanted to a copy of ``pruned``; images float32 [N, C, H, W], labels int64 [N]."""
+    model = pruned
+    if wanted.recalibrate:
+        model = recalibrated(model, images, ledger)
+    if wanted.finetune:
+        model = finetuned(model, suspect, images, labels, config, seed=seed, ledger=ledger)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        answers = torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(250)])
+    ledger.count(len(images))
+    return AftercareOutcome(model, wanted, float((answers == labels).float().mean()))
+
+
+def has_statistics(model: nn.Module) -> bool:
+    """Whether the network has batch norms that ``recalibrated`` could do anything for."""
+    return any(isinstance(m, BatchNorm) and m.track_running_stats for m in model.modules())
+
+
+@torch.no_grad()
+def recalibrated(model: nn.Module, images: Tensor, ledger: Ledger) -> nn.Module:
+    """A copy of ``model`` whose batch norms' running statistics are those of ``images`` float32
+    [N, C, H, W] alone, means over batches of about 125.
+
+    Pruning changes what later layers see; their statistics were made before it. Costs one
+    image-forward an image.
+    """
+    tuned = copy.deepcopy(model).eval()
+    norms = [m for m in tuned.modules() if isinstance(m, BatchNorm) and m.track_running_stats]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # a mean over all batches
+        norm.train()
+    device = next(tuned.parameters()).device
+    for part in images.tensor_split(max(1, len(images) // _BATCH)):
+        tuned(part.to(device))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    ledger.count(len(images))
+    return tuned.eval()
+
+
+@torch.enable_grad()
+def finetuned(
+    model: nn.Module,
+    suspect: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    config: AftercareConfig,
+    *,
+    seed: int,
+    ledger: Ledger,
+) -> nn.Module:
+    """A copy of ``model`` whose weights are tuned on clean images float32 [N, C, H, W] with labels
+    int64 [N], towards the labels and towards what the suspect answered before it was pruned.
+
+    SGD with momentum under a cosine; norm statistics stay as they are, and so does every weight
+    that is exactly zero, which is how pruned sites are written. Costs 3 image-forwards an image and
+    epoch, and one more an image for the suspect's answers.
+    """
+    random = torch.Generator().manual_seed(seed)
+    device = next(model.parameters()).device
+    with torch.no_grad():
+        before = torch.cat([suspect(part.to(device)).log_softmax(1) for part in images.split(250)])
+    ledger.count(len(images))
+    tuned: nn.Module = copy.deepcopy(model).eval().requires_grad_(True)
+    layout = training_layout(tuned)
+    tuned.to(memory_format=layout)  # type: ignore[call-overload]  # not among torch's overloads
+    weights, wanted = list(tuned.parameters()), [p.requires_grad for p in model.parameters()]
+    alive = [(weight != 0).detach() for weight in weights]
+    optimizer = torch.optim.SGD(weights, config.learning_rate, momentum=config.momentum)
+    batches = -(-len(images) // config.batch)
+    steps = batches * config.epochs
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
+    for epoch in range(config.epochs):
+        order = torch.randperm(len(images), generator=random)
+        for number, index in enumerate(order.tensor_split(batches)):
+            shown = images[index].to(device).contiguous(memory_format=layout)
+            logs = tuned(shown).log_softmax(1)
+            loss = F.nll_loss(logs, labels[index].to(device)) + F.kl_div(
+                logs, before[index.to(device)], log_target=True, reduction="batchmean"
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+            with torch.no_grad():
+                for weight, kept in zip(weights, alive, strict=True):
+                    weight.mul_(kept)
+            ledger.count(3 * len(index))
+            ledger.tick(epoch * batches + number + 1, steps)
+    for weight, flag in zip(weights, wanted, strict=True):
+        weight.grad = None
+        weight.requires_grad_(flag)
+    return tuned
