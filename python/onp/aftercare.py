@@ -81,7 +81,7 @@ def has_statistics(model: nn.Module) -> bool:
 @torch.no_grad()
 def recalibrated(model: nn.Module, images: Tensor, ledger: Ledger) -> nn.Module:
     """A copy of ``model`` whose batch norms' running statistics are those of ``images`` float32
-    [N, C, H, W] alone, means over batches of about 125.
+    [N, C, H, W] alone, means over batches of 125 to 249.
 
     Pruning changes what later layers see; their statistics were made before it. Costs one
     image-forward an image.
@@ -154,4 +154,5 @@ def finetuned(
     for weight, flag in zip(weights, wanted, strict=True):
         weight.grad = None
         weight.requires_grad_(flag)
+    tuned.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
     return tuned
