@@ -1,9 +1,9 @@
 """``python -m bench.ablations``: what each part of the search adds, at equal image-forwards.
 
-One JSON line per (network, variant, seed), appended when all variants of a network and seed are
-done; lines that are there are not made again. Evidence, gates and first masks are made once per
-network and seed and shared; one search, without renewal. The true trigger only scores. A variant's
-forwards are those of its search and of the final choice.
+One JSON line per (network, variant, seed), appended when it is done; lines that are there are not
+made again. Evidence and gates are made once per network and seed, shared, and kept in ``--kept``;
+one search, without renewal. The true trigger only scores. A variant's forwards are those of its
+search and of the final choice; rivals get as many for their search as ``onp`` took.
 """
 
 from __future__ import annotations
@@ -12,13 +12,15 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 
-from bench.ablations.searches import RIVALS, VARIANTS
+from bench.ablations.searches import RIVALS, VARIANTS, has, without
 from bench.ablations.setting import Setting, setting_of
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
@@ -33,6 +35,19 @@ from onp.search import Search
 from onp.suspect.surgery import apply_mask
 
 TEST_SEED = 0
+WITHOUT = "without-"
+"""A probe family's evidence left out."""
+EIGHT = [
+    "cifar10_preactresnet18-16_adaptive-blend_10pct_to8_s0",
+    "cifar10_preactresnet18-16_wanet_10pct_to9_strength1_s0",
+    "cifar10_vgg16_bn-12_badnets-all_10pct_to0_s0",
+    "cifar10_vgg16_bn-12_lc_5pct_to3_s0",
+    "gtsrb_mobilenetv2-0.25_lf_10pct_to0_s0",
+    "gtsrb_mobilenetv2-0.25_trojannn_10pct_to25_s0",
+    "gtsrb_resnet20-16_blended_1pct_to1_s0",
+    "gtsrb_resnet20-16_ssba_10pct_to2_s0",
+]
+"""Two networks of each architecture."""
 _BENCH = Path(__file__).parents[1]
 
 
@@ -52,6 +67,9 @@ class Found:
 def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
     """limit: image-forwards that a rival's search may take; the agent's own variants end
     themselves."""
+    if name.startswith(WITHOUT):
+        setting = without(setting, name.removeprefix(WITHOUT))
+        name = "onp"
     search, ledger = setting.search, setting.search.evaluator.ledger
     started = ledger.total
     if name in VARIANTS:
@@ -75,32 +93,37 @@ def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
     return Found(choice.mask, worth, choice.cost, searched - started, ledger.total - searched)
 
 
-def rows_of(
-    network: ZooModel, seed: int, names: list[str], args: argparse.Namespace
-) -> list[dict[str, Any]]:
-    """The rows of one network and seed; none where no backdoor is found."""
+def new_rows(
+    network: ZooModel, seed: int, missing: list[str], limit: int | None, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """The missing rows of one network and seed, one by one; none where no backdoor is found.
+
+    limit: image-forwards of the row of ``onp``, where that is there.
+    """
     dataset = network.card["dataset"]
     model = network.model.eval()
     clean = draw_balanced(load(dataset, args.data, "train"), args.clean_samples, seed)
-    setting = setting_of(model, clean, Config(), seed)
+    kept = args.kept / f"{network.name}_{args.clean_samples}_s{seed}.pt"
+    setting = setting_of(model, clean, Config(), seed, kept)
     if setting is None:
         print(f"{network.name}: no backdoor found with seed {seed}", file=sys.stderr)
-        return []
+        return
     test = load(dataset, args.data, "test")
     test = draw_balanced(test, min(args.test_images, len(test)), TEST_SEED)
     exam = Exam.of(test, network.attack)
     before = exam.score(model)
     trace = setting.search.evaluator.trace
-    rows, limit = [], 0
-    for name in ["onp", *(name for name in names if name != "onp")]:
+    for name in missing if limit is not None else ["onp", *(n for n in missing if n != "onp")]:
+        if name.startswith(WITHOUT) and not has(setting, name.removeprefix(WITHOUT)):
+            continue
         started = time.process_time()
-        found = run_variant(name, setting, seed, limit)
+        found = run_variant(name, setting, seed, limit or 0)
         seconds = time.process_time() - started
         limit = found.search_forwards if name == "onp" else limit
         after = exam.score(apply_mask(model, trace, found.mask).eval())
         assert before.asr is not None
         assert after.asr is not None
-        rows.append(
+        yield (
             {
                 "model": network.name,
                 "variant": name,
@@ -129,70 +152,88 @@ def rows_of(
             f"{found.search_forwards} image-forwards",
             file=sys.stderr,
         )
-    return rows
 
 
 def summary(rows: list[dict[str, Any]]) -> str:
-    """A Markdown table: means over networks of each variant, and the spread of its seeds' means."""
+    """A Markdown table: each variant against ``onp`` on the networks and seeds that both have.
+
+    Differences are onp's less the variant's, means over networks, with the smallest and the largest
+    of the seeds' means; positive ones speak for onp (shortfall and accuracy lost in points of 100).
+    """
+    by_case = {(row["variant"], row["model"], row["seed"]): row for row in rows}
     lines = [
-        "| variant | rows | worth | cost | CA drop | ASR | DER shortfall | (over seeds) | "
-        "search image-forwards |",
+        "| variant | cases | worth | CA lost | ASR | DER shortfall | onp's less by (seeds) "
+        "| onp loses less CA by (seeds) | image-forwards |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
-    for name in [*VARIANTS, *RIVALS]:
-        own = [row for row in rows if row["variant"] == name]
-        if not own:
-            continue
-
-        def mean(values: list[float]) -> float:
-            return sum(values) / len(values)
-
-        shortfalls = {
-            seed: mean([r["der_ceiling"] - r["der"] for r in own if r["seed"] == seed])
-            for seed in sorted({row["seed"] for row in own})
-        }
-        spread = f"{min(shortfalls.values()):.4f} to {max(shortfalls.values()):.4f}"
+    for name in dict.fromkeys(row["variant"] for row in rows):
+        cases = [
+            (row, by_case["onp", row["model"], row["seed"]])
+            for row in rows
+            if row["variant"] == name and ("onp", row["model"], row["seed"]) in by_case
+        ]
+        own = [row for row, _ in cases]
+        shortfall = _by_seed([(row, _shortfall(row) - _shortfall(onp)) for row, onp in cases])
+        lost = _by_seed([(row, _lost(row) - _lost(onp)) for row, onp in cases])
         lines.append(
-            f"| {name} | {len(own)} | {mean([r['worth'] for r in own]):.4f} "
-            f"| {mean([r['cost'] for r in own]):.4f} "
-            f"| {100 * mean([r['ca_before'] - r['ca_after'] for r in own]):.2f} "
-            f"| {100 * mean([r['asr_after'] for r in own]):.2f} "
-            f"| {mean([r['der_ceiling'] - r['der'] for r in own]):.4f} | {spread} "
-            f"| {mean([float(r['search_forwards']) for r in own]):,.0f} |"
+            f"| {name} | {len(own)} | {fmean(r['worth'] for r in own):.4f} "
+            f"| {fmean(_lost(r) for r in own):.2f} "
+            f"| {100 * fmean(r['asr_after'] for r in own):.2f} "
+            f"| {fmean(_shortfall(r) for r in own):.2f} | {shortfall} | {lost} "
+            f"| {fmean(r['search_forwards'] + r['choice_forwards'] for r in own):,.0f} |"
         )
     return "\n".join(lines)
+
+
+def _shortfall(row: dict[str, Any]) -> float:
+    return 100 * float(row["der_ceiling"] - row["der"])
+
+
+def _lost(row: dict[str, Any]) -> float:
+    return 100 * float(row["ca_before"] - row["ca_after"])
+
+
+def _by_seed(values: list[tuple[dict[str, Any], float]]) -> str:
+    """Mean, and the smallest and largest of the seeds' means."""
+    seeds = {row["seed"] for row, _ in values}
+    means = [fmean(value for row, value in values if row["seed"] == seed) for seed in seeds]
+    return f"{fmean(v for _, v in values):+.2f} ({min(means):+.2f} to {max(means):+.2f})"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.ablations", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
-    parser.add_argument("--models", nargs="*", help="networks; default: all backdoored ones")
-    names = [*VARIANTS, *RIVALS]
+    parser.add_argument("--models", nargs="*", default=EIGHT, help="networks; default: eight")
+    names = [*VARIANTS, *RIVALS, *(WITHOUT + name for name in Config().replay.families)]
     parser.add_argument("--variants", nargs="*", choices=names, default=names)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--test-images", type=int, default=4000)
-    parser.add_argument(
-        "--out", type=Path, default=_BENCH / "results" / "scoreboard_core_ablations.jsonl"
-    )
+    parser.add_argument("--kept", type=Path, default=Path("build") / "ablations")
+    parser.add_argument("--out", type=Path, default=_BENCH / "results" / "ablations.jsonl")
+    parser.add_argument("--summary", action="store_true", help="only print the table of --out")
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
-    known = [json.loads(line) for line in lines]
-    done = {(row["model"], row["variant"], row["seed"]) for row in known}
-    for network in load_set("core", args.models_dir):
-        if network.attack is None or (args.models and network.name not in args.models):
-            continue
-        for seed in args.seeds:
-            missing = [n for n in args.variants if (network.name, n, seed) not in done]
-            if not missing:
+    rows = [json.loads(line) for line in lines]
+    limits = {
+        (row["model"], row["seed"]): row["search_forwards"]
+        for row in rows
+        if row["variant"] == "onp"
+    }
+    done = {(row["model"], row["variant"], row["seed"]) for row in rows}
+    networks = [] if args.summary else load_set("core", args.models_dir)
+    for seed in args.seeds:
+        for network in networks:
+            if network.attack is None or network.name not in args.models:
                 continue
-            fresh = rows_of(network, seed, missing, args)
-            fresh = [row for row in fresh if (row["model"], row["variant"], seed) not in done]
-            with args.out.open("a") as file:
-                file.writelines(json.dumps(row) + "\n" for row in fresh)
-            known += fresh
-    print(summary(known))
+            missing = [n for n in args.variants if (network.name, n, seed) not in done]
+            limit = limits.get((network.name, seed))
+            for row in new_rows(network, seed, missing, limit, args) if missing else ():
+                with args.out.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                rows.append(row)
+    print(summary(rows))
     return 0
 
 

@@ -1,7 +1,8 @@
 """What the agent is compared with: searches from the same first masks, with the same cost.
 
-Variants of the agent change its configuration. The others take the agent's place and stop when they
-have spent the image-forwards that it took on the same network with the same seed.
+Variants of the agent change its configuration, or leave a probe family out. The others take the
+agent's place and stop when they have spent the image-forwards that it took on the same network with
+the same seed.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from dataclasses import replace
 
 import torch
 
+from bench.ablations.setting import Setting
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.config import Config
+from onp.search import Search
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "onp": lambda config: config,
@@ -73,3 +76,22 @@ RIVALS: dict[str, Rival] = {
 def _batches(masks: int) -> list[int]:
     sizes = [BATCH] * (masks // BATCH)
     return [*sizes, masks % BATCH] if masks % BATCH else sizes
+
+
+def has(setting: Setting, family: str) -> bool:
+    """Whether some, but not all, of the counted probes are of this family."""
+    own = [contender.probe.family.name == family for contender in setting.counted]
+    return any(own) and not all(own)
+
+
+def without(setting: Setting, family: str) -> Setting:
+    """As if no probe of this family had been made; gates and first masks are made anew."""
+    search = setting.search
+    evidence = replace(
+        search.evidence,
+        contenders=[c for c in search.evidence.contenders if c.probe.family.name != family],
+        counted=[c for c in setting.counted if c.probe.family.name != family],
+    )
+    fewer = Search(search.scene, search.graph, search.shift, evidence)
+    with torch.enable_grad():
+        return Setting(fewer, fewer.gates(evidence.counted))

@@ -55,12 +55,21 @@ def test_every_variant_changes_one_thing() -> None:
     assert len({str(other) for other in changed.values()}) == len(changed)
 
 
-def test_the_summary_gives_means_and_the_spread_over_seeds() -> None:
-    row = {
-        "variant": "cem", "worth": -0.2, "cost": 0.1, "ca_before": 0.9, "ca_after": 0.88,
-        "asr_after": 0.05, "der": 0.95, "der_ceiling": 1.0, "search_forwards": 1000,
+def test_the_summary_compares_on_the_cases_that_both_have() -> None:
+    own = {
+        "variant": "onp", "model": "a", "worth": -0.1, "ca_before": 0.9, "ca_after": 0.89,
+        "asr_after": 0.01, "der": 0.97, "der_ceiling": 1.0, "search_forwards": 900,
+        "choice_forwards": 100,
     }  # fmt: skip
-    text = summary([row | {"seed": 0}, row | {"seed": 1, "der": 0.93, "ca_after": 0.86}])
-    assert (
-        "| cem | 2 | -0.2000 | 0.1000 | 3.00 | 5.00 | 0.0600 | 0.0500 to 0.0700 | 1,000 |" in text
+    other = own | {"variant": "cem", "worth": -0.2, "asr_after": 0.05, "der": 0.95}
+    rows = [
+        own | {"seed": 0},
+        own | {"seed": 1},
+        other | {"seed": 0},
+        other | {"seed": 1, "der": 0.93, "ca_after": 0.86},
+        other | {"seed": 2, "der": 0.0},  # onp has no row of this seed
+    ]
+    assert summary(rows).splitlines()[-1] == (
+        "| cem | 2 | -0.2000 | 2.50 | 5.00 | 6.00 | +3.00 (+2.00 to +4.00) "
+        "| +1.50 (+0.00 to +3.00) | 1,000 |"
     )
