@@ -1,8 +1,8 @@
 """``python -m bench.ablations``: what each part of the search adds, at equal image-forwards.
 
 One JSON line per (network, variant, seed), appended when it is done; lines that are there are not
-made again. Evidence and gates are made once per network and seed, shared, and kept in ``--kept``;
-one search, without renewal. The true trigger only scores. A variant's forwards are those of its
+made again. Evidence and gates are made once per network and seed, and shared; one search, without
+renewal. The true trigger only scores. A variant's forwards are those of its
 search and of the final choice; rivals get as many for their search as ``onp`` took.
 """
 
@@ -103,8 +103,7 @@ def new_rows(
     dataset = network.card["dataset"]
     model = network.model.eval()
     clean = draw_balanced(load(dataset, args.data, "train"), args.clean_samples, seed)
-    kept = args.kept / f"{network.name}_{args.clean_samples}_s{seed}.pt"
-    setting = setting_of(model, clean, Config(), seed, kept)
+    setting = setting_of(model, clean, Config(), seed)
     if setting is None:
         print(f"{network.name}: no backdoor found with seed {seed}", file=sys.stderr)
         return
@@ -210,7 +209,6 @@ def main() -> int:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--test-images", type=int, default=4000)
-    parser.add_argument("--kept", type=Path, default=Path("build") / "ablations")
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "ablations.jsonl")
     parser.add_argument("--summary", action="store_true", help="only print the table of --out")
     args = parser.parse_args()

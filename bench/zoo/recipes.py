@@ -112,6 +112,20 @@ BadNets retrain the clean twin. WaNet has a warp of twice the paper's strength, 
 5x5 pixels (with 3x3, which random crops often cut, ASR is .02 to .18 after any of these schedules).
 """
 
+_CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
+
+CLEAN = [
+    Recipe(dataset, arch, 8, training, seed=seed)
+    for seed in (1, 2)
+    for dataset, arch, training in (
+        ("gtsrb", "resnet20", _SIGNS_SHORT),
+        ("gtsrb", "vgg16_bn", _SIGNS_SHORT),
+        ("cifar10", "vgg16_bn", _CIFAR_SHORT),
+        ("cifar10", "preactresnet18", _CIFAR_SHORT),
+    )
+]
+"""More clean networks for ``bench.verdicts``: half as wide and trained shortly, for two cores."""
+
 
 def _full() -> list[Recipe]:
     networks: list[tuple[str, float, dict[str, Any]]] = [
@@ -141,7 +155,7 @@ def _full() -> list[Recipe]:
 FULL = _full()
 """Every attack at both ratios on every kind of network; hours on a GPU."""
 
-SETS: dict[str, list[Recipe]] = {"smoke": SMOKE, "core": CORE, "full": FULL}
+SETS: dict[str, list[Recipe]] = {"smoke": SMOKE, "core": CORE, "clean": CLEAN, "full": FULL}
 
 
 def recipes(set_name: str) -> list[Recipe]:

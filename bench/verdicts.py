@@ -1,0 +1,116 @@
+"""``python -m bench.verdicts``: does the verdict tell backdoored networks from clean ones?
+
+One JSON line per (network, seed), appended when it is done; lines that are there are not made
+again. A row holds the score that ``onp.sanitize`` would call a backdoor by and the class it would
+name; no search is run. Then a summary: the area under the ROC curve with a bootstrap interval over
+networks, calls, and the classes named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from bench.ablations.setting import investigate
+from bench.scoreboard.provenance import provenance
+from bench.zoo.checkpoints import ZooModel, load_set
+from bench.zoo.datasets import load
+from onp.config import Config
+from onp.data import draw_balanced
+
+RESAMPLES = 2000
+_BENCH = Path(__file__).parent
+
+
+def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """The verdict on one network, and what would have been right."""
+    recipe = network.recipe
+    clean = draw_balanced(load(recipe.dataset, args.data, "train"), args.clean_samples, seed)
+    verdict = investigate(network.model.eval(), clean, Config(), seed).evidence.verdict
+    all_to_one = recipe.attack not in ("clean", "badnets-all")
+    return {
+        "model": network.name,
+        "seed": seed,
+        "clean_samples": args.clean_samples,
+        "backdoored": recipe.attack != "clean",
+        "target": str(recipe.target) if all_to_one else None,
+        "finding": verdict.finding,
+        "score": round(verdict.score, 5),
+        "named": None if verdict.target is None else str(verdict.target),
+    } | provenance()
+
+
+def auroc(backdoored: torch.Tensor, clean: torch.Tensor) -> float:
+    """Chance that a backdoored network's score [n] is above a clean one's [m]; ties count half."""
+    lead = backdoored[:, None] - clean[None]
+    return float((lead.sign() + 1).mean() / 2)
+
+
+def summary(rows: list[dict[str, Any]]) -> str:
+    """Per seed and for the mean score over seeds of every network."""
+    seeds = sorted({row["seed"] for row in rows})
+    lines = ["| seed | backdoored called | clean called | class named | AUROC (95%) |"]
+    lines.append("|---|---|---|---|---|")
+    for seed in seeds:
+        own = [row for row in rows if row["seed"] == seed]
+        parts = [
+            torch.tensor([row["score"] for row in own if row["backdoored"] == which])
+            for which in (True, False)
+        ]
+        called = [
+            sum(row["finding"] == "backdoor" for row in own if row["backdoored"] == which)
+            for which in (True, False)
+        ]
+        aimed = [row for row in own if row["target"] is not None]
+        right = sum(row["named"] == row["target"] for row in aimed)
+        low, high = _interval(*parts)
+        lines.append(
+            f"| {seed} | {called[0]} of {len(parts[0])} | {called[1]} of {len(parts[1])} "
+            f"| {right} of {len(aimed)} | {auroc(*parts):.3f} ({low:.3f} to {high:.3f}) |"
+        )
+    return "\n".join(lines)
+
+
+def _interval(backdoored: torch.Tensor, clean: torch.Tensor) -> tuple[float, float]:
+    random = torch.Generator().manual_seed(0)
+
+    def again(scores: torch.Tensor) -> torch.Tensor:
+        return scores[torch.randint(len(scores), (len(scores),), generator=random)]
+
+    areas = torch.tensor([auroc(again(backdoored), again(clean)) for _ in range(RESAMPLES)])
+    low, high = areas.quantile(torch.tensor([0.025, 0.975])).tolist()
+    return low, high
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.verdicts", description=__doc__)
+    parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
+    parser.add_argument("--sets", nargs="*", default=["core", "clean"], help="of the zoo")
+    parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--clean-samples", type=int, default=500)
+    parser.add_argument("--out", type=Path, default=_BENCH / "results" / "verdicts.jsonl")
+    args = parser.parse_args()
+    lines = args.out.read_text().splitlines() if args.out.exists() else []
+    rows = [json.loads(line) for line in lines]
+    done = {(row["model"], row["seed"]) for row in rows}
+    networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
+    for seed in args.seeds:
+        for network in networks:
+            if (network.name, seed) in done:
+                continue
+            rows.append(row_of(network, seed, args))
+            with args.out.open("a") as file:
+                file.write(json.dumps(rows[-1]) + "\n")
+            print(rows[-1]["model"], rows[-1]["finding"], rows[-1]["score"], file=sys.stderr)
+    print(summary(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
