@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ from onp.probes.families import Range
 from onp.probes.generator import Generator
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift, Probe, Target
-from onp.probes.replay import Replayed, replay
+from onp.probes.replay import Replayed, answers, replay
 from onp.probes.responses import responses
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
@@ -50,10 +51,16 @@ class Scene:
     def ledger(self) -> Ledger:
         return self.evaluator.ledger
 
+    @cached_property
+    def answers(self) -> Tensor:
+        """What the network says of the clean images, int64 [N]."""
+        self.ledger.count(len(self.images))
+        return answers(self.evaluator.network, self.images)
+
     def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
         """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
         return replay(
-            shift, self.images, self.labels, self.config.replay, REPLAYED[family],
+            shift, self.images, self.labels, self.answers, self.config.replay, REPLAYED[family],
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift
-from onp.probes.replay import Replayed, replay
+from onp.probes.replay import Replayed, answers, replay
 from onp.suspect.load import load_suspect
 from tests.probes.shifted import measure, seen, triggered
 
@@ -57,8 +57,9 @@ def learn(
     target: LabelShift | None = None,
 ) -> Replayed:  # fmt: skip
     clean = demo.clean_images()[torch.arange(200)]
+    before = answers(shift.network, clean.floats())
     return replay(
-        shift, clean.floats(), clean.labels, config, family, target=target,
+        shift, clean.floats(), clean.labels, before, config, family, target=target,
         valid=(0.0, 1.0), seed=0, ledger=ledger or Ledger(),
     )  # fmt: skip
 

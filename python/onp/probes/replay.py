@@ -44,6 +44,7 @@ def replay(
     shift: NormShift,
     images: Tensor,
     labels: Tensor,
+    before: Tensor,
     config: ReplayConfig,
     family: Family,
     *,
@@ -52,7 +53,8 @@ def replay(
     seed: int,
     ledger: Ledger,
 ) -> Replayed:
-    """Learn one trigger on clean images float32 [N, C, H, W] with labels int64 [N].
+    """Learn one trigger on clean images float32 [N, C, H, W] with labels int64 [N], which the
+    network answers with ``before`` int64 [N].
 
     loss = |residual - p * effect|^2 / |residual|^2 [+ target_weight * cross-entropy to the target]
 
@@ -101,10 +103,10 @@ def replay(
         ledger.tick(step + 1, config.steps, f"agreement {agreement:.2f}")
         if unexplained <= enough:
             break
-    judged, own = images[-held_back:], labels[-held_back:]  # -0: all
+    judged, own, before = images[-held_back:], labels[-held_back:], before[-held_back:]  # -0: all
     probe = found(0 if target is None else target)
-    before, after = (_answers(network, some) for some in (judged, probe(judged)))
-    ledger.count(2 * len(judged))
+    after = answers(network, probe(judged))
+    ledger.count(len(judged))
     if target is None:
         classes = network.trace.num_classes
         gain = torch.bincount(after, minlength=classes) - torch.bincount(before, minlength=classes)
@@ -115,6 +117,6 @@ def replay(
 
 
 @torch.no_grad()
-def _answers(network: FrozenNetwork, images: Tensor) -> Tensor:
+def answers(network: FrozenNetwork, images: Tensor) -> Tensor:
     """Answers int64 [N] to images [N, C, H, W]."""
     return torch.cat([network(part).argmax(1).cpu() for part in images.split(BATCH)])

@@ -43,15 +43,19 @@ def norm_affine(module: nn.BatchNorm2d | nn.BatchNorm1d) -> tuple[Tensor, Tensor
 def training_layout(model: nn.Module) -> torch.memory_format:
     """Memory format for computing weight gradients: channels last, where it is safe.
 
-    torch 2.13's CPU convolutions abort the process on channels-last weight gradients of layers
-    narrower than 8 channels (seen for 1 to 7, not from 8 on; image inputs are unaffected).
+    torch 2.13's CPU convolutions write past the weight gradient, and so abort the process, on
+    channels-last inputs to layers narrower than 8 channels (seen for 1 to 7, not from 8 on; image
+    inputs are unaffected) and, with AVX-512, to strided 1x1 layers of fewer than 16 input channels
+    (seen for 8 and 12, not from 16 on). The usual layout has neither fault.
     """
-    convolutions = [module for module in model.modules() if isinstance(module, nn.Conv2d)]
-    wide = all(
-        conv.out_channels >= 8 and (conv.in_channels >= 8 or conv.in_channels <= 3)
-        for conv in convolutions
+    safe = all(
+        conv.out_channels >= 8
+        and (conv.in_channels >= 8 or conv.in_channels <= 3)
+        and (conv.in_channels >= 16 or conv.kernel_size != (1, 1) or conv.stride == (1, 1))
+        for conv in model.modules()
+        if isinstance(conv, nn.Conv2d)
     )
-    return torch.channels_last if wide else torch.contiguous_format
+    return torch.channels_last if safe else torch.contiguous_format
 
 
 class FrozenNetwork:
