@@ -57,7 +57,7 @@ def learn(
     target: LabelShift | None = None,
 ) -> Replayed:  # fmt: skip
     clean = demo.clean_images()[torch.arange(200)]
-    before = answers(shift.network, clean.floats())
+    before = answers(shift.moments.network, clean.floats())
     return replay(
         shift, clean.floats(), clean.labels, before, config, family, target=target,
         valid=(0.0, 1.0), seed=0, ledger=ledger or Ledger(),
