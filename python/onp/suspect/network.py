@@ -46,7 +46,7 @@ def training_layout(model: nn.Module) -> torch.memory_format:
     torch 2.13's CPU convolutions write past the weight gradient, and so abort the process, on
     channels-last inputs to layers narrower than 8 channels (seen for 1 to 7, not from 8 on; image
     inputs are unaffected) and, with AVX-512, to strided 1x1 layers of fewer than 16 input channels
-    (seen for 8 and 12, not from 16 on). The usual layout has neither fault.
+    (seen for 3, 8, 12, 13 and 15, not from 16 on). The usual layout has neither fault.
     """
     safe = all(
         conv.out_channels >= 8
