@@ -34,9 +34,9 @@ def test_the_backdoors_target_is_what_is_left() -> None:
 def test_narrow_networks_are_unlearned_too(width: int) -> None:
     """Channels-last weight gradients of narrow layers abort torch: see training_layout."""
     torch.manual_seed(0)
-    images, labels = torch.rand(16, 3, 32, 32), torch.arange(16) % 4
+    images, labels = torch.rand(17, 3, 32, 32), torch.arange(17) % 4
     config = UnlearningConfig(max_steps=2, stop_accuracy=-1.0)
     ledger = Ledger()
     unlearned = unlearn(of_width(width, 4), images, labels, config, seed=0, ledger=ledger)
-    assert ledger.total == 2 * 3 * 16 + 16
-    assert int(unlearned.answers.sum()) == 16
+    assert ledger.total == 2 * 3 * 17 + 17
+    assert int(unlearned.answers.sum()) == 17
