@@ -23,7 +23,7 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "no-gnn": lambda config: replace(config, agent=replace(config.agent, messages=0)),
     "no-learning": lambda config: replace(config, agent=replace(config.agent, steps=0)),
     "layerwise": lambda config: replace(config, graph=replace(config.graph, layerwise=True)),
-    "singles": lambda config: replace(config, agent=replace(config.agent, grown=1)),
+    "singles": lambda config: replace(config, agent=replace(config.agent, tried=8, heads=(0,))),
     "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1)),
 }
 """The agent's own: the GNN without messages; the policy as it starts, values as foreseen; one graph

@@ -31,8 +31,8 @@ from onp.suspect.surgery import apply_mask
 KNOWN_TRIGGER = "known-trigger"
 """What its rows are called."""
 RESPONSE_IMAGES = 64
-GATES = GatesConfig(steps=120)
-SEARCH = AgentConfig(images=256, rounds=24, tried=16, pool=128, grown=16)
+GATES = GatesConfig(steps=120, images_per_step=48, learning_rate=0.05)
+SEARCH = AgentConfig(images=256, rounds=24, tried=16, pool=128, heads=tuple(range(2, 17)))
 _BATCH = 250
 
 

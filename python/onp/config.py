@@ -56,7 +56,7 @@ class ReplayConfig:
     """At most: a family that can explain the shift takes 10 to 30."""
     enough: float = 0.1
     """Share of the shift's square that may stay unexplained however large it is."""
-    images_per_step: int = 48
+    images_per_step: int = 24
     families: tuple[str, ...] = ("generator", "patch", "additive", "low_frequency", "warp")
     """One trigger of each is learned; the first also tries label shifts."""
     poisoned: float = 0.06
@@ -72,17 +72,17 @@ class ReplayConfig:
 class GatesConfig:
     """The relaxed mask, learned by gradient descent: see ``onp.agent.gates``."""
 
-    steps: int = 80
-    images_per_step: int = 48
+    steps: int = 25
+    images_per_step: int = 32
     """Clean images in a step, and as many triggered ones."""
-    learning_rate: float = 0.05
+    learning_rate: float = 0.1
     clean_weight: float = 6.0
     """Of the clean images' cross-entropy and divergence from the original."""
     price: float = 0.02
     """Of a closed gate, over the site's response to the probes,"""
     responses: tuple[float, float] = (0.3, 5.0)
     """which counts within these bounds."""
-    counts: tuple[int, ...] = (1, 2, 3, 4, 6, 8, 10, 13, 16, 20, 25, 32, 40)
+    counts: tuple[int, ...] = (1, 2, 4, 6, 9, 13, 18, 25, 34, 45)
     """Sites that the masks made from the gates prune."""
 
 
@@ -102,28 +102,28 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """The search by flips and the policy that proposes them: see ``onp.agent``."""
+    """The search by flips and the policy that corrects what is foreseen: see ``onp.agent``."""
 
     images: int = 128
     """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
-    rounds: int = 12
+    rounds: int = 8
     """At most."""
-    tried: int = 6
-    """Flips evaluated alone in a round, those the policy values most."""
+    tried: int = 3
+    """Flips evaluated alone in a round, those that promise most."""
     pool: int = 64
-    """Flips that the policy values most, from which a set is grown"""
-    grown: int = 8
-    """of at most so many."""
+    """Flips that promise most, from which a set is grown;"""
+    heads: tuple[int, ...] = (2, 4, 8, 12)
+    """its first so many are evaluated."""
     harm: float = 0.01
     """A flip that lowers the worth by more is not tried again."""
     hidden: int = 32
     messages: int = 1
     """Rounds of message passing."""
-    steps: int = 3
-    """Of Adam after each round of the search; 0: the policy keeps to what the model foresees."""
+    steps: int = 5
+    """Of Adam after each round of the search; 0: the policy stays as it is."""
     replayed: int = 2
     """Earlier states in each step."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 3e-3
 
 
 @dataclass(frozen=True)
@@ -231,7 +231,7 @@ BUDGETS: dict[str, Config] = {
         "quick",
         synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
         replay=ReplayConfig(steps=30, images_per_step=32),
-        gates=GatesConfig(steps=30, images_per_step=32),
+        gates=GatesConfig(steps=20, images_per_step=24, learning_rate=0.12),
         agent=AgentConfig(images=64, rounds=4),
     ),
     "standard": Config("standard"),
@@ -239,8 +239,10 @@ BUDGETS: dict[str, Config] = {
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         replay=ReplayConfig(steps=80, images_per_step=64),
-        gates=GatesConfig(steps=120, images_per_step=96),
-        agent=AgentConfig(images=256, rounds=24, tried=16, pool=128, grown=16),
+        gates=GatesConfig(steps=80, images_per_step=64, learning_rate=0.05),
+        agent=AgentConfig(
+            images=250, rounds=16, tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)
+        ),
     ),
 }
 """What --budget names."""

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
+import torch
 from torch import Tensor, nn
 
-from onp.agent.contenders import counted_contenders
+from onp.agent.contenders import counted_contenders, success_of
 from onp.agent.race import Contender, race
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
@@ -66,15 +67,31 @@ class Scene:
 
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes' contenders, best first."""
+        return race(
+            self.evaluator, self.images, self.labels, probes, self._rankings(probes),
+            self.config.race, self.config.score,
+        )  # fmt: skip
+
+    def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
+        """The probes with what they reach, for where it is clear that there is a backdoor."""
+        nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
+        few = slice(self.config.race.first_images)
+        return [
+            Contender(
+                probe,
+                ranking,
+                success_of(probe, self.evaluator, nothing, self.images[few], self.labels[few]),
+                nothing,
+            )
+            for probe, ranking in zip(probes, self._rankings(probes), strict=True)
+        ]
+
+    def _rankings(self, probes: Sequence[Probe]) -> list[Tensor]:
         seen = self.images[:RESPONSE_IMAGES]
-        rankings = [
+        return [
             responses(self.before, self.evaluator.network, probe(seen), self.ledger)
             for probe in probes
         ]
-        return race(
-            self.evaluator, self.images, self.labels, probes, rankings,
-            self.config.race, self.config.score,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -132,10 +149,9 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
                 verdict, probes = shifted, [one.probe]
     if verdict.target is None:
         return Evidence(verdict, [], [], verdict)
-    with scene.ledger.stage("race"):
-        contenders = scene.raced(probes)
-    strongest = max(contenders, key=lambda contender: contender.success)
-    counted = [contender for contender in contenders if contender.size > 0] or [strongest]
+    with scene.ledger.stage("respond"):
+        contenders = sorted(scene.unraced(probes), key=lambda contender: -contender.success)
+    counted = [c for c in contenders if c.success >= config.race.least_success] or contenders[:1]
     return Evidence(verdict, contenders, counted, verdict)
 
 

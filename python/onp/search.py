@@ -14,7 +14,7 @@ from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back, improve
 from onp.agent.gates import learn_gates
 from onp.agent.learner import Learner
-from onp.agent.policy import FlipPolicy
+from onp.agent.policy import CautionPolicy
 from onp.agent.race import Contender, heads_of
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
@@ -69,12 +69,12 @@ class Search:
         )  # fmt: skip
 
     def first_masks(self, counted: Sequence[Contender], ranking: Tensor) -> Tensor:
-        """Where the search starts: the contenders' masks, their union and the heads of the gates'
-        ranking float32 [S]; bool [B, S]."""
-        raced = torch.stack([contender.mask for contender in counted])
+        """Where the search starts: the heads of the gates' ranking float32 [S] and what the
+        contenders that were raced won with; bool [B, S]."""
+        raced = [contender.mask[None] for contender in counted if contender.size > 0]
         closed = int((ranking > 0).sum())
         heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
-        return torch.cat([raced, raced.any(0, keepdim=True), heads])
+        return torch.cat([torch.zeros(1, len(ranking), dtype=torch.bool), heads, *raced])
 
     def run(
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
@@ -86,8 +86,9 @@ class Search:
         start = torch.cat([self.first_masks(counted, ranking), *(mask[None] for mask in known)])
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
-        policy = FlipPolicy(
-            self.graph, self.features(counted, ranking),
+        features = self.features(counted, ranking)
+        policy = CautionPolicy(
+            features.shape[1], len(self.graph.relations),
             hidden=agent.hidden, rounds=agent.messages, seed=self.seed,
         )  # fmt: skip
 
@@ -95,7 +96,7 @@ class Search:
             message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
             ledger.tick(number + 1, agent.rounds, message)
 
-        learner = Learner(policy, agent, seed=self.seed)
+        learner = Learner(policy, self.graph, features, agent, seed=self.seed)
         rounds = improve(elite, cost, learner, agent, tell)
         return elite.masks, rounds
 

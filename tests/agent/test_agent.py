@@ -1,4 +1,4 @@
-"""The agent on a toy network with a planted backdoor channel: what it values, what it learns."""
+"""The agent on a toy network with a planted backdoor channel: what it learns."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onp.agent.learner import Learner
+from onp.agent.effects import CAUTION, Effects
+from onp.agent.learner import Experience, Learner
 from onp.agent.objective import Objective
-from onp.agent.policy import UNIT, FlipPolicy, State
+from onp.agent.policy import CautionPolicy, State
 from onp.config import AgentConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
 from onp.graph import build_graph
@@ -73,69 +74,89 @@ def test_the_toy_has_a_backdoor_in_the_planted_channel(
     assert float(values.removed[1 + PLANTED]) > 0.85
 
 
-def policy_of(traced: Trace, model: nn.Module, features: Tensor, *, rounds: int = 1) -> FlipPolicy:
-    return FlipPolicy(build_graph(traced, model), features, hidden=16, rounds=rounds, seed=3)
+def policy_of(traced: Trace, model: nn.Module, features: int, *, rounds: int = 1) -> CautionPolicy:
+    relations = len(build_graph(traced, model).relations)
+    return CautionPolicy(features, relations, hidden=16, rounds=rounds, seed=3)
+
+
+def learner_of(
+    traced: Trace, model: nn.Module, features: Tensor, config: AgentConfig, *, rounds: int = 1
+) -> Learner:
+    policy = policy_of(traced, model, features.shape[1], rounds=rounds)
+    return Learner(policy, build_graph(traced, model), features, config, seed=0)
 
 
 def a_state(sites: int, seed: int = 0) -> State:
+    """Of images that are answered surely: a flip moves their margins by about .3."""
     random = torch.Generator().manual_seed(seed)
-    pruned = torch.rand(sites, generator=random) < 0.2
-    inputs = torch.randn(sites, State.INPUTS, generator=random)
-    inputs[:, -1] = pruned.float()
-    return State(inputs, 0.01 * torch.randn(sites, generator=random))
+    images = 20
+    effects = Effects(
+        clean=1 + torch.rand(images, generator=random),
+        clean_change=-0.3 * torch.rand(images, sites, generator=random),
+        triggered=torch.ones(images),
+        triggered_change=-0.3 * torch.rand(images, sites, generator=random),
+        sure=torch.full((images,), 0.9), weight=torch.ones(images), price=torch.zeros(sites),
+    )  # fmt: skip
+    return State.of(torch.rand(sites, generator=random) < 0.2, effects)
 
 
-def test_before_learning_flips_are_worth_what_is_foreseen(
+def test_before_learning_the_model_is_trusted_as_it_is(
     planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
 ) -> None:
     traced, _, _, model = planted
-    policy = policy_of(traced, model, torch.randn(CHANNELS, 6))
-    state = a_state(CHANNELS)
-    values = Learner(policy, AgentConfig(), seed=0).values(state)
-    torch.testing.assert_close(values, torch.asinh(state.foreseen / UNIT))
+    learner = learner_of(traced, model, torch.randn(CHANNELS, 6), AgentConfig())
+    caution = learner.caution(a_state(CHANNELS))
+    torch.testing.assert_close(caution, torch.tensor(CAUTION).expand(CHANNELS, 2))
+
+
+def test_the_loss_is_none_where_moves_bring_what_is_foreseen() -> None:
+    state = a_state(6)
+    moves = [torch.tensor([1]), torch.tensor([0, 2, 5])]
+    caution = torch.rand(6, 2) + 0.5
+    gains = torch.stack(state.effects.scaled(caution).together(moves))
+    assert float(Experience(state, moves, gains).loss(caution)) == pytest.approx(0, abs=1e-9)
+    assert float(Experience(state, moves, gains + 0.05).loss(caution)) > 0.1
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2])
 def test_the_agent_learns_what_the_model_does_not_foresee(
     planted: tuple[Trace, MaskEvaluator, Objective, nn.Module], rounds: int
 ) -> None:
-    """Flips of sites with a certain feature turn out to do harm; it is told of half of them."""
+    """Sites with a certain feature do thrice the harm; it is told of moves of half of the sites."""
     traced, _, _, model = planted
     random = torch.Generator().manual_seed(1)
     features = torch.randn(CHANNELS, 6, generator=random)
     features[:, 0] = (torch.arange(CHANNELS) % 2).float()
-    policy = policy_of(traced, model, features, rounds=rounds)
-    learner = Learner(policy, AgentConfig(learning_rate=0.01), seed=0)
+    truth = torch.tensor(CAUTION).repeat(CHANNELS, 1)
+    truth[features[:, 0] == 1, 0] *= 3
+    learner = learner_of(traced, model, features, AgentConfig(learning_rate=0.01), rounds=rounds)
     told = torch.arange(CHANNELS // 2)
     losses = []
     for number in range(25):
         state = a_state(CHANNELS, number)
-        gains = state.foreseen - 0.05 * features[:, 0]
-        losses.append(learner.learn(state, told, gains[told]))
+        moves = [told[torch.randperm(len(told), generator=random)[:size]] for size in (1, 1, 2, 4)]
+        gains = torch.stack(state.effects.scaled(truth).together(moves))
+        losses.append(learner.learn(state, moves, gains))
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
-    state = a_state(CHANNELS, 99)
-    surprise = learner.values(state) - torch.asinh(state.foreseen / UNIT)
-    unseen = torch.arange(CHANNELS // 2, CHANNELS)
-    odd = features[unseen, 0] == 1
-    assert float(surprise[unseen][odd].mean()) < float(surprise[unseen][~odd].mean()) - 1
+    caution = learner.caution(a_state(CHANNELS, 99))[CHANNELS // 2 :, 0]  # of sites not told of
+    odd = features[CHANNELS // 2 :, 0] == 1
+    assert float(caution[odd].mean()) > 1.5 * float(caution[~odd].mean())
 
 
 def test_without_steps_the_agent_keeps_to_what_is_foreseen(
     planted: tuple[Trace, MaskEvaluator, Objective, nn.Module],
 ) -> None:
     traced, _, _, model = planted
-    learner = Learner(
-        policy_of(traced, model, torch.randn(CHANNELS, 6)), AgentConfig(steps=0), seed=0
-    )
+    learner = learner_of(traced, model, torch.randn(CHANNELS, 6), AgentConfig(steps=0))
     state = a_state(CHANNELS)
-    before = learner.values(state)
-    assert learner.learn(state, torch.arange(5), -torch.ones(5)) == 0
-    torch.testing.assert_close(learner.values(state), before, rtol=0, atol=0)
-    assert learner.learn(state, torch.arange(0), torch.ones(0)) == 0  # nothing was tried
+    before = learner.caution(state)
+    assert learner.learn(state, [torch.arange(5)], -torch.ones(2, 1)) == 0
+    torch.testing.assert_close(learner.caution(state), before, rtol=0, atol=0)
+    assert learner.learn(state, [], torch.ones(2, 0)) == 0  # nothing was tried
 
 
 def test_the_policy_follows_a_permutation_of_channels() -> None:
-    """Channels of a layer have no order: permuted with their weights, their values are permuted."""
+    """Channels of a layer have no order: permuted with their weights, their factors are permuted."""
     torch.manual_seed(4)
     wide = 14
     model = nn.Sequential(
@@ -154,16 +175,17 @@ def test_the_policy_follows_a_permutation_of_channels() -> None:
     places[first.sites] = first.start + order
     features = torch.randn(traced.sites, 6)
     states = [a_state(traced.sites, seed) for seed in (1, 2)]
-    results = []
-    for network, moved in ((model, torch.arange(traced.sites)), (other, places)):
-        policy = policy_of(trace(network, (3, SIZE, SIZE)), network, features[moved], rounds=2)
-        seen = [State(s.inputs[moved], s.foreseen[moved]) for s in states]
-        with torch.no_grad():
-            policy.value.weight.normal_(generator=torch.Generator().manual_seed(0))
-            results.append(policy(seen))
-    values, permuted = results
-    torch.testing.assert_close(permuted, values[:, places], atol=1e-5, rtol=1e-5)
-    assert not torch.allclose(permuted, values, atol=1e-2)
+    policy = policy_of(traced, model, 6, rounds=2)
+    with torch.no_grad():
+        policy.factors.weight.normal_(generator=torch.Generator().manual_seed(0))
+        results = []
+        for network, moved in ((model, torch.arange(traced.sites)), (other, places)):
+            graph = build_graph(trace(network, (3, SIZE, SIZE)), network)
+            seen = [State(s.inputs[moved], s.effects) for s in states]
+            results.append(policy(graph, features[moved], seen))
+    factors, permuted = results
+    torch.testing.assert_close(permuted, factors[:, places], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(permuted, factors, atol=1e-2)
 
 
 def test_same_seed_same_agent(
@@ -173,9 +195,10 @@ def test_same_seed_same_agent(
     results = []
     for _ in range(2):
         torch.rand(1)  # the global state does not matter
-        learner = Learner(policy_of(traced, model, torch.ones(CHANNELS, 2)), AgentConfig(), seed=5)
+        learner = learner_of(traced, model, torch.ones(CHANNELS, 2), AgentConfig())
         for number in range(5):
-            learner.learn(a_state(CHANNELS, number), torch.arange(4), torch.full((4,), 0.05))
-        results.append(learner.values(a_state(CHANNELS, 7)))
+            moves = [torch.arange(4), torch.tensor([5])]
+            learner.learn(a_state(CHANNELS, number), moves, torch.full((2, 2), 0.05))
+        results.append(learner.caution(a_state(CHANNELS, 7)))
     assert torch.equal(*results)
-    assert not torch.equal(results[0], torch.asinh(a_state(CHANNELS, 7).foreseen / UNIT))
+    assert not torch.allclose(results[0], torch.tensor(CAUTION).expand(CHANNELS, 2))

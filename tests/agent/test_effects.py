@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import cast
-
 import pytest
 import torch
 from torch import Tensor
 
-from onp.agent import effects as module
-from onp.agent.cost import Cost
-from onp.agent.effects import Effects, flip_effects, margin
-from onp.agent.policy import State
+from onp.agent.cost import Cost, margin
+from onp.agent.effects import Effects, flip_effects
+from onp.agent.flips import flipped
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -26,11 +22,6 @@ def cost() -> Cost:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
     return Cost(evaluator, images[:70], labels[:70], [probe], CostConfig())
-
-
-def foreseen(effects: Effects) -> Tensor:
-    """Gains of single flips, float32 [S]; of the mask they depend through ``effects`` alone."""
-    return State.of(torch.zeros(len(effects.price), dtype=torch.bool), effects).foreseen
 
 
 def some_mask() -> Tensor:
@@ -66,64 +57,72 @@ def test_changes_are_those_of_the_margins(cost: Cost) -> None:
             torch.testing.assert_close(change[:, site], found, atol=2e-3, rtol=2e-3)
 
 
-def test_the_gains_are_what_flips_really_bring(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "CAUTION", 1.0)
+def test_the_gains_are_what_flips_really_bring(cost: Cost) -> None:
     mask = some_mask()
     effects = flip_effects(cost, mask)
-    flips = mask.repeat(CHANNELS, 1) ^ torch.eye(CHANNELS, dtype=torch.bool)
-    parts = cost.parts(torch.cat([mask[None], flips]))
-    harm = parts.harm.mean(1)
-    clean, _ = effects.gains(effects.clean_change, effects.triggered_change)
-    torch.testing.assert_close(clean, harm[0] - harm[1:], atol=1e-4, rtol=1e-3)
-    monkeypatch.undo()  # the planted channel is silent on clean images: nothing to be cautious of
-    gain = cost.worth(flips[[PLANTED]]) - cost.worth(mask[None])
-    assert float(foreseen(effects)[PLANTED]) == pytest.approx(float(gain), abs=2e-3)
-    assert int(foreseen(effects).argmax()) == PLANTED
+    moves = [*torch.arange(CHANNELS).split(1), torch.tensor([0, 3, PLANTED])]
+    masks = torch.cat([mask[None], flipped(mask, moves)])
+    parts = cost.parts(masks)
+    found = torch.stack(effects.together(moves))
+    torch.testing.assert_close(found, parts.gains(), atol=1e-4, rtol=1e-3)
+    alone = parts.gains().sum(0)[:-1] + torch.where(mask, 1.0, -1.0) * cost.config.price
+    torch.testing.assert_close(effects.alone(), alone, atol=1e-4, rtol=1e-3)
+    assert int(effects.alone().argmax()) == PLANTED
+    gain = cost.worth(masks[[1 + PLANTED]]) - cost.worth(mask[None])
+    assert float(gain) > 0.5  # and the cost itself agrees
 
 
-def test_caution_makes_harm_larger(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
-    effects = flip_effects(cost, some_mask())
-    cautious = foreseen(effects)
-    monkeypatch.setattr(module, "CAUTION", 1.0)
-    careless = foreseen(effects)
-    harmful = careless < -0.01
+def test_caution_makes_harm_larger(cost: Cost) -> None:
+    careless = flip_effects(cost, some_mask())
+    cautious = careless.scaled()
+    harmful = careless.gains(careless.clean_change, careless.triggered_change)[0] < -0.01
     assert bool(harmful.any())
-    assert bool((cautious[harmful] < careless[harmful]).all())
+    assert bool((cautious.alone()[harmful] < careless.alone()[harmful]).all())
+    factors = torch.ones(CHANNELS, 2)
+    factors[3, 0] = 2.0
+    scaled = careless.scaled(factors)
+    torch.testing.assert_close(scaled.clean_change[:, 3], 2 * careless.clean_change[:, 3])
+    torch.testing.assert_close(scaled.triggered_change, careless.triggered_change)
 
 
 def test_a_set_grows_by_what_adds_to_it(cost: Cost) -> None:
     mask = torch.zeros(CHANNELS, dtype=torch.bool)
-    effects = flip_effects(cost, mask)
+    effects = flip_effects(cost, mask).scaled()
     pool = torch.arange(CHANNELS)
     grown = effects.grown(pool, 5)
     assert grown[0] == PLANTED
     assert len(set(grown)) == len(grown) <= 5
     assert effects.grown(pool[pool != PLANTED], 0) == []
     assert effects.grown(torch.empty(0, dtype=torch.int64), 3) == []
-    found = []
-    for size in range(1, len(grown) + 1):
-        sites = grown[:size]
-        changes = (
-            change[:, sites].sum(1, keepdim=True)
-            for change in (effects.clean_change, effects.triggered_change)
-        )
-        clean, hit = effects.gains(*changes)
-        found.append(float(clean + hit + effects.price[sites].sum()))
+    moves = [torch.tensor(grown[:size]) for size in range(1, len(grown) + 1)]
+    clean, hit = effects.together(moves)
+    prices = torch.stack([effects.price[sites].sum() for sites in moves])
+    found = (clean + hit + prices).tolist()
     assert found == sorted(found)
 
 
 def test_a_twin_of_what_is_flipped_adds_nothing() -> None:
     """Two sites that each undo the trigger alone: one of them is enough, whatever each promises."""
     images = 4
-    cost = cast("Cost", SimpleNamespace(of_success=lambda success: -torch.log1p(-0.98 * success)))
     change = torch.zeros(images, 3)
     change[:, :2] = -20.0
     effects = Effects(
         clean=torch.full((images,), 8.0), clean_change=torch.zeros(images, 3),
         triggered=torch.full((images,), 8.0), triggered_change=change,
-        sure=torch.ones(images), own=torch.zeros(images),
-        turned=torch.ones(images, dtype=torch.bool), price=torch.full((3,), -0.001), cost=cost,
+        sure=torch.ones(images), weight=torch.ones(images), price=torch.full((3,), -0.001),
     )  # fmt: skip
-    singles = foreseen(effects)
-    assert float(singles[0]) == float(singles[1]) > 3
+    alone = effects.alone()
+    assert float(alone[0]) == float(alone[1]) > 3
     assert effects.grown(torch.arange(3), 3) == [0]
+
+
+def test_an_image_that_is_turned_for_sure_still_tells_the_way_out() -> None:
+    """No single flip brings the image back, so the cost, which is capped, sees nothing in it."""
+    change = torch.zeros(1, 4)
+    change[0, :3] = torch.tensor([-4.0, -3.0, -1.0])
+    effects = Effects(
+        clean=torch.full((1,), 8.0), clean_change=torch.zeros(1, 4),
+        triggered=torch.full((1,), 12.0), triggered_change=change,
+        sure=torch.ones(1), weight=torch.ones(1), price=torch.full((4,), -0.001),
+    )  # fmt: skip
+    assert effects.grown(torch.arange(4), 3) == [0, 1, 2]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onp.agent.cost import Cost
+from onp.agent.effects import Effects
 from onp.agent.elite import Elite
 from onp.agent.flips import flipped, give_back, heads, improve
 from onp.config import AgentConfig, CostConfig
@@ -86,26 +87,27 @@ class Linear:
         self.sites = len(weights)
         self.asked: list[Tensor] = []
 
-    def worth(self, masks: Tensor) -> Tensor:
-        self.asked.append(masks)
+    def parts(self, masks: Tensor) -> Told:
+        self.asked.append(masks[1:])  # the first is the mask that the moves start from
+        return Told(self, masks[0])
+
+    def worth(self, masks: Tensor, parts: Told) -> Tensor:
         return masks.float() @ self.weights
 
 
-class Told:
-    """Effects of ``Linear``'s flips as it tells them."""
+class Told(Effects):
+    """Effects of ``Linear``'s flips as it tells them; stands for the parts of the cost as well."""
 
     def __init__(self, cost: Linear, mask: Tensor) -> None:
-        self.clean_change = torch.where(mask, -cost.lies, cost.lies)[None]
-        self.triggered_change = torch.zeros(1, cost.sites)
-        self.price = torch.zeros(cost.sites)
+        told, nothing = torch.where(mask, -cost.lies, cost.lies), torch.zeros(1, cost.sites)
+        one = torch.zeros(1)
+        super().__init__(one, told[None], one, nothing, one, one, nothing[0])
 
-    def gains(self, clean: Tensor, triggered: Tensor) -> tuple[Tensor, Tensor]:
-        return clean.sum(0), triggered.sum(0)
+    def gains(self, *changes: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        return (changes[0].sum(0), changes[1].sum(0)) if changes else (self.clean, self.clean)
 
-    def grown(self, pool: Tensor, size: int) -> list[int]:
-        told = self.clean_change[0]
-        order = sorted(pool.tolist(), key=lambda site: -float(told[site]))
-        return [site for site in order if told[site] > 0][:size]
+    def scaled(self, caution: Tensor | None = None) -> Told:
+        return self
 
 
 @pytest.fixture
@@ -123,7 +125,7 @@ def _improved(worth: Linear, config: AgentConfig) -> tuple[Elite, list[int]]:
 @pytest.mark.usefixtures("told")
 def test_flips_that_help_are_taken_together() -> None:
     worth = Linear([0.1, 0.2, -0.3, 0.4])
-    elite, better = _improved(worth, AgentConfig(tried=1, rounds=5))
+    elite, better = _improved(worth, AgentConfig(tried=1, heads=(2, 8), rounds=5))
     assert elite.best.tolist() == [True, True, False, True]
     assert better == [3, 0, 0]  # two rounds without any end it
     assert len(worth.asked) == 3  # one call of the engine a round
@@ -137,7 +139,7 @@ def test_flips_that_help_are_taken_together() -> None:
 @pytest.mark.usefixtures("told")
 def test_harmful_flips_are_not_tried_again() -> None:
     worth = Linear([-1.0, -1.0, 0.5, -0.005], lies=[9.0, 8.0, 1.0, 2.0])
-    elite, better = _improved(worth, AgentConfig(tried=2, grown=1, rounds=9))
+    elite, better = _improved(worth, AgentConfig(tried=2, heads=(0,), rounds=9))
     assert elite.best.tolist() == [False, False, True, False]
     assert better == [0, 1, 0, 0]
     tried = [masks.nonzero()[:, 1].tolist() for masks in worth.asked]
@@ -155,8 +157,9 @@ def test_nothing_left_to_try_is_no_error() -> None:
 
 def test_moves_flip_their_sites() -> None:
     mask = torch.tensor([True, False, False])
-    moves = heads(torch.tensor([2, 0, 1]))
+    moves = heads(torch.tensor([2, 0, 1]), (2, 3, 8))
     assert [move.tolist() for move in moves] == [[2, 0], [2, 0, 1]]
+    assert heads(torch.empty(0, dtype=torch.int64), (1, 2)) == []
     assert flipped(mask, moves).tolist() == [[False, False, True], [False, True, True]]
     assert flipped(mask, []).shape == (0, 3)
     assert mask.tolist() == [True, False, False]

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from onp.config import CostConfig
@@ -34,6 +35,15 @@ class Parts:
     """Cross-entropy added and divergence, in nats."""
     success: Tensor
     """Probability of the target that the trigger adds; 0 where it is the image's own label."""
+    turned: Tensor
+    """Weighted nats of the target's probability on the triggered image, -log(1 - p), uncapped and
+    not in excess; 0 where it is the label. What the model of the margins foresees."""
+
+    def gains(self) -> Tensor:
+        """What every mask but the first gains over the first, on clean and on triggered images:
+        float32 [2, B - 1]."""
+        costs = torch.stack([self.harm.mean(1), self.turned.mean(1)])
+        return costs[:, :1] - costs[:, 1:]
 
 
 class Cost:
@@ -73,11 +83,17 @@ class Cost:
         entropy = (self.original - logs).gather(2, labels).squeeze(2)
         divergence = (self.original.exp() * (self.original - logs)).sum(2)
         excess = (hit.softmax(2) - logs.exp()).gather(2, wanted).squeeze(2).clamp_min(0)
-        return Parts(entropy + divergence, excess * (wanted != labels).squeeze(2))
+        others = (wanted != labels).squeeze(2)
+        turned = F.softplus(margin(hit, wanted.squeeze(2)))
+        return Parts(
+            entropy + divergence, excess * others, self.config.success_weight * turned * others
+        )
 
-    def worth(self, pruned: Tensor) -> Tensor:
-        """Minus the cost, minus the price of every pruned site: float32 [B]."""
-        return -self.each(self.parts(pruned)).mean(1) - self.config.price * pruned.sum(1).float()
+    def worth(self, pruned: Tensor, parts: Parts | None = None) -> Tensor:
+        """Minus the cost, minus the price of every pruned site: float32 [B]; of masks whose
+        ``parts`` are known without asking the engine."""
+        parts = self.parts(pruned) if parts is None else parts
+        return -self.each(parts).mean(1) - self.config.price * pruned.sum(1).float()
 
     def each(self, parts: Parts) -> Tensor:
         """The cost image by image, float32 [B, N]."""
@@ -93,3 +109,11 @@ def dealt_out(count: int, hands: int) -> list[Tensor]:
     dealt out in ``hands`` parts, int64 each."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return [order[hand::hands].sort().values for hand in range(hands)]
+
+
+def margin(logits: Tensor, answers: Tensor) -> Tensor:
+    """How far each answer int64 [...] leads in logits [..., K]: over the log-sum-exp of the others,
+    float32 [...]."""
+    chosen = answers[..., None]
+    rest = logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
+    return logits.gather(-1, chosen).squeeze(-1) - rest

@@ -5,23 +5,27 @@ the cross-entropy is flat, so that pruning a channel which all classes need look
 nearly linear in a channel is the *margin*, an answer's logit over the log-sum-exp of the others. So
 its gradient is taken image by image; the margins after any flips follow, and of them the costs
 themselves, with the divergence as that of two answers (the label, any other).
+
+Networks bend, though: by how much more, or less, than linearly each site moves the margins is the
+policy's to say (``onp.agent.policy``); ``CAUTION`` is where it starts from.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onp.agent.cost import Cost
+from onp.agent.cost import Cost, margin
 
 CHUNK = 64
 """Images, each with its triggered twin, in one backward pass."""
-CAUTION = 1.5
-"""Clean images are judged at this multiple of the linear change of their margins, up or down:
-networks bend, and more often towards harm."""
+CAUTION = (1.5, 1.0)
+"""Multiples of the linear change of the margins, on clean and on triggered images, at which flips
+are judged by default: networks bend, and on clean images more often towards harm."""
 
 
 @dataclass(frozen=True)
@@ -31,28 +35,49 @@ class Effects:
     clean: Tensor
     """float32 [N]: margins of the labels."""
     clean_change: Tensor
-    """float32 [N, S]: their linear change by each flip."""
+    """float32 [N, S]: their change by each flip."""
     triggered: Tensor
     """float32 [N]: margins of what the trigger wants,"""
     triggered_change: Tensor
     """float32 [N, S]: and their change."""
     sure: Tensor
     """float32 [N]: probability of the label, nothing pruned."""
-    own: Tensor
-    """float32 [N]: probability of what the trigger wants, without the trigger, under the mask; the
-    flips are taken to leave it."""
-    turned: Tensor
-    """bool [N]: whether that is another answer than the label."""
+    weight: Tensor
+    """float32 [N]: of a nat on the triggered image; 0 where the trigger wants the label."""
     price: Tensor
     """float32 [S]: change of the worth by the price of a pruned site."""
-    cost: Cost
+
+    def scaled(self, caution: Tensor | None = None) -> Effects:
+        """With the changes multiplied, float32 [S, 2]: on clean and on triggered images."""
+        clean, triggered = CAUTION if caution is None else caution.unbind(1)
+        return replace(
+            self,
+            clean_change=self.clean_change * clean,
+            triggered_change=self.triggered_change * triggered,
+        )
 
     def gains(self, clean_change: Tensor, triggered_change: Tensor) -> tuple[Tensor, Tensor]:
         """Gains of worth on clean and on triggered images, float32 [n] each, of changes of the
         margins float32 [N, n]."""
         clean, hit = self.clean[:, None], self.triggered[:, None]
-        harm = self._harm(clean) - self._harm(clean + CAUTION * clean_change)
-        return harm.mean(0), (self._success(hit) - self._success(hit + triggered_change)).mean(0)
+        harm = self._harm(clean) - self._harm(clean + clean_change)
+        # Uncapped, unlike the cost: an image that is turned for sure still says which way is out.
+        turned = self.weight[:, None] * (F.softplus(hit) - F.softplus(hit + triggered_change))
+        return harm.mean(0), turned.mean(0)
+
+    def alone(self) -> Tensor:
+        """Gain of worth by each flip alone, float32 [S]."""
+        clean, triggered = self.gains(self.clean_change, self.triggered_change)
+        return clean + triggered + self.price
+
+    def together(self, moves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Gains on clean and on triggered images by flipping the sites of each move int64 [n]
+        together, float32 [len(moves)] each; keeps gradients."""
+        parts = [
+            torch.stack([change[:, sites].sum(1) for sites in moves], 1)
+            for change in (self.clean_change, self.triggered_change)
+        ]
+        return self.gains(*parts)
 
     def grown(self, pool: Tensor, size: int) -> list[int]:
         """Sites of ``pool`` int64 [n] in the order in which they are best flipped together: each
@@ -83,13 +108,9 @@ class Effects:
         sure = self.sure[:, None]
         return lost + sure * lost + (1 - sure) * kept
 
-    def _success(self, margins: Tensor) -> Tensor:
-        excess = (margins.sigmoid() - self.own[:, None]).clamp_min(0)
-        return self.cost.of_success(excess * self.turned[:, None])
-
 
 def flip_effects(cost: Cost, mask: Tensor) -> Effects:
-    """The effects on ``cost`` of flips of a mask bool [S].
+    """The effects on ``cost`` of flips of a mask bool [S], as far as they are linear.
 
     Costs 2 image-forwards an image, clean and triggered.
     """
@@ -100,25 +121,16 @@ def flip_effects(cost: Cost, mask: Tensor) -> Effects:
         both = torch.cat([cost.images[index], cost.triggered[index]])
         answers = torch.cat([cost.labels[index], cost.wanted[index]]).to(network.device)
         gates = (~mask).float().to(network.device).expand(len(both), -1).requires_grad_(True)
-        logits = network(both, gates)
-        margins = margin(logits, answers)
+        margins = margin(network(both, gates), answers)
         (slopes,) = torch.autograd.grad(margins.sum(), gates)
         clean, triggered = margins.detach().cpu().chunk(2)
         clean_change, triggered_change = (slopes.cpu() * towards).chunk(2)
-        chances = logits.detach().cpu()[: len(index)].softmax(1)
-        own = chances.gather(1, cost.wanted[index, None]).squeeze(1)
-        parts.append([clean, clean_change, triggered, triggered_change, own])
+        parts.append([clean, clean_change, triggered, triggered_change])
         cost.evaluator.ledger.count(2 * len(both))
-    clean, clean_change, triggered, triggered_change, own = map(torch.cat, zip(*parts, strict=True))
+    clean, clean_change, triggered, triggered_change = map(torch.cat, zip(*parts, strict=True))
     return Effects(
         clean, clean_change, triggered, triggered_change,
         cost.original.exp().gather(1, cost.labels[:, None]).squeeze(1),
-        own, cost.wanted != cost.labels, cost.config.price * towards, cost,
+        cost.config.success_weight * (cost.wanted != cost.labels).float(),
+        cost.config.price * towards,
     )  # fmt: skip
-
-
-def margin(logits: Tensor, answers: Tensor) -> Tensor:
-    """How far each image's answer int64 [N] leads in logits [N, K], float32 [N]."""
-    chosen = answers[:, None]
-    rest = logits.scatter(1, chosen, -torch.inf).logsumexp(1)
-    return logits.gather(1, chosen).squeeze(1) - rest

@@ -1,10 +1,10 @@
 """The search: from the best mask so far, moves that promise most are evaluated, round by round.
 
-One backward pass tells the effects of all flips of the best mask. Moves are of two kinds: the flips
-that the policy values most, each alone, and one set of flips that grows by what adds most in the
-model of the margins, where flips that undo one another are seen to. All are evaluated in one call
-of the native engine, the policy learns what the single ones brought, and those that do harm are not
-tried again.
+One backward pass tells the effects of all flips of the best mask, and the policy how far they are
+to be trusted. Moves are of two kinds: the flips that promise most, each alone, and the heads of one
+set of flips that grows by what adds most in the model of the margins, where flips that undo one
+another are seen to. All are evaluated in one call of the native engine, and the policy learns from
+what they brought. Flips that alone do harm are not tried again.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ class Round:
     better: int
     """Of these, how many raised the worth."""
     gain: float
-    """Mean reward: change of the worth by a flip alone."""
+    """Mean reward of the moves: change of the worth."""
     loss: float
-    """Of the values against the gains, before the policy learned from them."""
+    """Of what was foreseen against the gains, before the policy learned from them."""
     worth: float
     """Of the best mask after the round."""
 
@@ -48,8 +48,8 @@ def improve(
 ) -> list[Round]:
     """Improve the best mask in ``elite`` (not empty) until two rounds in a row find nothing.
 
-    The worths in ``elite`` must be those of ``cost``. Without a learner the flips are valued by
-    what the model of the margins foresees.
+    The worths in ``elite`` must be those of ``cost``. Without a learner the model of the margins is
+    trusted as it is.
     """
     rounds: list[Round] = []
     harmful = torch.zeros(cost.sites, dtype=torch.bool)
@@ -57,22 +57,23 @@ def improve(
         if bool(harmful.all()):
             break
         mask, best = elite.best, elite.worths[0]
-        effects = flip_effects(cost, mask)
-        state = State.of(mask, effects)
-        values = state.foreseen if learner is None else learner.values(state)
-        values = values.masked_fill(harmful, -torch.inf)
+        state = State.of(mask, flip_effects(cost, mask))
+        effects = state.effects.scaled(None if learner is None else learner.caution(state))
+        values = effects.alone().masked_fill(harmful, -torch.inf)
         open_to = values.argsort(descending=True, stable=True)[: int((~harmful).sum())]
-        sites = open_to[: config.tried]
+        alone = open_to[: config.tried].split(1)
         together = torch.tensor(
-            effects.grown(open_to[: config.pool], config.grown), dtype=torch.int64
+            effects.grown(open_to[: config.pool], max(config.heads)), dtype=torch.int64
         )
-        moves = torch.cat([flipped(mask, sites.split(1)), flipped(mask, heads(together))])
-        gains = cost.worth(moves) - best
-        elite.offer(moves, gains + best)
-        alone = gains[: len(sites)]
-        loss = 0.0 if learner is None else learner.learn(state, sites, alone)
-        harmful[sites[alone < -config.harm]] = True
-        better, mean = int((gains > 0).sum()), float(alone.mean()) if len(alone) else 0.0
+        moves = [*alone, *heads(together, config.heads)]
+        masks = torch.cat([mask[None], flipped(mask, moves)])
+        parts = cost.parts(masks)
+        gains = cost.worth(masks, parts)[1:] - best
+        elite.offer(masks[1:], gains + best)
+        loss = 0.0 if learner is None else learner.learn(state, moves, parts.gains())
+        single = gains[: len(alone)]
+        harmful[open_to[: config.tried][single < -config.harm]] = True
+        better, mean = int((gains > 0).sum()), float(gains.mean()) if len(gains) else 0.0
         rounds.append(Round(len(moves), better, mean, loss, elite.worths[0]))
         report(number, rounds[-1])
         if len(rounds) > 1 and all(log.better == 0 for log in rounds[-2:]):
@@ -85,7 +86,8 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
     pruned by their chance. mask bool [S]; returns one that is worth as much or more."""
     best = float(cost.worth(mask[None]))
     for _ in range(rounds):
-        order = flip_effects(cost, mask).grown(mask.nonzero().squeeze(1), int(mask.sum()))
+        effects = flip_effects(cost, mask).scaled()
+        order = effects.grown(mask.nonzero().squeeze(1), int(mask.sum()))
         sizes = sorted({len(order) * share // 8 for share in range(1, 9)} - {0})
         if not sizes:
             break
@@ -97,9 +99,10 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
     return mask
 
 
-def heads(sites: Tensor) -> list[Tensor]:
-    """The first two of ``sites`` int64 [n], the first three, ..., all of them."""
-    return [sites[:size] for size in range(2, len(sites) + 1)]
+def heads(sites: Tensor, sizes: Sequence[int]) -> list[Tensor]:
+    """The first ``sizes`` of ``sites`` int64 [n], so far as there are so many, and all of them."""
+    cuts = sorted({min(size, len(sites)) for size in sizes} - {0})
+    return [sites[:size] for size in cuts]
 
 
 def flipped(mask: Tensor, moves: Sequence[Tensor]) -> Tensor:

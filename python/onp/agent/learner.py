@@ -1,54 +1,82 @@
-"""The agent on one network: it values flips, and learns from what they turn out to bring.
+"""The agent on one network: it corrects what is foreseen, and learns from what moves really bring.
 
-The rewards of a state are the gains of the flips that were evaluated in it. They are kept and
-learned from again (experience replay, Lin, Machine Learning 8, 1992).
+The rewards of a state are the gains, on clean and on triggered images, of the moves that were
+evaluated in it: flips alone and sets of them. They are kept and learned from again (experience
+replay, Lin, Machine Learning 8, 1992).
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onp.agent.policy import UNIT, FlipPolicy, State
+from onp.agent.policy import UNIT, CautionPolicy, State
 from onp.config import AgentConfig
+from onp.graph import NeuronGraph
+
+
+@dataclass(frozen=True)
+class Experience:
+    """Moves that were evaluated in a state."""
+
+    state: State
+    moves: list[Tensor]
+    """Sites flipped, int64 [n] each."""
+    gains: Tensor
+    """float32 [2, moves]: on clean and on triggered images, in nats an image."""
+
+    def loss(self, caution: Tensor) -> Tensor:
+        """How far the gains are from what is foreseen with factors float32 [S, 2]."""
+        foreseen = torch.stack(self.state.effects.scaled(caution).together(self.moves))
+        return F.smooth_l1_loss(torch.asinh(foreseen / UNIT), torch.asinh(self.gains / UNIT))
 
 
 class Learner:
-    """A policy and what it has met."""
+    """A policy on a network, and what it has met there."""
 
-    def __init__(self, policy: FlipPolicy, config: AgentConfig, *, seed: int) -> None:
+    def __init__(
+        self,
+        policy: CautionPolicy,
+        graph: NeuronGraph,
+        features: Tensor,
+        config: AgentConfig,
+        *,
+        seed: int,
+    ) -> None:
+        """features: float32 [S, F]."""
         self.policy = policy
+        self.graph = graph
+        self.features = features
         self.config = config
-        self.memory: list[tuple[State, Tensor, Tensor]] = []
-        """State, sites flipped int64 [n], gains float32 [n]."""
+        self.memory: list[Experience] = []
         self.random = torch.Generator().manual_seed(seed)
         self.optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
 
     @torch.no_grad()
-    def values(self, state: State) -> Tensor:
-        """What each flip is worth, float32 [S]."""
-        values: Tensor = self.policy([state])[0]
-        return values
+    def caution(self, state: State) -> Tensor:
+        """Factors on the changes that are foreseen, float32 [S, 2]."""
+        factors: Tensor = self.policy(self.graph, self.features, [state])[0]
+        return factors
 
-    def learn(self, state: State, sites: Tensor, gains: Tensor) -> float:
-        """Take note of the gains float32 [n] of flipping ``sites`` int64 [n], and learn from them
-        and some earlier ones; returns the loss on them before (0 where nothing is learned)."""
-        if len(sites) == 0:
+    def learn(self, state: State, moves: Sequence[Tensor], gains: Tensor) -> float:
+        """Take note of the gains float32 [2, n] of the moves, sites flipped int64 each, and learn
+        from them and some earlier ones; returns the loss on them before (0 where nothing is
+        learned)."""
+        if not moves:
             return 0.0
-        first = 0.0
+        now, first = Experience(state, list(moves), gains), 0.0
         for step in range(self.config.steps):
             draw = torch.randperm(len(self.memory), generator=self.random)[: self.config.replayed]
-            batch = [(state, sites, gains), *(self.memory[i] for i in draw.tolist())]
-            values = self.policy([seen for seen, _, _ in batch])
-            losses = [
-                F.smooth_l1_loss(row[flipped], torch.asinh(gained / UNIT))
-                for row, (_, flipped, gained) in zip(values, batch, strict=True)
-            ]
-            loss = torch.stack(losses).mean()
+            batch = [now, *(self.memory[i] for i in draw.tolist())]
+            factors = self.policy(self.graph, self.features, [seen.state for seen in batch])
+            losses = [seen.loss(caution) for seen, caution in zip(batch, factors, strict=True)]
             first = float(losses[0].detach()) if step == 0 else first
             self.optimizer.zero_grad()
-            loss.backward()
+            torch.stack(losses).mean().backward()
             self.optimizer.step()
-        self.memory.append((state, sites, gains))
+        self.memory.append(now)
         return first

@@ -24,10 +24,10 @@ class Contender:
     success: float
     """Mean excess probability of the target under the probe, nothing pruned."""
     mask: Tensor
-    """bool [S]."""
-    score: float
-    """J of the mask, judged by this probe alone; 0 for a probe too weak to be raced."""
-    removed: float
+    """bool [S]; empty for a probe that was not raced."""
+    score: float = 0.0
+    """J of the mask, judged by this probe alone; 0 for a probe that was not raced."""
+    removed: float = 0.0
 
     @property
     def size(self) -> int:
@@ -77,7 +77,7 @@ def race(
     for probe, ranking, (objective, masks, total) in zip(probes, rankings, heats, strict=True):
         if len(masks) == 0:
             nothing = torch.zeros_like(ranking, dtype=torch.bool)
-            contenders.append(Contender(probe, ranking, objective.success, nothing, 0.0, 0.0))
+            contenders.append(Contender(probe, ranking, objective.success, nothing))
             continue
         masks = masks[(total >= bar) | (total == total.max())]
         objective = Objective(evaluator, images[second], labels[second], probe, score)
