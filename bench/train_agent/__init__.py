@@ -1,0 +1,1 @@
+"""Training the policy that the package ships, on many networks."""
