@@ -129,12 +129,18 @@ struct MaskedGradientPlan::Program : Network {
   Layout lay_out(Mode mode, bool keep) const;
   std::int64_t block(const Layout& layout, std::int64_t count, int threads) const;
 
-  // What the derivatives of a step's activations are read from.
   std::int64_t active(std::size_t s, Mode mode) const {
     return mode.gated && extras[s].active >= 0 ? extras[s].active : steps[s].spec.final;
   }
-  std::int64_t passed(std::size_t s, Mode mode) const {
-    return steps[s].spec.plain >= 0 ? steps[s].spec.plain : active(s, mode);
+  // What the derivatives of a step's activations are read from: their result or, if that is kept
+  // anyway, what they were applied to, which is as good.
+  std::int64_t second_passed(std::size_t s, Mode mode) const {
+    return mode.moments && extras[s].scaled >= 0 ? extras[s].scaled : active(s, mode);
+  }
+  std::int64_t first_passed(std::size_t s, Mode mode) const {
+    const StepSpec& spec = steps[s].spec;
+    if (mode.moments && extras[s].result >= 0 && spec.residual < 0) return extras[s].result;
+    return spec.plain >= 0 ? spec.plain : active(s, mode);
   }
 };
 
@@ -261,8 +267,8 @@ Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
     keeps(mode.gated, extra.active);
     keeps(mode.moments, extra.result);
     keeps(mode.moments, extra.scaled);
-    keeps(spec.second != Activation::none, active(s, mode));
-    keeps(spec.first != Activation::none, passed(s, mode));
+    keeps(spec.second != Activation::none, second_passed(s, mode));
+    keeps(spec.first != Activation::none, first_passed(s, mode));
     keeps(spec.kind == StepKind::max_pool, spec.input);
   }
   last_use[output] = steps.size();
@@ -588,14 +594,15 @@ void MaskedGradientPlan::Run::backward(const Block& place, const Worker& worker,
         !pull.result.values.data) {
       continue;
     }
-    pull.active = at(program.active(s, mode));
     if (gated) pull.gates = rows(input.gates, program.sites, place, spec.site_start);
     if (gated && out.gates && pull.final_gradient.data) {
+      pull.active = at(extra.active);
       pull.gate_gradient = out.gates + place.first * program.sites + spec.site_start;
     }
+    pull.second_passed = at(program.second_passed(s, mode));
     pull.second = spec.second;
     pull.scale = step.scale.data();
-    pull.passed = at(program.passed(s, mode));
+    pull.first_passed = at(program.first_passed(s, mode));
     pull.first = spec.first;
     if (spec.residual > 0 || (spec.residual == 0 && out.images)) {
       pull.residual_gradient = gradient(spec.residual);

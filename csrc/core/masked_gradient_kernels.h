@@ -57,21 +57,23 @@ struct MomentsPull {
 
 // A step's epilogue backwards, from the gradients of what it wrote to that of its operation:
 //   gate_gradient += sum over pixels of final_gradient * active
-//   d = final_gradient * gate;          d = d where second passed active
-//   d += scaled's moments;  d = d * scale;  d += plain_gradient;  d = d where first passed `passed`
+//   d = final_gradient * gate;  d = d where the second activation passed second_passed, else 0;
+//   d += scaled's moments;      d = d * scale;  d += plain_gradient;
+//   d = d where the first activation passed first_passed, else 0;
 //   residual_gradient = d or += d;      d += result's moments;    operation_gradient = d
 // Absent parts are left out.
 struct PullArgs {
   std::int64_t images, pixels, channels;
   Operand final_gradient;
-  Operand active;
   PerImage gates;
-  float* gate_gradient;  // [images, gates.stride], null: none
+  Operand active;
+  float* gate_gradient;  // rows gates.stride apart, null: none
+  Operand second_passed;  // the activation's argument or its result
   Activation second;
   MomentsPull scaled;
   const float* scale;
   Operand plain_gradient;
-  Operand passed;
+  Operand first_passed;
   Activation first;
   Operand residual_gradient;
   bool add_to_residual;

@@ -54,7 +54,7 @@ struct GradientTile {
     return each([&](int i) { return Base::activate(a.v[i], activation); });
   }
 
-  // The gradient where an activation that gave `values` passes it, 0 elsewhere.
+  // The gradient where an activation of `values`, or one that gave them, passes it, 0 elsewhere.
   static ONP_INLINE Block pass(const Block& gradient, const Block& values, Activation activation) {
     const Vec zero = Simd::splat(0.0f), six = Simd::splat(6.0f);
     return each([&](int i) -> Vec {
@@ -148,7 +148,8 @@ struct GradientTile {
     for_each_block(args.images, args.channels, [&](Index n, Index c) {
       const Plane upstream(args.final_gradient, n, c), active(args.active, n, c);
       const Plane scaled(args.scaled.values, n, c), result(args.result.values, n, c);
-      const Plane plain(args.plain_gradient, n, c), passed(args.passed, n, c);
+      const Plane plain(args.plain_gradient, n, c), first_passed(args.first_passed, n, c);
+      const Plane second_passed(args.second_passed, n, c);
       const Plane residual(args.residual_gradient, n, c), out(args.operation_gradient, n, c);
       const Block gate = gather(args.gates, n, c, args.channels, 1.0f);
       const Block scaled_slope = gather(args.scaled.slope, n, c, args.channels, 0.0f);
@@ -164,12 +165,12 @@ struct GradientTile {
           d = load(upstream.at(p));
           if (args.gate_gradient) gate_gradient = fma(d, load(active.at(p)), gate_gradient);
           if (args.gates.data) d = multiply(d, gate);
-          if (second) d = pass(d, load(active.at(p)), args.second);
+          if (second) d = pass(d, load(second_passed.at(p)), args.second);
         }
         if (scaled) d = add(d, fma(load(scaled.at(p)), scaled_slope, scaled_offset));
         if (args.scale) d = multiply(d, scale);
         if (plain) d = add(d, load(plain.at(p)));
-        if (first) d = pass(d, load(passed.at(p)), args.first);
+        if (first) d = pass(d, load(first_passed.at(p)), args.first);
         if (residual) {
           store(residual.at(p), args.add_to_residual ? add(d, load(residual.at(p))) : d);
         }

@@ -7,8 +7,9 @@ stay torch code: autograd hands the gradients of logits and moments to the nativ
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,21 @@ if TYPE_CHECKING:
 MAX_WORKSPACE = 256 << 20
 """Bytes that are kept between the passes at most; beyond, the backward pass runs the network
 again, block by block."""
+
+
+class _Workspace:
+    """Floats, not initialised. The largest one no longer used is kept for the next caller: fresh
+    memory of this size costs the system more than the backward pass reads and writes in it."""
+
+    _spare: ClassVar[list[Tensor]] = []
+
+    def __init__(self, floats: int) -> None:
+        spare = self._spare.pop() if self._spare else torch.empty(0)
+        self.floats = spare if len(spare) >= floats else torch.empty(floats)
+
+    def __del__(self) -> None:
+        others = [self._spare.pop()] if self._spare else []
+        self._spare.append(max(self.floats, *others, key=len) if others else self.floats)
 
 
 @dataclass(frozen=True)
@@ -129,7 +145,7 @@ class MaskedGradientPlan:
         threads: int | None,
         isa: str,
         max_workspace: int,
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    ) -> Outputs:
         self._validate(images, gates)
         threads = torch.get_num_threads() if threads is None else threads
         if threads < 1:
@@ -144,8 +160,7 @@ class MaskedGradientPlan:
         differentiable = images.requires_grad or (gates is not None and gates.requires_grad)
         if torch.is_grad_enabled() and differentiable:
             return _Gradient.apply(images, gates, options)
-        forward = _Forward.run(images, gates, options, keep=False)
-        return forward.logits, forward.mean, forward.variance
+        return _Pass.of(images, gates, options, keep=False).forward()
 
     def _validate(self, images: Tensor, gates: Tensor | None) -> None:
         if images.dtype != torch.float32 or images.shape[1:] != self.image_shape:
@@ -197,52 +212,71 @@ class _Options:
     max_workspace: int
 
 
-@dataclass
-class _Forward:
-    """A forward pass and what its backward pass needs."""
+Outputs = tuple[Tensor, Tensor | None, Tensor | None]
+"""Logits, mean and variance."""
 
+
+@dataclass
+class _Pass:
+    """What both passes over one batch need."""
+
+    options: _Options
     images: Tensor
     gates: Tensor | None
-    workspace: Tensor | None
-    logits: Tensor
-    mean: Tensor | None
-    variance: Tensor | None
+    workspace: _Workspace | None
 
     @classmethod
-    def run(
-        cls, images: Tensor, gates: Tensor | None, options: _Options, *, keep: bool
-    ) -> _Forward:
-        plan, count = options.plan, len(images)
+    def of(cls, images: Tensor, gates: Tensor | None, options: _Options, *, keep: bool) -> _Pass:
         workspace = None
         if keep:
-            floats = plan.native.workspace_floats(count, gates is not None, options.moments)
+            plan = options.plan.native
+            floats = plan.workspace_floats(len(images), gates is not None, options.moments)
             if 4 * floats <= options.max_workspace:
-                workspace = torch.empty(floats)
-        self = cls(
+                workspace = _Workspace(floats)
+        return cls(
+            options,
             images.detach().contiguous(),
             None if gates is None else gates.detach().contiguous(),
             workspace,
-            torch.empty(count, plan.num_classes),
-            torch.empty(count, plan.units) if options.moments else None,
-            torch.empty(count, plan.units) if options.moments else None,
         )
-        plan.native.forward(
-            self.input(options),
-            logits=self.logits.data_ptr(),
-            mean=_address(self.mean),
-            variance=_address(self.variance),
-        )
-        return self
 
-    def input(self, options: _Options) -> _C.MaskedGradientInput:
+    def forward(self) -> Outputs:
+        plan, count = self.options.plan, len(self.images)
+        logits = torch.empty(count, plan.num_classes)
+        mean = torch.empty(count, plan.units) if self.options.moments else None
+        variance = torch.empty(count, plan.units) if self.options.moments else None
+        plan.native.forward(
+            self._input(),
+            logits=logits.data_ptr(),
+            mean=_address(mean),
+            variance=_address(variance),
+        )
+        return logits, mean, variance
+
+    def backward(
+        self, logits: Tensor, slope: Tensor | None, offset: Tensor | None, wanted: Sequence[bool]
+    ) -> tuple[Tensor | None, Tensor | None]:
+        images = torch.empty_like(self.images) if wanted[0] else None
+        gates = torch.empty_like(self.gates) if wanted[1] and self.gates is not None else None
+        self.options.plan.native.backward(
+            self._input(),
+            logits=logits.data_ptr(),
+            slope=_address(slope),
+            offset=_address(offset),
+            images=_address(images),
+            gates=_address(gates),
+        )
+        return images, gates
+
+    def _input(self) -> _C.MaskedGradientInput:
         return _C.MaskedGradientInput(
             images=self.images.data_ptr(),
             count=len(self.images),
             gates=_address(self.gates),
-            workspace=_address(self.workspace),
-            moments=options.moments,
-            threads=options.threads,
-            isa=options.isa,
+            workspace=0 if self.workspace is None else self.workspace.floats.data_ptr(),
+            moments=self.options.moments,
+            threads=self.options.threads,
+            isa=self.options.isa,
         )
 
 
@@ -251,39 +285,29 @@ def _address(values: Tensor | None) -> int:
 
 
 class _Gradient(torch.autograd.Function):
-    """Logits, mean and variance of images [N, C, H, W] and gates [N, S] or None."""
+    """Outputs of images [N, C, H, W] and gates [N, S] or None."""
 
     @staticmethod
-    def forward(
-        ctx: Any, images: Tensor, gates: Tensor | None, options: _Options
-    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        result = _Forward.run(images, gates, options, keep=True)
+    def forward(ctx: Any, images: Tensor, gates: Tensor | None, options: _Options) -> Outputs:
+        batch = _Pass.of(images, gates, options, keep=True)
+        logits, mean, variance = batch.forward()
         ctx.set_materialize_grads(False)
-        ctx.options, ctx.result = options, result
-        return result.logits, result.mean, result.variance
+        ctx.batch = batch  # must not hold an output: the circle would keep the workspace
+        ctx.save_for_backward(mean)
+        return logits, mean, variance
 
     @staticmethod
     @once_differentiable
     def backward(
         ctx: Any, logits: Tensor | None, mean: Tensor | None, variance: Tensor | None
     ) -> tuple[Tensor | None, Tensor | None, None]:
-        options: _Options = ctx.options
-        result: _Forward = ctx.result
-        logits = torch.zeros_like(result.logits) if logits is None else logits.contiguous()
-        slope, offset = _pull_of_moments(options.plan._pixels, result.mean, mean, variance)
-        wants_images, wants_gates = ctx.needs_input_grad[:2]
-        images = torch.empty_like(result.images) if wants_images else None
-        gates = None
-        if wants_gates:
-            assert result.gates is not None
-            gates = torch.empty_like(result.gates)
-        options.plan.native.backward(
-            result.input(options),
-            logits=logits.data_ptr(),
-            slope=_address(slope),
-            offset=_address(offset),
-            images=_address(images),
-            gates=_address(gates),
+        batch: _Pass = ctx.batch
+        plan = batch.options.plan
+        if logits is None:
+            logits = torch.zeros(len(batch.images), plan.num_classes)
+        slope, offset = _pull_of_moments(plan._pixels, ctx.saved_tensors[0], mean, variance)
+        images, gates = batch.backward(
+            logits.contiguous(), slope, offset, ctx.needs_input_grad[:2]
         )
         return images, gates, None
 
