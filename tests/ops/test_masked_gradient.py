@@ -259,7 +259,7 @@ def test_what_was_in_memory_does_not_matter(
     base = computed(plan, images, gates, moments=True, max_workspace=max_workspace)
     masked_gradient._Workspace._spare.clear()
 
-    def poisoned(*size: object, **options: object) -> Tensor:
+    def poisoned(*size: object) -> Tensor:
         return torch.full(size, torch.nan)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(torch, "empty", poisoned)

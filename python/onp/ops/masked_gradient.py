@@ -159,7 +159,7 @@ class MaskedGradientPlan:
         options = _Options(self, moments, threads, isa, max_workspace)
         differentiable = images.requires_grad or (gates is not None and gates.requires_grad)
         if torch.is_grad_enabled() and differentiable:
-            return _Gradient.apply(images, gates, options)
+            return _Gradient.apply(images, gates, options)  # type: ignore[no-untyped-call]
         return _Pass.of(images, gates, options, keep=False).forward()
 
     def _validate(self, images: Tensor, gates: Tensor | None) -> None:
@@ -306,9 +306,7 @@ class _Gradient(torch.autograd.Function):
         if logits is None:
             logits = torch.zeros(len(batch.images), plan.num_classes)
         slope, offset = _pull_of_moments(plan._pixels, ctx.saved_tensors[0], mean, variance)
-        images, gates = batch.backward(
-            logits.contiguous(), slope, offset, ctx.needs_input_grad[:2]
-        )
+        images, gates = batch.backward(logits.contiguous(), slope, offset, ctx.needs_input_grad[:2])
         return images, gates, None
 
 
