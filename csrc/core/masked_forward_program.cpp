@@ -116,30 +116,41 @@ bool suits_winograd(const StepSpec& spec, std::int64_t inputs, std::int64_t outp
          outputs >= kChannelBlock;
 }
 
-// G g G^T of every 3x3 kernel g, G = [1 0 0; 1/2 1/2 1/2; 1/2 -1/2 1/2; 0 0 1].
-void pack_winograd(Step& step, const Buffer& from) {
+// Larger tiles save more products, but their weights take more memory: they suit maps that have
+// several of them, without parts.
+int winograd_size(const BufferShape& to) {
+  const bool large = to.height >= 8 && to.width >= 8;
+  return large && to.height % 4 == 0 && to.width % 4 == 0 ? 4 : 2;
+}
+
+// Rows of G for tiles of 2 and 4: transformed kernels are G g G^T.
+constexpr double kSmallTile[][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
+constexpr double kLargeTile[][3] = {{1. / 4, 0, 0},
+                                    {-1. / 6, -1. / 6, -1. / 6},
+                                    {-1. / 6, 1. / 6, -1. / 6},
+                                    {1. / 24, 1. / 12, 1. / 6},
+                                    {1. / 24, -1. / 12, 1. / 6},
+                                    {0, 0, 1}};
+
+void pack_winograd(Step& step, const Buffer& from, int size) {
   const std::int64_t inputs = from.shape.channels;
-  step.kernel = &Kernels::winograd;
+  const double(*rows)[3] = size == 2 ? kSmallTile : kLargeTile;
+  const std::int64_t side = size + 2, points = winograd_points(size);
+  step.kernel = size == 2 ? &Kernels::winograd2 : &Kernels::winograd4;
   step.segment_length = inputs;
-  step.block_stride = kWinogradPoints * inputs * kChannelBlock;
+  step.block_stride = points * inputs * kChannelBlock;
   step.weights = Floats(divide_up(step.channels, kChannelBlock) * step.block_stride);
-  const auto transform = [](const double* g, int stride, double* to, int to_stride) {
-    const double ends = 0.5 * (g[0] + g[2 * stride]), middle = 0.5 * g[stride];
-    to[0] = g[0];
-    to[to_stride] = ends + middle;
-    to[2 * to_stride] = ends - middle;
-    to[3 * to_stride] = g[2 * stride];
-  };
   for (std::int64_t o = 0; o < step.channels; ++o) {
     float* packed =
         step.weights.data() + o / kChannelBlock * step.block_stride + o % kChannelBlock;
     for (std::int64_t i = 0; i < inputs; ++i) {
-      double kernel[3 * 3], columns[4 * 3], points[4 * 4];
-      std::copy_n(step.spec.weight + (o * inputs + i) * 9, 9, kernel);
-      for (int x = 0; x < 3; ++x) transform(kernel + x, 3, columns + x, 3);
-      for (int y = 0; y < 4; ++y) transform(columns + 3 * y, 1, points + 4 * y, 1);
-      for (std::int64_t point = 0; point < kWinogradPoints; ++point) {
-        packed[(point * inputs + i) * kChannelBlock] = static_cast<float>(points[point]);
+      const float* kernel = step.spec.weight + (o * inputs + i) * 9;
+      for (std::int64_t point = 0; point < points; ++point) {
+        const double* down = rows[point / side];
+        const double* across = rows[point % side];
+        double sum = 0;
+        for (int tap = 0; tap < 9; ++tap) sum += down[tap / 3] * kernel[tap] * across[tap % 3];
+        packed[(point * inputs + i) * kChannelBlock] = static_cast<float>(sum);
       }
     }
   }
@@ -253,7 +264,7 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
   if (spec.kind != StepKind::convolution || !suits_winograd(spec, from.channels, to.channels)) {
     return 0;
   }
-  return winograd_scratch(round_up(from.channels, kChannelBlock),
+  return winograd_scratch(winograd_size(to), round_up(from.channels, kChannelBlock),
                           round_up(to.channels, kChannelBlock));
 }
 
@@ -269,7 +280,7 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
   } else if (is_depthwise(spec, from.shape, to)) {
     pack_depthwise(step, from);
   } else if (suits_winograd(spec, from.shape.channels, to.channels)) {
-    pack_winograd(step, from);
+    pack_winograd(step, from, winograd_size(to));
   } else {
     pack_convolution(step, from);
   }
