@@ -127,7 +127,7 @@ struct MaskedGradientPlan::Program : Network {
   void plan_reverse(const StepSpec& spec, const Step& step);
   void lay_out_gradients();
   Layout lay_out(Mode mode, bool keep) const;
-  std::int64_t block(const Layout& layout, std::int64_t count, int threads) const;
+  std::int64_t block(const Layout& layout, const MaskedGradientInput& input) const;
 
   std::int64_t active(std::size_t s, Mode mode) const {
     return mode.gated && extras[s].active >= 0 ? extras[s].active : steps[s].spec.final;
@@ -311,13 +311,14 @@ Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
   return layout;
 }
 
-std::int64_t MaskedGradientPlan::Program::block(const Layout& layout, std::int64_t count,
-                                                int threads) const {
-  const std::int64_t floats =
-      layout.kept_floats + layout.passing_floats + gradient_slots.floats_per_image;
+// What is kept in a workspace passes through the cache once and does not count.
+std::int64_t MaskedGradientPlan::Program::block(const Layout& layout,
+                                                const MaskedGradientInput& input) const {
+  const std::int64_t floats = std::max(layout.passing_floats, gradient_slots.floats_per_image) +
+                              (input.workspace ? 0 : layout.kept_floats);
   const std::int64_t bytes = floats * static_cast<std::int64_t>(sizeof(float));
   const std::int64_t most = std::max(block_bytes(weight_bytes) / bytes, std::int64_t{1});
-  return std::min(most, divide_up(count, threads));
+  return std::clamp(divide_up(input.count, input.threads), std::int64_t{1}, most);
 }
 
 MaskedGradientPlan::MaskedGradientPlan(std::vector<BufferShape> shapes,
@@ -406,7 +407,7 @@ struct MaskedGradientPlan::Run {
         input(the_input),
         mode{the_input.gates != nullptr, the_input.moments},
         layout(the_program.lay_out(mode, keep)),
-        block(the_program.block(layout, std::max(input.count, std::int64_t{1}), input.threads)),
+        block(the_program.block(layout, the_input)),
         kernels(kernels_for(the_input.isa)),
         gradient_kernels(gradient_kernels_for(kernels)) {}
 

@@ -24,8 +24,8 @@ if TYPE_CHECKING:
     from onp.suspect.trace import Trace
 
 MAX_WORKSPACE = 256 << 20
-"""Bytes that are kept between the passes at most; beyond, the backward pass runs the network
-again, block by block."""
+"""Bytes that are kept between the passes at most, and that the process holds on to afterwards;
+beyond, the backward pass runs the network again, block by block."""
 
 
 class _Workspace:
@@ -35,12 +35,16 @@ class _Workspace:
     _spare: ClassVar[list[Tensor]] = []
 
     def __init__(self, floats: int) -> None:
-        spare = self._spare.pop() if self._spare else torch.empty(0)
-        self.floats = spare if len(spare) >= floats else torch.empty(floats)
+        try:
+            self.floats = self._spare.pop()
+        except IndexError:  # other threads may take it between a look and the grasp
+            self.floats = torch.empty(0)
+        if len(self.floats) < floats:
+            self.floats = torch.empty(floats)
 
     def __del__(self) -> None:
-        others = [self._spare.pop()] if self._spare else []
-        self._spare.append(max(self.floats, *others, key=len) if others else self.floats)
+        if all(len(other) < len(self.floats) for other in self._spare[:1]):
+            self._spare[:] = [self.floats]
 
 
 @dataclass(frozen=True)
