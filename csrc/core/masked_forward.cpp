@@ -162,7 +162,8 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
   constexpr std::int64_t size = sizeof(float);
   const std::int64_t wanted = block_bytes(program.weight_bytes);
   const std::int64_t allowed = std::min(wanted, run.max_bytes - size * program.scratch_floats);
-  const std::int64_t most = std::max(allowed / (size * layout.slots.floats_per_image), std::int64_t{1});
+  const std::int64_t image_bytes = size * layout.slots.floats_per_image;
+  const std::int64_t most = std::max(allowed / image_bytes, std::int64_t{1});
   const std::int64_t blocks = divide_up(run.count, std::min(most, run.count));
   const std::int64_t block = divide_up(run.count, blocks);
   // Masks are split between tasks only where the images alone do not keep the threads busy.

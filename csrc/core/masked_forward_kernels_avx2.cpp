@@ -1,5 +1,5 @@
-// Masked forward and gradient kernels for AVX2 with FMA: a tile of 6 pixels x 2 vectors fills 12 of the 16
-// registers with sums.
+// Masked forward and gradient kernels for AVX2 with FMA: a tile of 6 pixels x 2 vectors fills 12 of
+// the 16 registers with sums.
 #include <immintrin.h>
 
 #include "core/masked_forward_tile.h"

@@ -1,5 +1,5 @@
-// Masked forward and gradient kernels for AVX-512: a tile of 12 pixels x 2 vectors fills 24 of the 32 registers
-// with sums.
+// Masked forward and gradient kernels for AVX-512: a tile of 12 pixels x 2 vectors fills 24 of the
+// 32 registers with sums.
 #include <immintrin.h>
 
 #include "core/masked_forward_tile.h"

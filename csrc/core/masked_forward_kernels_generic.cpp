@@ -1,4 +1,5 @@
-// Masked forward and gradient kernels for any processor: vectors of four floats, no fused multiply-add.
+// Masked forward and gradient kernels for any processor: vectors of four floats, no fused
+// multiply-add.
 #include "core/masked_forward_tile.h"
 #include "core/masked_gradient_tile.h"
 

@@ -361,7 +361,8 @@ struct Tile {
       for (Index t = 0; t < tiles; ++t) {
         locate(step, begin + t, places[t]);
         for (Index c = 0; c < inputs; c += kLanes) {
-          transform_input<size>(step, places[t].input + c, transformed + t * inputs + c, input_point);
+          transform_input<size>(step, places[t].input + c, transformed + t * inputs + c,
+                                input_point);
         }
       }
       for (Index point = 0; point < kPoints; ++point) {
