@@ -13,6 +13,7 @@
 #include "core/check.h"
 #include "core/csr.h"
 #include "core/masked_forward.h"
+#include "core/masked_gradient.h"
 #include "core/message_passing.h"
 #include "core/neuron_graph.h"
 #ifdef ONP_WITH_CUDA
@@ -178,6 +179,42 @@ void masked_forward_run(const onp::MaskedForwardPlan& plan, std::uintptr_t image
   plan.run(run);
 }
 
+// ---- masked gradient ---------------------------------------------------------------------------
+
+std::unique_ptr<onp::MaskedGradientPlan> masked_gradient_plan(
+    const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
+    const std::vector<onp::StepSpec>& steps, const std::vector<Pair>& norms, std::int64_t output,
+    std::int64_t sites, std::int64_t units) {
+  std::vector<onp::BufferShape> shapes;
+  for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
+  std::vector<onp::NormUnits> norm_units;
+  for (const auto& [result, scaled] : norms) norm_units.push_back({result, scaled});
+  return std::make_unique<onp::MaskedGradientPlan>(std::move(shapes), steps, norm_units, output,
+                                                   sites, units);
+}
+
+onp::MaskedGradientInput masked_gradient_input(Address images, std::int64_t count, Address gates,
+                                               Address workspace, bool moments, int threads,
+                                               const std::string& isa) {
+  return {at<const float>(images), count, at<const float>(gates), at<float>(workspace), moments,
+          threads, isa};
+}
+
+void masked_gradient_forward(const onp::MaskedGradientPlan& plan,
+                             const onp::MaskedGradientInput& input, Address logits, Address mean,
+                             Address variance) {
+  py::gil_scoped_release release;
+  plan.forward(input, {at<float>(logits), at<float>(mean), at<float>(variance)});
+}
+
+void masked_gradient_backward(const onp::MaskedGradientPlan& plan,
+                              const onp::MaskedGradientInput& input, Address logits, Address slope,
+                              Address offset, Address images, Address gates) {
+  py::gil_scoped_release release;
+  plan.backward(input, {at<const float>(logits), at<const float>(slope), at<const float>(offset),
+                        at<float>(images), at<float>(gates)});
+}
+
 PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::register_exception_translator([](std::exception_ptr error) {
     try {
@@ -225,4 +262,20 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("run", &masked_forward_run, py::kw_only(), py::arg("images"), py::arg("count"),
            py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("logits"),
            py::arg("share"), py::arg("threads"), py::arg("max_bytes"), py::arg("isa"));
+
+  // ---- masked gradient
+  py::class_<onp::MaskedGradientInput>(m, "MaskedGradientInput")
+      .def(py::init(&masked_gradient_input), py::kw_only(), py::arg("images"), py::arg("count"),
+           py::arg("gates"), py::arg("workspace"), py::arg("moments"), py::arg("threads"),
+           py::arg("isa"));
+  py::class_<onp::MaskedGradientPlan>(m, "MaskedGradientPlan")
+      .def(py::init(&masked_gradient_plan), py::arg("buffers"), py::arg("steps"), py::arg("norms"),
+           py::arg("output"), py::arg("sites"), py::arg("units"))
+      .def("workspace_floats", &onp::MaskedGradientPlan::workspace_floats, py::arg("count"),
+           py::arg("gated"), py::arg("moments"))
+      .def("forward", &masked_gradient_forward, py::arg("input"), py::kw_only(), py::arg("logits"),
+           py::arg("mean"), py::arg("variance"))
+      .def("backward", &masked_gradient_backward, py::arg("input"), py::kw_only(),
+           py::arg("logits"), py::arg("slope"), py::arg("offset"), py::arg("images"),
+           py::arg("gates"));
 }

@@ -10,13 +10,15 @@ namespace onp {
 // Output channels of one packed weight block; channel strides are multiples of it.
 constexpr int kChannelBlock = 16;
 
-// Output tiles of 2x2 pixels that a Winograd convolution transforms together, at most.
-constexpr int kWinogradTiles = 24;
-constexpr int kWinogradPoints = 16;  // products per tile and pair of channels
+// A Winograd convolution of tiles of `size` x `size` output pixels: tiles that it transforms
+// together at most, and products per tile and pair of channels.
+constexpr int winograd_tiles(int size) { return size == 2 ? 24 : 12; }
+constexpr int winograd_points(int size) { return (size + 2) * (size + 2); }
 
-// Floats of scratch that a Winograd convolution of these padded channel counts needs.
-constexpr std::int64_t winograd_scratch(std::int64_t inputs, std::int64_t outputs) {
-  return kWinogradPoints * (kWinogradTiles * (inputs + outputs) + 2 * kChannelBlock);
+// Floats of scratch that it needs for these padded channel counts.
+constexpr std::int64_t winograd_scratch(int size, std::int64_t inputs, std::int64_t outputs) {
+  return winograd_points(size) *
+         (winograd_tiles(size) * (inputs + outputs) + 2 * kChannelBlock);
 }
 
 enum class Activation : int { none = 0, relu = 1, relu6 = 2 };
@@ -49,7 +51,7 @@ struct StepArgs {
   // Convolution: weights [channel blocks][segments][segment_length][kChannelBlock]. A segment is a
   // run of contiguous inputs (one kernel row, or one tap) at segments[s] from the window's begin;
   // first_channel[block] is the first input channel that the block reads.
-  // Winograd: transformed weights, a segment for each of the kWinogradPoints; segments is unused.
+  // Winograd: transformed weights, a segment for each of the winograd_points; segments is unused.
   // Depthwise: weights [segments][channels, padded], one segment a tap.
   const float* weights;
   const std::int32_t* segments;
@@ -83,7 +85,8 @@ struct StepArgs {
 struct Kernels {
   const char* name;
   void (*convolution)(const StepArgs&);
-  void (*winograd)(const StepArgs&);
+  void (*winograd2)(const StepArgs&);
+  void (*winograd4)(const StepArgs&);  // height and width are multiples of 4
   void (*depthwise)(const StepArgs&);
   void (*max_pool)(const StepArgs&);
   void (*average_pool)(const StepArgs&);

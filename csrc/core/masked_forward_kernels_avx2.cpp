@@ -1,8 +1,9 @@
-// Masked forward kernels for AVX2 with FMA: a tile of 6 pixels x 2 vectors fills 12 of the 16
-// registers with sums.
+// Masked forward and gradient kernels for AVX2 with FMA: a tile of 6 pixels x 2 vectors fills 12 of
+// the 16 registers with sums.
 #include <immintrin.h>
 
 #include "core/masked_forward_tile.h"
+#include "core/masked_gradient_tile.h"
 
 namespace onp {
 namespace {
@@ -19,5 +20,6 @@ struct Simd {
 }  // namespace
 
 const Kernels kAvx2Kernels = Tile<Simd>::table("avx2");
+const GradientKernels kAvx2GradientKernels = GradientTile<Simd>::table("avx2");
 
 }  // namespace onp

@@ -1,8 +1,9 @@
-// Masked forward kernels for AVX-512: a tile of 12 pixels x 2 vectors fills 24 of the 32 registers
-// with sums.
+// Masked forward and gradient kernels for AVX-512: a tile of 12 pixels x 2 vectors fills 24 of the
+// 32 registers with sums.
 #include <immintrin.h>
 
 #include "core/masked_forward_tile.h"
+#include "core/masked_gradient_tile.h"
 
 namespace onp {
 namespace {
@@ -19,5 +20,6 @@ struct Simd {
 }  // namespace
 
 const Kernels kAvx512Kernels = Tile<Simd>::table("avx512");
+const GradientKernels kAvx512GradientKernels = GradientTile<Simd>::table("avx512");
 
 }  // namespace onp

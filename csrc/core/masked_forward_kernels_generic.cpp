@@ -1,5 +1,7 @@
-// Masked forward kernels for any processor: vectors of four floats, no fused multiply-add.
+// Masked forward and gradient kernels for any processor: vectors of four floats, no fused
+// multiply-add.
 #include "core/masked_forward_tile.h"
+#include "core/masked_gradient_tile.h"
 
 namespace onp {
 namespace {
@@ -16,5 +18,6 @@ struct Simd {
 }  // namespace
 
 const Kernels kGenericKernels = Tile<Simd>::table("generic");
+const GradientKernels kGenericGradientKernels = GradientTile<Simd>::table("generic");
 
 }  // namespace onp

@@ -209,75 +209,114 @@ struct Tile {
     });
   }
 
-  // ---- Winograd F(2x2, 3x3), A. Lavin and S. Gray, "Fast Algorithms for Convolutional Neural
-  // Networks", arXiv 1509.09308: a tile of 2x2 outputs from 4x4 inputs with 16 products instead of
-  // 36. Per group of tiles: transform the inputs, 16 matrix products, transform back and finish.
+  // ---- Winograd F(2x2, 3x3) and F(4x4, 3x3), A. Lavin and S. Gray, "Fast Algorithms for
+  // Convolutional Neural Networks", arXiv 1509.09308: a tile of 2x2 outputs from 4x4 inputs with 16
+  // products instead of 36, or of 4x4 from 6x6 with 36 instead of 144. Per group of tiles:
+  // transform the inputs, a matrix product per point, transform back and finish.
 
-  static constexpr Index kTiles = kWinogradTiles / kPixels * kPixels;
-
+  template <int size>
   struct WinogradTile {
     const float* input;
-    Outputs<4> outputs;
-    bool below, right;  // whether the second row and column lie inside the image
+    Outputs<size * size> outputs;
+    bool below, right;  // size 2: whether the second row and column lie inside the image
   };
 
-  static void locate(const StepArgs& step, Index tile, WinogradTile& at) {
-    const Index columns = (step.width + 1) / 2, height = step.pixels / step.width;
-    const Index tiles = columns * ((height + 1) / 2);
-    const Index image = tile / tiles, y = tile % tiles / columns * 2, x = tile % columns * 2;
-    const Index pixel = y * step.width + x;
-    at.input = address(step.input, image, pixel);
+  template <int size>
+  static void locate(const StepArgs& step, Index tile, WinogradTile<size>& at) {
+    const Index columns = (step.width + size - 1) / size, height = step.pixels / step.width;
+    const Index tiles = columns * ((height + size - 1) / size);
+    const Index image = tile / tiles, y = tile % tiles / columns * size, x = tile % columns * size;
+    at.input = address(step.input, image, y * step.width + x);
     at.below = y + 1 < height;
     at.right = x + 1 < step.width;
-    for (int p = 0; p < 4; ++p) {
-      const Index down = p / 2 && at.below ? step.width : 0, across = p % 2 && at.right ? 1 : 0;
-      at.outputs.set(step, p, image, pixel + down + across);
+    for (int p = 0; p < size * size; ++p) {
+      const Index down = size == 2 && !at.below ? 0 : p / size;
+      const Index across = size == 2 && !at.right ? 0 : p % size;
+      at.outputs.set(step, p, image, (y + down) * step.width + x + across);
     }
   }
 
-  // 1-D transform of four values in place.
-  static ONP_INLINE void transform(Vec& a, Vec& b, Vec& c, Vec& d) {
-    const Vec sum = b + c, difference = c - b;
-    a -= c;
-    d = b - d;
-    b = sum;
-    c = difference;
+  // 1-D transforms of inputs, in place.
+  static ONP_INLINE void transform(Vec (&d)[4]) {
+    const Vec sum = d[1] + d[2], difference = d[2] - d[1];
+    d[0] -= d[2];
+    d[3] = d[1] - d[3];
+    d[1] = sum;
+    d[2] = difference;
   }
 
-  // to[point * stride] = transformed 4x4 inputs of one vector of channels.
+  static ONP_INLINE void transform(Vec (&d)[6]) {
+    const Vec two = Simd::splat(2.0f), four = Simd::splat(4.0f), five = Simd::splat(-5.0f);
+    const Vec a = Simd::fma(-four, d[2], d[4]), b = Simd::fma(-four, d[1], d[3]);
+    const Vec c = d[4] - d[2], e = two * (d[3] - d[1]);
+    d[0] = Simd::fma(four, d[0], Simd::fma(five, d[2], d[4]));
+    d[5] = Simd::fma(four, d[1], Simd::fma(five, d[3], d[5]));
+    d[1] = a + b;
+    d[2] = a - b;
+    d[3] = c + e;
+    d[4] = c - e;
+  }
+
+  // 1-D transforms of products to outputs.
+  static ONP_INLINE void transform(const Vec (&m)[4], Vec (&out)[2]) {
+    out[0] = m[0] + m[1] + m[2];
+    out[1] = m[1] - m[2] - m[3];
+  }
+
+  static ONP_INLINE void transform(const Vec (&m)[6], Vec (&out)[4]) {
+    const Vec a = m[1] + m[2], b = m[1] - m[2], c = m[3] + m[4], d = m[3] - m[4];
+    out[0] = m[0] + a + c;
+    out[1] = Simd::fma(Simd::splat(2.0f), d, b);
+    out[2] = Simd::fma(Simd::splat(4.0f), c, a);
+    out[3] = Simd::fma(Simd::splat(8.0f), d, b) + m[5];
+  }
+
+  // to[point * stride] = transformed inputs of one vector of channels.
+  template <int size>
   static ONP_INLINE void transform_input(const StepArgs& step, const float* from, float* to,
                                          Index stride) {
-    Vec d[4][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-#pragma GCC unroll 4
-      for (int y = 0; y < 4; ++y) {
-        d[y][x] = load(from + y * step.row_stride + x * step.column_stride);
+    constexpr int side = size + 2;
+    Vec d[side][side];  // columns
+#pragma GCC unroll 6
+    for (int x = 0; x < side; ++x) {
+#pragma GCC unroll 6
+      for (int y = 0; y < side; ++y) {
+        d[x][y] = load(from + y * step.row_stride + x * step.column_stride);
       }
-      transform(d[0][x], d[1][x], d[2][x], d[3][x]);
+      transform(d[x]);
     }
-#pragma GCC unroll 4
-    for (int y = 0; y < 4; ++y) {
-      transform(d[y][0], d[y][1], d[y][2], d[y][3]);
-#pragma GCC unroll 4
-      for (int x = 0; x < 4; ++x) store(to + (y * 4 + x) * stride, d[y][x]);
+#pragma GCC unroll 6
+    for (int y = 0; y < side; ++y) {
+      Vec row[side];
+#pragma GCC unroll 6
+      for (int x = 0; x < side; ++x) row[x] = d[x][y];
+      transform(row);
+#pragma GCC unroll 6
+      for (int x = 0; x < side; ++x) store(to + (y * side + x) * stride, row[x]);
     }
   }
 
-  // The 2x2 outputs of one vector of channels from its 16 products.
-  static ONP_INLINE void transform_output(const float* from, Index stride, Vec (&sums)[4][1]) {
-    Vec rows[2][4];
-#pragma GCC unroll 4
-    for (int x = 0; x < 4; ++x) {
-      const Vec a = load(from + x * stride), b = load(from + (4 + x) * stride);
-      const Vec c = load(from + (8 + x) * stride), d = load(from + (12 + x) * stride);
-      rows[0][x] = a + b + c;
-      rows[1][x] = b - c - d;
+  // The outputs of one vector of channels from its products.
+  template <int size>
+  static ONP_INLINE void transform_output(const float* from, Index stride,
+                                          Vec (&sums)[size * size][1]) {
+    constexpr int side = size + 2;
+    Vec columns[side][size];
+#pragma GCC unroll 6
+    for (int x = 0; x < side; ++x) {
+      Vec products[side];
+#pragma GCC unroll 6
+      for (int y = 0; y < side; ++y) products[y] = load(from + (y * side + x) * stride);
+      transform(products, columns[x]);
     }
-#pragma GCC unroll 2
-    for (int y = 0; y < 2; ++y) {
-      sums[y * 2][0] = rows[y][0] + rows[y][1] + rows[y][2];
-      sums[y * 2 + 1][0] = rows[y][1] - rows[y][2] - rows[y][3];
+#pragma GCC unroll 4
+    for (int y = 0; y < size; ++y) {
+      Vec row[side], out[size];
+#pragma GCC unroll 6
+      for (int x = 0; x < side; ++x) row[x] = columns[x][y];
+      transform(row, out);
+#pragma GCC unroll 4
+      for (int x = 0; x < size; ++x) sums[y * size + x][0] = out[x];
     }
   }
 
@@ -300,8 +339,12 @@ struct Tile {
     }
   }
 
+  template <int size>
   static void winograd(const StepArgs& step) {
-    const Index columns = (step.width + 1) / 2, rows = (step.pixels / step.width + 1) / 2;
+    constexpr Index kTiles = winograd_tiles(size) / kPixels * kPixels;
+    constexpr Index kPoints = winograd_points(size);
+    const Index columns = (step.width + size - 1) / size;
+    const Index rows = (step.pixels / step.width + size - 1) / size;
     const Index total = step.images * rows * columns;
     const Index length = step.segment_length;
     const Index inputs = (length + kLanes - 1) / kLanes * kLanes;
@@ -311,17 +354,18 @@ struct Tile {
     const Index output_point = kTiles * outputs + kChannelBlock;
     float* const transformed = step.scratch;  // [points][tiles, inputs]
     // [points][tiles, outputs]
-    float* const products = transformed + kWinogradPoints * input_point;
+    float* const products = transformed + kPoints * input_point;
     for (Index begin = 0; begin < total; begin += kTiles) {
       const Index tiles = begin + kTiles < total ? kTiles : total - begin;
-      WinogradTile places[kTiles];
+      WinogradTile<size> places[kTiles];
       for (Index t = 0; t < tiles; ++t) {
         locate(step, begin + t, places[t]);
         for (Index c = 0; c < inputs; c += kLanes) {
-          transform_input(step, places[t].input + c, transformed + t * inputs + c, input_point);
+          transform_input<size>(step, places[t].input + c, transformed + t * inputs + c,
+                                input_point);
         }
       }
-      for (Index point = 0; point < kWinogradPoints; ++point) {
+      for (Index point = 0; point < kPoints; ++point) {
         const float* in = transformed + point * input_point;
         float* out = products + point * output_point;
         for (Index c = 0; c < outputs; c += 2 * kLanes) {
@@ -335,13 +379,13 @@ struct Tile {
       }
       for (Index t = 0; t < tiles; ++t) {
         for (Index c = 0; c < outputs; c += kLanes) {
-          Vec sums[4][1];
-          transform_output(products + t * outputs + c, output_point, sums);
-          if (!places[t].right) {
+          Vec sums[size * size][1];
+          transform_output<size>(products + t * outputs + c, output_point, sums);
+          if (size == 2 && !places[t].right) {
             sums[1][0] = sums[0][0];
             sums[3][0] = sums[2][0];
           }
-          if (!places[t].below) {
+          if (size == 2 && !places[t].below) {
             sums[2][0] = sums[0][0];
             sums[3][0] = sums[1][0];
           }
@@ -405,7 +449,7 @@ struct Tile {
   }
 
   static constexpr Kernels table(const char* name) {
-    return {name, convolution, winograd, depthwise, pool<false>, pool<true>};
+    return {name, convolution, winograd<2>, winograd<4>, depthwise, pool<false>, pool<true>};
   }
 };
 

@@ -131,3 +131,46 @@ class MaskedForwardPlan:
         max_bytes: int,
         isa: str,
     ) -> None: ...
+
+# ---- masked gradient
+
+class MaskedGradientInput:
+    """Address 0: absent."""
+
+    def __init__(
+        self,
+        *,
+        images: int,
+        count: int,
+        gates: int,
+        workspace: int,
+        moments: bool,
+        threads: int,
+        isa: str,
+    ) -> None: ...
+
+class MaskedGradientPlan:
+    def __init__(
+        self,
+        buffers: list[tuple[int, int, int]],
+        steps: list[MaskedForwardStep],
+        norms: list[tuple[int, int]],
+        output: int,
+        sites: int,
+        units: int,
+    ) -> None: ...
+    def workspace_floats(self, count: int, gated: bool, moments: bool) -> int: ...
+    def forward(
+        self, input: MaskedGradientInput, /, *, logits: int, mean: int, variance: int
+    ) -> None: ...
+    def backward(
+        self,
+        input: MaskedGradientInput,
+        /,
+        *,
+        logits: int,
+        slope: int,
+        offset: int,
+        images: int,
+        gates: int,
+    ) -> None: ...

@@ -62,13 +62,19 @@ class _Step:
     site_start: int = _NONE
     final: int = _NONE
     stage: int = _RESULT
+    result_norm: int = _NONE
+    """Op index of the norm whose output the operation itself yields,"""
+    scaled_norm: int = _NONE
+    """and of the one whose output is ``t * scale + shift``."""
 
-    def absorb_affine(self, scale: Tensor, shift: Tensor) -> bool:
-        """Take in ``t * scale + shift`` if the epilogue still has room for it."""
+    def absorb_affine(self, scale: Tensor, shift: Tensor, norm: int) -> bool:
+        """Take in ``t * scale + shift`` if the epilogue still has room for it. norm: its op index
+        if it is one. The output of a norm with another affine behind it is lost."""
         if self.stage == _RESULT and self.weight is not None:
             bias = torch.zeros_like(shift) if self.bias is None else self.bias
             self.weight = self.weight * scale.view(-1, 1, 1, 1)
             self.bias = bias * scale + shift
+            self.result_norm = norm
             return True
         if self.stage > _SCALE:
             return False
@@ -76,6 +82,7 @@ class _Step:
             self.scale, self.shift = scale, shift
         else:
             self.scale, self.shift = self.scale * scale, self.shift * scale + shift
+        self.scaled_norm = norm
         self.stage = _SCALE
         return True
 
@@ -128,6 +135,20 @@ class _Step:
         return step, arrays
 
 
+@dataclass(frozen=True)
+class Program:
+    """What a native plan is built from; ``arrays`` must live until it is."""
+
+    buffers: list[tuple[int, int, int]]
+    """(C, H, W) of each; buffer 0 holds the images."""
+    steps: list[_C.MaskedForwardStep]
+    norms: list[Pair]
+    """Of each step, the op indices of the norms whose outputs are its operation's result and its
+    scaled value; -1: none."""
+    output: int
+    arrays: list[Tensor]
+
+
 @dataclass
 class Lowering:
     """One pass over the trace: each operation that no earlier step absorbed opens a step."""
@@ -153,8 +174,8 @@ class Lowering:
                 for position in range(len(op.inputs)):
                     self.readers[self._copy(index, position)[0]].append((index, position))
 
-    def run(self) -> _C.MaskedForwardPlan:
-        """The native plan. Raises UnsupportedOperation."""
+    def run(self) -> Program:
+        """The program. Raises UnsupportedOperation."""
         output: int | None = None
         for index, op in enumerate(self.trace.ops):
             if op.kind == "input":
@@ -165,12 +186,14 @@ class Lowering:
                 self._finish(*self._extend(self._open(index, op), index))
         if output is None or self.buffers[output][1:] != (1, 1):
             raise UnsupportedOperation("masked_forward: the network must end in logits [N, K]")
-        native, arrays = [], []
+        native: list[_C.MaskedForwardStep] = []
+        arrays: list[Tensor] = []
         for step in self.steps:
             native_step, step_arrays = step.native()
             native.append(native_step)
-            arrays.append(step_arrays)
-        return _C.MaskedForwardPlan(self.buffers, native, output, self.trace.sites)
+            arrays += step_arrays
+        norms = [(step.result_norm, step.scaled_norm) for step in self.steps]
+        return Program(self.buffers, native, norms, output, arrays)
 
     def _unflattened_shapes(self) -> list[tuple[int, int, int]]:
         """(C, H, W) of every value; a flattened one keeps the shape that it was flattened from."""
@@ -332,7 +355,7 @@ class Lowering:
             copies = [self._copy(index, position) for position in (0, 1)]
             other = copies[0] if copies[1] == (value, None) else copies[1]
             return other in self.buffer_of and step.absorb_residual(self.buffer_of[other])
-        return step.absorb_affine(*self._affine(index, op))
+        return step.absorb_affine(*self._affine(index, op), index if op.kind == "norm" else _NONE)
 
     def _affine(self, index: int, op: Op) -> tuple[Tensor, Tensor]:
         """Scale and shift float64 ``[C]`` of a norm or affine."""

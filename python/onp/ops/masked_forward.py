@@ -142,5 +142,6 @@ def lower(trace: Trace, model: nn.Module) -> MaskedForwardPlan:
     Raises:
         UnsupportedOperation: the engine lacks an operation of the network; the message names it.
     """
-    native = Lowering(trace, model).run()
+    program = Lowering(trace, model).run()
+    native = _C.MaskedForwardPlan(program.buffers, program.steps, program.output, trace.sites)
     return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes)

@@ -85,15 +85,7 @@ class NormMoments:
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, K] and moments [N, 2U] of images [N, C, H, W], all first ones before the
         second; keeps gradients."""
-        seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-        def keep(index: int, values: Tensor) -> None:
-            flat = values.flatten(2) if values.ndim > 2 else values[:, :, None]
-            variance, mean = torch.var_mean(flat, 2, correction=0)
-            seen[index] = mean, variance
-
-        logits = self.network(images, observe_norm=keep)
-        mean, variance = (torch.cat([seen[i][part] for i in self.at], 1) for part in (0, 1))
+        logits, mean, variance = self.network.with_moments(images)
         live = self.live.to(mean.device)
         scale = torch.where(self.live, self.scale, torch.ones_like(self.scale)).to(mean.device)
         first = (mean - self.offset.to(mean.device)) / scale

@@ -4,11 +4,13 @@ Channels come first in every value's shape and last in memory: maps are [N, C, H
 channels-last layout, tokens [N, C, T] are transposed views of [N, T, C].
 
 One executor serves the torch backend of mask evaluation, the probes (gradients with respect to
-the images) and the activation statistics. It holds its own copy of the weights.
+the images) and the activation statistics. It holds its own copy of the weights. On the CPU, what
+the native engine has is left to it.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onp.errors import UnsupportedOperation
+from onp.ops import masked_gradient
 from onp.suspect.movement import in_order
 from onp.suspect.operations import Op, tensor_of
 from onp.suspect.trace import SiteLayer, Trace
@@ -61,9 +65,22 @@ def training_layout(model: nn.Module) -> torch.memory_format:
 class FrozenNetwork:
     """Evaluates a trace with weights taken from ``model`` when built; float32."""
 
-    def __init__(self, trace: Trace, model: nn.Module, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        trace: Trace,
+        model: nn.Module,
+        device: torch.device | str = "cpu",
+        *,
+        native: bool = True,
+    ) -> None:
+        """native: on the CPU, let the native engine compute what it can: its gradients cannot be
+        differentiated again."""
         self.trace = trace
         self.device = torch.device(device)
+        self._plan: masked_gradient.MaskedGradientPlan | None = None
+        if native and self.device.type == "cpu":
+            with contextlib.suppress(UnsupportedOperation):
+                self._plan = masked_gradient.lower(trace, model)
         self._layer_at = {layer.value: layer for layer in trace.layers}
         readers: list[list[int]] = [[] for _ in trace.ops]
         for index, op in enumerate(trace.ops):
@@ -137,6 +154,9 @@ class FrozenNetwork:
         and its activations, [N, C, H, W], [N, C, T] or [N, C], before the gate. observe_norm:
         called with each batch norm's op index and its output.
         """
+        watched = observe is not None or observe_norm is not None
+        if self._plan is not None and not watched and self._plan.accepts(images, gates):
+            return self._plan(images, gates)
         values: dict[int, Tensor] = {}
         masked: dict[int, Tensor] = {}
         ops = self.trace.ops
@@ -163,6 +183,22 @@ class FrozenNetwork:
                     gate = gates[..., layer.sites].to(x.device)
                     masked[index] = x * gate.reshape(-1, layer.channels, *(1,) * (x.ndim - 2))
         return values[len(ops) - 1]
+
+    def with_moments(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits [N, K] of images [N, C, H, W], and mean and variance over the pixels of every
+        batch norm's output, float32 [N, U] each, norms in execution order."""
+        plan = self._plan
+        if plan is not None and plan.tells_moments and plan.accepts(images):
+            return plan.with_moments(images)
+        seen: list[tuple[Tensor, Tensor]] = []
+
+        def keep(_: int, values: Tensor) -> None:
+            flat = values.flatten(2) if values.ndim > 2 else values[:, :, None]
+            seen.append(torch.var_mean(flat, 2, correction=0))
+
+        logits = self(images, observe_norm=keep)
+        variance, mean = (torch.cat(part, 1) for part in zip(*seen, strict=True))
+        return logits, mean, variance
 
     def _step(self, index: int, kind: str, inputs: list[Tensor], images: Tensor) -> Tensor:
         op = self.trace.ops[index]

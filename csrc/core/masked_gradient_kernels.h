@@ -1,0 +1,111 @@
+// The kernels that a masked gradient adds to those of a masked forward: elementwise passes over the
+// buffers of one block of images, per instruction set. Plain data only, as in
+// masked_forward_kernels.h.
+#pragma once
+
+#include <cstdint>
+
+#include "core/masked_forward_kernels.h"
+
+namespace onp {
+
+// One value per image and channel: that of channel c of image n is data[n * stride + c].
+// Unpadded. Absent if data is null.
+struct PerImage {
+  const float* data;
+  std::int64_t stride;
+};
+
+// The rest of a step's epilogue, from where its operation left off:
+//   from = result:  t = from + residual;  t = first(t);  plain = t;  t = t * scale + shift;
+//                   scaled = t;           then as from scaled
+//   from = scaled:  t = second(from);     active = t;    then as from active
+//   from = active:  final = t * gate
+// Absent parts are left out.
+enum class From : int { result, scaled, active };
+
+struct SettleArgs {
+  std::int64_t images, pixels, channels;
+  From stage;
+  Operand from;
+  Operand residual;
+  Activation first;
+  Operand plain;
+  const float* scale;
+  const float* shift;
+  Operand scaled;
+  Activation second;
+  Operand active;
+  PerImage gates;
+  Operand final;
+};
+
+// mean[n, c] and variance[n, c] over the pixels of an image.
+struct MomentsArgs {
+  std::int64_t images, pixels, channels;
+  Operand values;
+  float* mean;
+  float* variance;
+  std::int64_t stride;  // from one image's row to the next
+};
+
+// The gradient of values by their mean and variance: values * slope + offset.
+struct MomentsPull {
+  Operand values;  // absent: no such gradient
+  PerImage slope, offset;
+};
+
+// A step's epilogue backwards, from the gradients of what it wrote to that of its operation:
+//   gate_gradient += sum over pixels of final_gradient * active
+//   d = final_gradient * gate;  d = d where the second activation passed second_passed, else 0;
+//   d += scaled's moments;      d = d * scale;  d += plain_gradient;
+//   d = d where the first activation passed first_passed, else 0;
+//   residual_gradient = d or += d;      d += result's moments;    operation_gradient = d
+// Absent parts are left out.
+struct PullArgs {
+  std::int64_t images, pixels, channels;
+  Operand final_gradient;
+  PerImage gates;
+  Operand active;
+  float* gate_gradient;  // rows gates.stride apart, null: none
+  Operand second_passed;  // the activation's argument or its result
+  Activation second;
+  MomentsPull scaled;
+  const float* scale;
+  Operand plain_gradient;
+  Operand first_passed;
+  Activation first;
+  Operand residual_gradient;
+  bool add_to_residual;
+  MomentsPull result;
+  Operand operation_gradient;
+};
+
+// A pool backwards: adds to the gradient of its input. A maximum is the first of its window, as in
+// torch.
+struct PoolPullArgs {
+  std::int64_t images, pixels, channels;  // pixels: of the pool's output
+  Operand gradient;                       // of the output
+  Operand input;                          // offset[i]: where the window of output pixel i begins
+  std::int64_t input_row, input_column;   // strides; input is only read for a maximum
+  Operand input_gradient;                 // offset[i]: likewise
+  std::int64_t gradient_row, gradient_column;
+  const Window* windows;
+};
+
+struct GradientKernels {
+  const char* name;
+  void (*settle)(const SettleArgs&);
+  void (*moments)(const MomentsArgs&);
+  void (*pull)(const PullArgs&);
+  void (*max_pool)(const PoolPullArgs&);
+  void (*average_pool)(const PoolPullArgs&);
+};
+
+extern const GradientKernels kGenericGradientKernels;
+#ifdef ONP_X86_KERNELS
+extern const GradientKernels kAvx2GradientKernels;
+extern const GradientKernels kAvx512GradientKernels;
+#endif
+
+}  // namespace onp

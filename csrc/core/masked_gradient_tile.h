@@ -1,0 +1,230 @@
+// The kernels of a masked gradient over a vector type; see masked_forward_tile.h for the Simd that
+// they are written over and for why everything here has internal linkage.
+//
+// Every kernel goes image by image and channel block by channel block: what belongs to an image's
+// channels stays in registers while its pixels pass by, a cache line each.
+#pragma once
+
+#include "core/masked_forward_tile.h"
+#include "core/masked_gradient_kernels.h"
+
+namespace onp {
+namespace {
+
+template <typename Simd>
+struct GradientTile {
+  using Base = Tile<Simd>;
+  using Vec = typename Simd::Vec;
+  using IntVec = typename Simd::IntVec;
+  using Index = std::int64_t;
+  static constexpr int kLanes = Simd::lanes;
+  static constexpr int kVectors = kChannelBlock / kLanes;
+  // Channels past the last one are computed too, and never read.
+  struct Block {
+    Vec v[kVectors];
+  };
+
+  template <typename Function>
+  static ONP_INLINE Block each(const Function& function) {
+    Block block;
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) block.v[i] = function(i);
+    return block;
+  }
+  static ONP_INLINE Block splat(float x) {
+    return each([&](int) { return Simd::splat(x); });
+  }
+  static ONP_INLINE Block load(const float* from) {
+    return each([&](int i) { return Base::load(from + i * kLanes); });
+  }
+  static ONP_INLINE void store(float* to, const Block& block) {
+#pragma GCC unroll 4
+    for (int i = 0; i < kVectors; ++i) Base::store(to + i * kLanes, block.v[i]);
+  }
+  static ONP_INLINE Block add(const Block& a, const Block& b) {
+    return each([&](int i) { return a.v[i] + b.v[i]; });
+  }
+  static ONP_INLINE Block multiply(const Block& a, const Block& b) {
+    return each([&](int i) { return a.v[i] * b.v[i]; });
+  }
+  static ONP_INLINE Block fma(const Block& a, const Block& b, const Block& c) {
+    return each([&](int i) { return Simd::fma(a.v[i], b.v[i], c.v[i]); });
+  }
+  static ONP_INLINE Block activate(const Block& a, Activation activation) {
+    return each([&](int i) { return Base::activate(a.v[i], activation); });
+  }
+
+  // The gradient where an activation of `values`, or one that gave them, passes it, 0 elsewhere.
+  static ONP_INLINE Block pass(const Block& gradient, const Block& values, Activation activation) {
+    const Vec zero = Simd::splat(0.0f), six = Simd::splat(6.0f);
+    return each([&](int i) -> Vec {
+      const Vec kept = values.v[i] > zero ? gradient.v[i] : zero;
+      if (activation != Activation::relu6) return kept;
+      return values.v[i] < six ? kept : zero;
+    });
+  }
+
+  // Up to a block of unpadded values, `otherwise` beyond them and where there are none.
+  static Block gather(const PerImage& from, Index image, Index channel, Index channels,
+                      float otherwise) {
+    if (!from.data) return splat(otherwise);
+    const float* row = from.data + image * from.stride + channel;
+    if (channels - channel >= kChannelBlock) return load(row);
+    float values[kChannelBlock];
+    for (int i = 0; i < kChannelBlock; ++i) {
+      values[i] = i < channels - channel ? row[i] : otherwise;
+    }
+    return load(values);
+  }
+
+  static void scatter(const Block& block, float* to, Index channels) {
+    float values[kChannelBlock];
+    store(values, block);
+    for (Index i = 0; i < channels && i < kChannelBlock; ++i) to[i] = values[i];
+  }
+
+  // The channel block of one image in a buffer; null where the buffer is absent.
+  struct Plane {
+    float* data;
+    const std::int32_t* offset;
+    Plane(const Operand& operand, Index image, Index channel)
+        : data(operand.data ? operand.data + image * operand.image_stride + channel : nullptr),
+          offset(operand.offset) {}
+    ONP_INLINE float* at(Index pixel) const { return data + offset[pixel]; }
+    ONP_INLINE explicit operator bool() const { return data; }
+  };
+
+  template <typename Body>
+  static ONP_INLINE void for_each_block(Index images, Index channels, const Body& body) {
+    for (Index n = 0; n < images; ++n) {
+      for (Index c = 0; c < channels; c += kChannelBlock) body(n, c);
+    }
+  }
+
+  static void settle(const SettleArgs& args) {
+    for_each_block(args.images, args.channels, [&](Index n, Index c) {
+      const Plane from(args.from, n, c), residual(args.residual, n, c), plain(args.plain, n, c);
+      const Plane scaled(args.scaled, n, c), active(args.active, n, c), final(args.final, n, c);
+      const bool result = args.stage == From::result, second = args.stage != From::active;
+      const Block gate = gather(args.gates, n, c, args.channels, 1.0f);
+      const Block scale = args.scale ? load(args.scale + c) : splat(1.0f);
+      const Block shift = args.shift ? load(args.shift + c) : splat(0.0f);
+      for (Index p = 0; p < args.pixels; ++p) {
+        Block t = load(from.at(p));
+        if (result) {
+          if (residual) t = add(t, load(residual.at(p)));
+          t = activate(t, args.first);
+          if (plain) store(plain.at(p), t);
+          if (args.scale) t = fma(t, scale, shift);
+          if (scaled) store(scaled.at(p), t);
+        }
+        if (second) t = activate(t, args.second);
+        if (active) store(active.at(p), t);
+        if (args.gates.data) t = multiply(t, gate);
+        if (final) store(final.at(p), t);
+      }
+    });
+  }
+
+  static void moments(const MomentsArgs& args) {
+    const Block share = splat(1.0f / static_cast<float>(args.pixels));
+    for_each_block(args.images, args.channels, [&](Index n, Index c) {
+      const Plane values(args.values, n, c);
+      Block sum = splat(0.0f), squares = splat(0.0f);
+      for (Index p = 0; p < args.pixels; ++p) sum = add(sum, load(values.at(p)));
+      const Block mean = multiply(sum, share);
+      // In a pass of its own: mean squares minus squared means cancel.
+      for (Index p = 0; p < args.pixels; ++p) {
+        const float* x = values.at(p);
+        const Block away = each([&](int i) { return Base::load(x + i * kLanes) - mean.v[i]; });
+        squares = fma(away, away, squares);
+      }
+      scatter(mean, args.mean + n * args.stride + c, args.channels - c);
+      scatter(multiply(squares, share), args.variance + n * args.stride + c, args.channels - c);
+    });
+  }
+
+  static void pull(const PullArgs& args) {
+    for_each_block(args.images, args.channels, [&](Index n, Index c) {
+      const Plane upstream(args.final_gradient, n, c), active(args.active, n, c);
+      const Plane scaled(args.scaled.values, n, c), result(args.result.values, n, c);
+      const Plane plain(args.plain_gradient, n, c), first_passed(args.first_passed, n, c);
+      const Plane second_passed(args.second_passed, n, c);
+      const Plane residual(args.residual_gradient, n, c), out(args.operation_gradient, n, c);
+      const Block gate = gather(args.gates, n, c, args.channels, 1.0f);
+      const Block scaled_slope = gather(args.scaled.slope, n, c, args.channels, 0.0f);
+      const Block scaled_offset = gather(args.scaled.offset, n, c, args.channels, 0.0f);
+      const Block result_slope = gather(args.result.slope, n, c, args.channels, 0.0f);
+      const Block result_offset = gather(args.result.offset, n, c, args.channels, 0.0f);
+      const Block scale = args.scale ? load(args.scale + c) : splat(1.0f);
+      const bool second = args.second != Activation::none, first = args.first != Activation::none;
+      Block gate_gradient = splat(0.0f);
+      for (Index p = 0; p < args.pixels; ++p) {
+        Block d = splat(0.0f);
+        if (upstream) {
+          d = load(upstream.at(p));
+          if (args.gate_gradient) gate_gradient = fma(d, load(active.at(p)), gate_gradient);
+          if (args.gates.data) d = multiply(d, gate);
+          if (second) d = pass(d, load(second_passed.at(p)), args.second);
+        }
+        if (scaled) d = add(d, fma(load(scaled.at(p)), scaled_slope, scaled_offset));
+        if (args.scale) d = multiply(d, scale);
+        if (plain) d = add(d, load(plain.at(p)));
+        if (first) d = pass(d, load(first_passed.at(p)), args.first);
+        if (residual) {
+          store(residual.at(p), args.add_to_residual ? add(d, load(residual.at(p))) : d);
+        }
+        if (result) d = add(d, fma(load(result.at(p)), result_slope, result_offset));
+        store(out.at(p), d);
+      }
+      if (args.gate_gradient) {
+        scatter(gate_gradient, args.gate_gradient + n * args.gates.stride + c, args.channels - c);
+      }
+    });
+  }
+
+  template <bool average>
+  static void pool(const PoolPullArgs& args) {
+    for_each_block(args.images, args.channels, [&](Index n, Index c) {
+      const Plane gradient(args.gradient, n, c), input(args.input, n, c);
+      const Plane to(args.input_gradient, n, c);
+      for (Index p = 0; p < args.pixels; ++p) {
+        const Window& window = args.windows[p];
+        for (int v = 0; v < kChannelBlock; v += kLanes) {
+          Vec left = Base::load(gradient.at(p) + v);
+          if (average) left *= Simd::splat(window.inverse);
+          const float* values = average ? nullptr : input.at(p) + v;
+          float* sums = to.at(p) + v;
+          Vec most = average ? left : Base::load(values);
+          for (Index y = 0; !average && y < window.rows; ++y) {
+            for (Index x = 0; x < window.columns; ++x) {
+              const Vec value = Base::load(values + y * args.input_row + x * args.input_column);
+              most = value > most ? value : most;
+            }
+          }
+          for (Index y = 0; y < window.rows; ++y) {
+            for (Index x = 0; x < window.columns; ++x) {
+              float* sum = sums + y * args.gradient_row + x * args.gradient_column;
+              if (average) {
+                Base::store(sum, Base::load(sum) + left);
+                continue;
+              }
+              // The gradient goes to the first value that is the largest; then none is left.
+              const Vec value = Base::load(values + y * args.input_row + x * args.input_column);
+              const Vec zero = Simd::splat(0.0f);
+              Base::store(sum, Base::load(sum) + (value == most ? left : zero));
+              left = value == most ? zero : left;
+            }
+          }
+        }
+      }
+    });
+  }
+
+  static constexpr GradientKernels table(const char* name) {
+    return {name, settle, moments, pull, pool<false>, pool<true>};
+  }
+};
+
+}  // namespace
+}  // namespace onp
