@@ -1,4 +1,4 @@
-"""The package itself, at its standard budget, in the form of a defence."""
+"""The package itself, at its standard and its quick budget, in the form of a defence."""
 
 from __future__ import annotations
 
@@ -41,3 +41,11 @@ def onp_defence(
     }
     name = budget if isinstance(budget, str) else budget.budget
     return result.model, Info(schedule=f"{name} budget", settings=settings)
+
+
+@defence("onp-quick")
+def onp_quick(
+    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+) -> tuple[nn.Module, Info]:
+    """The same at the quick budget."""
+    return onp_defence(model, clean, seed=seed, ledger=ledger, budget="quick")

@@ -1,1 +1,1 @@
-"""Training the policy that the package ships, on many networks."""
+"""Training a policy on many networks."""

@@ -16,7 +16,7 @@ from onp.config import AgentConfig
 
 @dataclass(frozen=True)
 class FittingConfig:
-    steps: int = 1500
+    steps: int = 600
     batch: int = 4
     """States of one network in a step."""
     learning_rate: float = 3e-3

@@ -167,7 +167,13 @@ def _full() -> list[Recipe]:
 FULL = _full()
 """Every attack at both ratios on every kind of network; hours on a GPU."""
 
-SETS: dict[str, list[Recipe]] = {"smoke": SMOKE, "core": CORE, "clean": CLEAN, "wide": WIDE, "full": FULL}
+SETS: dict[str, list[Recipe]] = {
+    "smoke": SMOKE,
+    "core": CORE,
+    "clean": CLEAN,
+    "wide": WIDE,
+    "full": FULL,
+}
 
 
 def recipes(set_name: str) -> list[Recipe]:

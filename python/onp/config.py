@@ -119,6 +119,8 @@ class AgentConfig:
     hidden: int = 32
     messages: int = 1
     """Rounds of message passing."""
+    weights: str | None = None
+    """File that the policy starts from (``bench.train_agent`` makes such); None: from nothing."""
     steps: int = 5
     """Of Adam after each round of the search; 0: the policy stays as it is."""
     replayed: int = 2
@@ -140,7 +142,7 @@ class CostConfig:
 class ChoiceConfig:
     """The last choice among masks: see ``onp.agent.choice``."""
 
-    leaders: int = 5
+    leaders: int = 3
     """Best masks of the search that take part."""
     images: int = 250
     """Of those that the search has not seen, at most so many judge what is given back;"""
@@ -148,6 +150,8 @@ class ChoiceConfig:
     """with fewer, nothing is."""
     rounds: int = 2
     """Of giving back."""
+    judged: int = 500
+    """Images of all that the last pick is made on, at most."""
     success_weight: float = 2.0
     """As in the search's cost, but dearer: an attacker's trigger works better than what stands for
     it here."""
@@ -175,7 +179,7 @@ class VerdictConfig:
     advantage: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of the best probe's strength over the same family's for another class; of a
     label shift's share, over that of the shift by two."""
-    certain: float = 0.75
+    certain: float = 0.6
     """Score of the norm statistics from which on no other probes are asked."""
     excess: tuple[float, float] = (1.2, 2.2)
     """The norms' shift over what chance makes of it."""
@@ -229,10 +233,13 @@ class Config:
 BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
-        synthesis=SynthesisConfig(steps=30, images_per_step=16, classes=2, renewal_steps=20),
-        replay=ReplayConfig(steps=30, images_per_step=32),
+        unlearning=UnlearningConfig(batch=64, max_steps=15),
+        synthesis=SynthesisConfig(steps=20, images_per_step=16, classes=2, renewal_steps=15),
+        replay=ReplayConfig(steps=16, images_per_step=16),
         gates=GatesConfig(steps=20, images_per_step=24, learning_rate=0.12),
-        agent=AgentConfig(images=64, rounds=4),
+        race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
+        agent=AgentConfig(images=64, rounds=3, tried=2, heads=(3, 8)),
+        choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=250),
     ),
     "standard": Config("standard"),
     "thorough": Config(
@@ -240,9 +247,7 @@ BUDGETS: dict[str, Config] = {
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         replay=ReplayConfig(steps=80, images_per_step=64),
         gates=GatesConfig(steps=80, images_per_step=64, learning_rate=0.05),
-        agent=AgentConfig(
-            images=250, rounds=16, tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)
-        ),
+        agent=AgentConfig(images=250, rounds=16, tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)),
     ),
 }
 """What --budget names."""

@@ -16,6 +16,7 @@ from onp.agent.gates import learn_gates
 from onp.agent.learner import Learner
 from onp.agent.policy import CautionPolicy
 from onp.agent.race import Contender, heads_of
+from onp.agent.weights import load_policy
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
 from onp.graph import NeuronGraph
@@ -91,6 +92,8 @@ class Search:
             features.shape[1], len(self.graph.relations),
             hidden=agent.hidden, rounds=agent.messages, seed=self.seed,
         )  # fmt: skip
+        if agent.weights is not None:
+            load_policy(policy, agent.weights)
 
         def tell(number: int, log: Round) -> None:
             message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
@@ -101,11 +104,11 @@ class Search:
         return elite.masks, rounds
 
     def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:
-        """Give back what images that the search has not seen do not need pruned, then take the
-        cheapest on all of them."""
+        """Give back what images that the search has not seen do not need pruned, then take what is
+        cheapest on seen and unseen ones."""
         config, seen = self.config.choice, self.config.agent.images
         weight = config.success_weight
         if len(self.images) - seen >= config.least:
             fresh = self.cost(counted, slice(seen, seen + config.images), weight)
             finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
-        return choose(finalists, self.cost(counted, slice(None), weight))
+        return choose(finalists, self.cost(counted, slice(config.judged), weight))

@@ -156,7 +156,7 @@ def test_without_steps_the_agent_keeps_to_what_is_foreseen(
 
 
 def test_the_policy_follows_a_permutation_of_channels() -> None:
-    """Channels of a layer have no order: permuted with their weights, their factors are permuted."""
+    """Channels of a layer have no order: permuted with their weights, so are their factors."""
     torch.manual_seed(4)
     wide = 14
     model = nn.Sequential(

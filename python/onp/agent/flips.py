@@ -88,7 +88,7 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
     for _ in range(rounds):
         effects = flip_effects(cost, mask).scaled()
         order = effects.grown(mask.nonzero().squeeze(1), int(mask.sum()))
-        sizes = sorted({len(order) * share // 8 for share in range(1, 9)} - {0})
+        sizes = sorted({len(order) * share // 8 for share in (1, 2, 4, 6, 8)} - {0})
         if not sizes:
             break
         opened = flipped(mask, [torch.tensor(order[:size]) for size in sizes])
