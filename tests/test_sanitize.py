@@ -85,7 +85,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert worths == sorted(worths)
     assert all(log["tried"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
-    stages = {"prepare", "statistics", "replay", "race", "gates", "agent", "renew", "choose"}
+    stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
     assert stages < set(report["seconds"])
     assert report["image_forwards"]["total"] == sum(

@@ -57,6 +57,8 @@ class ReplayConfig:
     enough: float = 0.1
     """Share of the shift's square that may stay unexplained however large it is."""
     images_per_step: int = 24
+    judged: int = 250
+    """Images, at most, on which is seen what a trigger reaches."""
     families: tuple[str, ...] = ("generator", "patch", "additive", "low_frequency", "warp")
     """One trigger of each is learned; the first also tries label shifts."""
     poisoned: float = 0.06
@@ -235,7 +237,7 @@ BUDGETS: dict[str, Config] = {
         "quick",
         unlearning=UnlearningConfig(batch=64, max_steps=15),
         synthesis=SynthesisConfig(steps=20, images_per_step=16, classes=2, renewal_steps=15),
-        replay=ReplayConfig(steps=16, images_per_step=16),
+        replay=ReplayConfig(steps=12, images_per_step=16, judged=100),
         gates=GatesConfig(steps=20, images_per_step=24, learning_rate=0.12),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
         agent=AgentConfig(images=64, rounds=3, tried=2, heads=(3, 8)),

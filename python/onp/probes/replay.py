@@ -61,7 +61,7 @@ def replay(
     with p the assumed share of poisoned images. Without a ``target`` none is asked for: it is
     the class that gains most, and learning stops once a running mean of the loss (from 1, weight
     .2) is (least_excess / excess)^2, which is what a clean network's shift would leave of it, or
-    ``enough``. With one the trigger is learned on all but ``held_back`` of the images and judged
+    ``enough``; ``judged`` images then say what it reaches. With one the trigger is learned on all but ``held_back`` of the images and judged
     on those. Costs 2 image-forwards an image and step.
     """
     random = torch.Generator().manual_seed(seed)
@@ -103,7 +103,8 @@ def replay(
         ledger.tick(step + 1, config.steps, f"agreement {agreement:.2f}")
         if unexplained <= enough:
             break
-    judged, own, before = images[-held_back:], labels[-held_back:], before[-held_back:]  # -0: all
+    judging = slice(-held_back, None) if held_back else slice(config.judged)
+    judged, own, before = images[judging], labels[judging], before[judging]
     probe = found(0 if target is None else target)
     after = answers(network, probe(judged))
     ledger.count(len(judged))

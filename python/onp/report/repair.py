@@ -105,14 +105,15 @@ def repair_report(
 
 
 def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
-    target = contender.probe.target
+    target, raced = contender.probe.target, contender.size > 0
+    left = contender.success * (1 - contender.removed)
     return {
         "family": contender.probe.family.name,
         "target": target if isinstance(target, int) else str(target),
         "size": round(contender.probe.size, 4),
         "success_before": round(contender.success, 4),
-        "success_after_its_own_mask": round(contender.success * (1 - contender.removed), 4),
-        "worth": round(contender.score, 4),
+        "success_after_its_own_mask": round(left, 4) if raced else None,
+        "worth": round(contender.score, 4) if raced else None,
         "sites": contender.size,
         "counted": counted,
     }
