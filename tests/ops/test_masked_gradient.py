@@ -379,6 +379,18 @@ def test_no_second_derivatives() -> None:
         slope.sum().backward()
 
 
+@pytest.mark.parametrize("max_workspace", [0, masked_gradient.MAX_WORKSPACE])
+def test_arguments_changed_before_the_backward_pass_are_refused(max_workspace: int) -> None:
+    model = network("vgg11_bn")
+    traced = trace(model, (3, 32, 32))
+    gates = gates_for(traced, 2)[0].requires_grad_(True)
+    logits = lower(traced, model)(images_of((32, 32), 2), gates, max_workspace=max_workspace)
+    with torch.no_grad():
+        gates.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
+
+
 def test_a_lost_norm_is_told() -> None:
     model = randomised(nn.Sequential(
         nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(),

@@ -303,7 +303,7 @@ class _Gradient(torch.autograd.Function):
         logits, mean, variance = batch.forward()
         ctx.set_materialize_grads(False)
         ctx.batch = batch  # must not hold an output: the circle would keep the workspace
-        ctx.save_for_backward(mean)
+        ctx.save_for_backward(images, gates, mean)  # torch refuses what was changed since
         return logits, mean, variance
 
     @staticmethod
@@ -315,7 +315,8 @@ class _Gradient(torch.autograd.Function):
         plan = batch.options.plan
         if logits is None:
             logits = _floats(len(batch.images), plan.num_classes).zero_()
-        slope, offset = _pull_of_moments(plan._pixels, ctx.saved_tensors[0], mean, variance)
+        _, _, means = ctx.saved_tensors
+        slope, offset = _pull_of_moments(plan._pixels, means, mean, variance)
         images, gates = batch.backward(logits.contiguous(), slope, offset, ctx.needs_input_grad[:2])
         return images, gates, None
 
