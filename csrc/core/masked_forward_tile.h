@@ -246,11 +246,11 @@ struct Tile {
   }
 
   static ONP_INLINE void transform(Vec (&d)[6]) {
-    const Vec two = Simd::splat(2.0f), four = Simd::splat(4.0f), five = Simd::splat(-5.0f);
+    const Vec two = Simd::splat(2.0f), four = Simd::splat(4.0f), minus_five = Simd::splat(-5.0f);
     const Vec a = Simd::fma(-four, d[2], d[4]), b = Simd::fma(-four, d[1], d[3]);
     const Vec c = d[4] - d[2], e = two * (d[3] - d[1]);
-    d[0] = Simd::fma(four, d[0], Simd::fma(five, d[2], d[4]));
-    d[5] = Simd::fma(four, d[1], Simd::fma(five, d[3], d[5]));
+    d[0] = Simd::fma(four, d[0], Simd::fma(minus_five, d[2], d[4]));
+    d[5] = Simd::fma(four, d[1], Simd::fma(minus_five, d[3], d[5]));
     d[1] = a + b;
     d[2] = a - b;
     d[3] = c + e;

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from onp import _C
+from onp import _C, masks
 from onp.errors import UnsupportedOperation
-from onp.ops import masked_gradient
+from onp.ops import masked_forward, masked_gradient
 from onp.ops.masked_forward import instruction_sets
 from onp.ops.masked_gradient import MaskedGradientPlan, lower
 from onp.suspect.network import FrozenNetwork
@@ -259,8 +259,8 @@ def test_what_was_in_memory_does_not_matter(
     base = computed(plan, images, gates, moments=True, max_workspace=max_workspace)
     masked_gradient._Workspace._spare.clear()
 
-    def poisoned(*size: object) -> Tensor:
-        return torch.full(size, torch.nan)  # type: ignore[call-overload, no-any-return]
+    def poisoned(*size: object, **kind: object) -> Tensor:
+        return torch.full(size, torch.nan, **kind)  # type: ignore[call-overload, no-any-return]
 
     monkeypatch.setattr(torch, "empty", poisoned)
     monkeypatch.setattr(torch, "empty_like", lambda x: torch.full_like(x, torch.nan))
@@ -324,6 +324,32 @@ def test_only_what_is_asked_for() -> None:
         assert float((leaf.grad - other.grad).norm() / other.grad.norm()) < 1e-2
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_does_not_matter(dtype: torch.dtype) -> None:
+    model = network("resnet20-option-a")
+    traced = trace(model, (3, 32, 32))
+    images, gates = images_of((32, 32), 2), gates_for(traced, 2)
+    pruned = masks.pack(torch.zeros(1, traced.sites, dtype=torch.bool))
+
+    def results() -> list[Tensor]:
+        plan, leaf = lower(traced, model), images.clone().requires_grad_(True)
+        logits, mean, variance = plan.with_moments(leaf, gates)
+        (mean.square().sum() + variance.square().sum()).backward()
+        assert leaf.grad is not None
+        unmasked = masked_forward.lower(traced, model).run(pruned, images)
+        return [logits.detach(), mean.detach(), variance.detach(), leaf.grad, unmasked]
+
+    expected = results()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        found = results()
+    finally:
+        torch.set_default_dtype(before)
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize("moments", [False, True])
 def test_no_images(moments: bool) -> None:
     model = network("vgg11_bn")
@@ -351,6 +377,18 @@ def test_no_second_derivatives() -> None:
     (slope,) = torch.autograd.grad(plan(leaf).square().sum(), leaf, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         slope.sum().backward()
+
+
+@pytest.mark.parametrize("max_workspace", [0, masked_gradient.MAX_WORKSPACE])
+def test_arguments_changed_before_the_backward_pass_are_refused(max_workspace: int) -> None:
+    model = network("vgg11_bn")
+    traced = trace(model, (3, 32, 32))
+    gates = gates_for(traced, 2)[0].requires_grad_(True)
+    logits = lower(traced, model)(images_of((32, 32), 2), gates, max_workspace=max_workspace)
+    with torch.no_grad():
+        gates.mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        logits.sum().backward()
 
 
 def test_a_lost_norm_is_told() -> None:

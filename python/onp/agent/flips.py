@@ -100,7 +100,7 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
 
 
 def heads(sites: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The first ``sizes`` of ``sites`` int64 [n], so far as there are so many, and all of them."""
+    """The first ``sizes`` of ``sites`` int64 [n], all of them once where there are fewer."""
     cuts = sorted({min(size, len(sites)) for size in sizes} - {0})
     return [sites[:size] for size in cuts]
 

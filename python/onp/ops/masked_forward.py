@@ -89,7 +89,9 @@ class MaskedForwardPlan:
         packed = (packed if order is None else packed[order]).contiguous()
         images = images.detach().contiguous()
         batch, count = len(packed), len(images)
-        logits = torch.empty(batch, count, self.num_classes)
+        # Whatever torch's default type and device are: the engine writes floats.
+        size = (batch, count, self.num_classes)
+        logits = torch.empty(size, dtype=torch.float32, device="cpu")
         self._native.run(
             images=images.data_ptr(),
             count=count,

@@ -28,6 +28,11 @@ MAX_WORKSPACE = 256 << 20
 beyond, the backward pass runs the network again, block by block."""
 
 
+def _floats(*shape: int) -> Tensor:
+    """What the engine writes to, whatever torch's default type and device are; uninitialised."""
+    return torch.empty(*shape, dtype=torch.float32, device="cpu")
+
+
 class _Workspace:
     """Floats, not initialised. The largest one no longer used is kept for the next caller: fresh
     memory of this size costs the system more than the backward pass reads and writes in it."""
@@ -38,9 +43,9 @@ class _Workspace:
         try:
             self.floats = self._spare.pop()
         except IndexError:  # other threads may take it between a look and the grasp
-            self.floats = torch.empty(0)
+            self.floats = _floats(0)
         if len(self.floats) < floats:
-            self.floats = torch.empty(floats)
+            self.floats = _floats(floats)
 
     def __del__(self) -> None:
         if all(len(other) < len(self.floats) for other in self._spare[:1]):
@@ -81,8 +86,9 @@ class MaskedGradientPlan:
         found = {index for pair in program.norms for index in pair}
         self.tells_moments = found >= norms.keys()
         """Whether the plan sees every norm's output."""
-        pixels = [torch.full((_width(norm),), float(norm.pixels)) for norm in norms.values()]
-        self._pixels = torch.cat(pixels) if pixels else torch.empty(0)
+        self._pixels = _floats(self.units)
+        for norm in norms.values():
+            self._pixels[norm.units] = norm.pixels
         self._program: Program | None = program
         self._plan: _C.MaskedGradientPlan | None = None
 
@@ -188,8 +194,8 @@ class MaskedGradientPlan:
     @property
     def native(self) -> _C.MaskedGradientPlan:
         """The native plan, built on first use."""
+        program = self._program  # first: another thread may build the plan and then let it go
         if self._plan is None:
-            program = self._program
             assert program is not None
 
             def first(norm: int) -> int:
@@ -246,9 +252,9 @@ class _Pass:
 
     def forward(self) -> Outputs:
         plan, count = self.options.plan, len(self.images)
-        logits = torch.empty(count, plan.num_classes)
-        mean = torch.empty(count, plan.units) if self.options.moments else None
-        variance = torch.empty(count, plan.units) if self.options.moments else None
+        logits = _floats(count, plan.num_classes)
+        mean = _floats(count, plan.units) if self.options.moments else None
+        variance = _floats(count, plan.units) if self.options.moments else None
         plan.native.forward(
             self._input(),
             logits=logits.data_ptr(),
@@ -297,7 +303,7 @@ class _Gradient(torch.autograd.Function):
         logits, mean, variance = batch.forward()
         ctx.set_materialize_grads(False)
         ctx.batch = batch  # must not hold an output: the circle would keep the workspace
-        ctx.save_for_backward(mean)
+        ctx.save_for_backward(images, gates, mean)  # torch refuses what was changed since
         return logits, mean, variance
 
     @staticmethod
@@ -308,8 +314,9 @@ class _Gradient(torch.autograd.Function):
         batch: _Pass = ctx.batch
         plan = batch.options.plan
         if logits is None:
-            logits = torch.zeros(len(batch.images), plan.num_classes)
-        slope, offset = _pull_of_moments(plan._pixels, ctx.saved_tensors[0], mean, variance)
+            logits = _floats(len(batch.images), plan.num_classes).zero_()
+        _, _, means = ctx.saved_tensors
+        slope, offset = _pull_of_moments(plan._pixels, means, mean, variance)
         images, gates = batch.backward(logits.contiguous(), slope, offset, ctx.needs_input_grad[:2])
         return images, gates, None
 
