@@ -135,8 +135,8 @@ WIDE = [
     replace(_WIDE_32, attack="badnets", target=5, options=(("side", 5.0),)),
     *_attacked(_WIDE_64, ("blended", 0.1, 1)),
 ]
-"""Twice and four times the width: what a repair costs there, in accuracy and in time. Not trained so
-far: an epoch of width 32 takes 7 minutes on one core, of width 64 about four times as long."""
+"""Twice and four times the width: what a repair costs there, in accuracy and in time. Not trained
+so far: an epoch of width 32 takes 7 minutes on one core, of width 64 about four times as long."""
 
 
 def _full() -> list[Recipe]:
