@@ -75,7 +75,7 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/3"
+    assert report["schema"] == "onp.repair/4"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]
@@ -85,6 +85,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert worths == sorted(worths)
     assert all(log["tried"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
+    assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
     assert stages < set(report["seconds"])

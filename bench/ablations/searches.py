@@ -26,8 +26,8 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "singles": lambda config: replace(config, agent=replace(config.agent, tried=8, heads=(0,))),
     "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1)),
 }
-"""The agent's own: the GNN without messages; the policy as it starts, values as foreseen; one graph
-per layer as in the paper; no sets of flips; one move instead of a sequence."""
+"""The agent's own: the GNN without messages; the model of the margins trusted as it
+is; one graph per layer as in the paper; no sets of flips; one move instead of a sequence."""
 BATCH = 32
 """Masks in one call of the engine."""
 ELITE = 0.25

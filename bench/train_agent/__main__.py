@@ -91,6 +91,10 @@ def main() -> int:
     lines = []
     for messages in (AgentConfig().messages, 0):
         for fold, kept_out in {**folds(networks), "all": set[str]()}.items():
+            met_on = {lesson.name for lesson in lessons}
+            if not met_on - kept_out or (kept_out and not met_on & kept_out):
+                print(f"{fold}: nothing to learn from, or to judge by", file=sys.stderr)
+                continue
             row, policy = fold_of(fold, kept_out, lessons, messages, args.seed)
             row |= {"networks": len(networks), "seeds": args.seeds, "seed": args.seed}
             lines.append(json.dumps(row | provenance()))

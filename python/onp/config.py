@@ -95,7 +95,8 @@ class RaceConfig:
     sizes: tuple[float, ...] = (0.003, 0.005, 0.01, 0.015, 0.02, 0.03)
     """Shares of all sites that a ranking's masks prune."""
     least_success: float = 0.25
-    """Probes that make fewer images answer their class (mean probability) are not raced."""
+    """Probes that make fewer images answer their class (mean probability) are not raced, nor do
+    they count where the norms have called."""
     first_images: int = 48
     """Clean images (and as many triggered ones) that every candidate sees."""
     second_images: int = 128
