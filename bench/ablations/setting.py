@@ -14,7 +14,7 @@ from onp.evaluate import MaskEvaluator
 from onp.evidence import RESPONSE_IMAGES, Evidence, Scene, gather
 from onp.graph import build_graph
 from onp.ledger import Ledger
-from onp.prepare import clean_images, frozen_copy
+from onp.prepare import baseline, clean_images, frozen_copy
 from onp.probes.norm_shift import NormShift, norm_shift
 from onp.probes.responses import activations
 from onp.search import Search
@@ -51,10 +51,12 @@ def investigate(model: nn.Module, clean: ImageSet, config: Config, seed: int) ->
     suspect, device = frozen_copy(model, None, None)
     trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
     evaluator = MaskEvaluator(trace, suspect, device=device, ledger=Ledger())
+    seen = baseline(suspect, evaluator, images, labels)
     before = activations(evaluator.network, images[:RESPONSE_IMAGES])
-    scene = Scene(suspect, evaluator, images, labels, before, config, VALID, seed)
+    scene = Scene(suspect, evaluator, seen, before, config, VALID, seed)
     shift = norm_shift(
-        evaluator.network, suspect, images, labels,
+        evaluator.network, suspect,
+        images[: config.replay.measured], labels[: config.replay.measured],
         valid=VALID, seed=seed, ledger=scene.ledger,
     )  # fmt: skip
     with torch.enable_grad():

@@ -21,6 +21,7 @@ from onp.agent.elite import Elite
 from onp.agent.flips import improve
 from onp.agent.gates import learn_gates
 from onp.agent.race import heads_of
+from onp.clean import Clean
 from onp.config import AgentConfig, CostConfig, GatesConfig
 from onp.data import ImageSet, spread_order
 from onp.evaluate import MaskEvaluator
@@ -63,10 +64,11 @@ def known_trigger(
     seen = images[:RESPONSE_IMAGES]
     before = activations(evaluator.network, seen)
     response = responses(before, evaluator.network, probe(seen), ledger)
+    known = Clean.seen_by(evaluator, images, labels)
     gates = learn_gates(
-        evaluator.network, images, labels, [probe], response, GATES, seed=seed, ledger=ledger
+        evaluator.network, known, [probe], response, GATES, seed=seed, ledger=ledger
     )
-    cost = Cost(evaluator, images[: SEARCH.images], labels[: SEARCH.images], [probe], CostConfig())
+    cost = Cost(evaluator, known[: SEARCH.images], [probe], CostConfig())
     nothing = torch.zeros(1, trace.sites, dtype=torch.bool)
     closed = int((gates > 0).sum())
     heads = heads_of(gates, [count for count in GATES.counts if count <= closed])

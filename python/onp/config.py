@@ -49,6 +49,8 @@ class SynthesisConfig:
 class ReplayConfig:
     """The triggers that explain the batch norms' shift: see ``onp.probes.replay``."""
 
+    measured: int = 1000
+    """Clean images, at most, that the shift is measured on, each in four forms."""
     least_excess: float = 1.3
     """Shift of the norms, over what chance makes of it, from which on it is replayed, and down to
     which it is explained."""
@@ -238,11 +240,13 @@ BUDGETS: dict[str, Config] = {
         "quick",
         unlearning=UnlearningConfig(batch=64, max_steps=15),
         synthesis=SynthesisConfig(steps=20, images_per_step=16, classes=2, renewal_steps=15),
-        replay=ReplayConfig(steps=12, images_per_step=16, judged=100),
-        gates=GatesConfig(steps=20, images_per_step=24, learning_rate=0.12),
+        replay=ReplayConfig(measured=250, steps=12, images_per_step=16, judged=64),
+        gates=GatesConfig(
+            steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
+        ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=64, rounds=3, tried=2, heads=(3, 8)),
-        choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=250),
+        agent=AgentConfig(images=64, rounds=2, tried=2, heads=(3, 8)),
+        choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
     ),
     "standard": Config("standard"),
     "thorough": Config(

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from onp.agent.contenders import counted_contenders, success_of
 from onp.agent.race import Contender, race
+from onp.clean import Clean
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -18,7 +18,7 @@ from onp.probes.families import Range
 from onp.probes.generator import Generator
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift, Probe, Target
-from onp.probes.replay import Replayed, answers, replay
+from onp.probes.replay import Replayed, replay
 from onp.probes.responses import responses
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
@@ -38,10 +38,7 @@ class Scene:
     model: nn.Module
     """In eval mode, on the evaluator's device."""
     evaluator: MaskEvaluator
-    images: Tensor
-    """float32 [N, C, H, W]."""
-    labels: Tensor
-    """int64 [N]."""
+    clean: Clean
     before: list[Tensor]
     """Every site layer's activations on the first ``RESPONSE_IMAGES``."""
     config: Config
@@ -52,42 +49,36 @@ class Scene:
     def ledger(self) -> Ledger:
         return self.evaluator.ledger
 
-    @cached_property
-    def answers(self) -> Tensor:
-        """What the network says of the clean images, int64 [N]."""
-        self.ledger.count(len(self.images))
-        return answers(self.evaluator.network, self.images)
-
     def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
         """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
         return replay(
-            shift, self.images, self.labels, self.answers, self.config.replay, REPLAYED[family],
+            shift, self.clean, self.config.replay, REPLAYED[family],
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes' contenders, best first."""
         return race(
-            self.evaluator, self.images, self.labels, probes, self._rankings(probes),
+            self.evaluator, self.clean.images, self.clean.labels, probes, self._rankings(probes),
             self.config.race, self.config.score,
         )  # fmt: skip
 
     def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes with what they reach, for where it is clear that there is a backdoor."""
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-        few = slice(self.config.race.first_images)
+        few = self.clean[: self.config.race.first_images]
         return [
             Contender(
                 probe,
                 ranking,
-                success_of(probe, self.evaluator, nothing, self.images[few], self.labels[few]),
+                success_of(probe, self.evaluator, nothing, few.images, few.labels),
                 nothing,
             )
             for probe, ranking in zip(probes, self._rankings(probes), strict=True)
         ]
 
     def _rankings(self, probes: Sequence[Probe]) -> list[Tensor]:
-        seen = self.images[:RESPONSE_IMAGES]
+        seen = self.clean.images[:RESPONSE_IMAGES]
         return [
             responses(self.before, self.evaluator.network, probe(seen), self.ledger)
             for probe in probes
@@ -131,13 +122,13 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
         return None
-    classes = scene.evaluator.trace.num_classes
+    classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels
     with scene.ledger.stage("replay"):
         replayed = [scene.replayed(shift, family) for family in config.replay.families]
         verdict = by_statistics(shift.excess, replayed, config.verdict)
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
-        if not bool((scene.labels == probes[0].wanted(scene.labels)).any()):
+        if not bool((labels == probes[0].wanted(labels)).any()):
             return None
         if verdict.score < config.verdict.certain and classes > 2:
             one, two = (
@@ -158,17 +149,18 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 def from_probes(scene: Scene) -> Evidence:
     """Unlearn, probe the classes that are left with every family, and race what is found."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
+    images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
         unlearned = unlearn(
-            scene.model, scene.images, scene.labels, config.unlearning,
+            scene.model, images, labels, config.unlearning,
             seed=scene.seed, ledger=ledger,
         )  # fmt: skip
         left = FrozenNetwork(network.trace, unlearned.model, network.device)
-        unlearning = responses(scene.before, left, scene.images[:RESPONSE_IMAGES], ledger)
+        unlearning = responses(scene.before, left, images[:RESPONSE_IMAGES], ledger)
     with ledger.stage("probe"):
         targets = unlearned.suspects(min(config.synthesis.classes, network.trace.num_classes))
         probes = synthesise(
-            network, scene.images, scene.labels, targets, steps=config.synthesis.steps,
+            network, images, labels, targets, steps=config.synthesis.steps,
             draw=config.synthesis.images_per_step, valid=scene.valid, seed=scene.seed,
             ledger=ledger,
         )  # fmt: skip

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.data import ImageSet, Preprocess, gather, spread_order
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
@@ -87,11 +88,10 @@ def unwrapped(model: nn.Module, preprocess: Preprocess | None) -> nn.Module:
     return model if preprocess is None else model.get_submodule("1")
 
 
-def check_baseline(
-    suspect: nn.Module, evaluator: MaskEvaluator, images: Tensor, labels: Tensor
-) -> None:
-    """Refuse labels the network cannot answer, broken logits, images it was not trained on, and a
-    trace that does not compute what the network computes."""
+def baseline(suspect: nn.Module, evaluator: MaskEvaluator, images: Tensor, labels: Tensor) -> Clean:
+    """What the network says of the clean images. Refuses labels the network cannot answer, broken
+    logits, images it was not trained on, and a trace that does not compute what the network
+    computes."""
     classes = evaluator.trace.num_classes
     if int(labels.max()) >= classes or int(labels.min()) < 0:
         raise BadData(
@@ -99,16 +99,17 @@ def check_baseline(
             f"{int(labels.min())} .. {int(labels.max())}"
         )
     nothing = torch.zeros(evaluator.trace.sites, dtype=torch.bool)
-    logits = evaluator.run(nothing[None], images)[0]
-    if not bool(logits.isfinite().all()):
+    clean = Clean.seen_by(evaluator, images, labels)
+    if not bool(clean.original.isfinite().all()):
         raise UnsafeOrCorruptModel("the network's logits are not finite on the clean images")
     check_same(suspect, evaluator, nothing, images, "the network as traced")
-    accuracy = float((logits.argmax(1) == labels).float().mean())
+    accuracy = float((clean.answers == labels).float().mean())
     if accuracy <= max(1.3 / classes, 0.2):
         raise BadData(
             f"the network answers only {100 * accuracy:.0f}% of the clean images rightly; check "
             "--preset (the normalisation), the labels' order and the input range"
         )
+    return clean
 
 
 @torch.no_grad()

@@ -20,12 +20,13 @@ def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:
     if evidence.verdict.by == "norm statistics":
         return []
     assert isinstance(target, int)
+    images, labels = scene.clean.images, scene.clean.labels
     fresh = synthesise(
-        scene.evaluator.network, scene.images, scene.labels, [target],
+        scene.evaluator.network, images, labels, [target],
         steps=config.synthesis.renewal_steps, draw=config.synthesis.images_per_step,
         valid=scene.valid, seed=scene.seed + 1, ledger=scene.ledger, gates=(~mask).float(),
     )  # fmt: skip
     through = getting_through(
-        fresh, scene.evaluator, mask, scene.images, scene.labels, evidence.contenders, config
+        fresh, scene.evaluator, mask, images, labels, evidence.contenders, config
     )
     return [c for c in scene.raced(through) if c.score >= config.synthesis.through_worth]

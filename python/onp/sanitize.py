@@ -21,7 +21,7 @@ from onp.evidence import RESPONSE_IMAGES, Scene, gather
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
 from onp.prepare import (
-    check_baseline,
+    baseline,
     check_class_names,
     check_same,
     clean_images,
@@ -95,16 +95,17 @@ def sanitize(
         if isinstance(clean, ImageSet):
             check_class_names(clean, trace.num_classes)
         evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
-        check_baseline(suspect, evaluator, images, labels)
+        seen = baseline(suspect, evaluator, images, labels)
         graph = build_graph(trace, suspect, config.graph)
 
     with ledger.stage("statistics"):
         before = activations(evaluator.network, images[:RESPONSE_IMAGES])
         shift = norm_shift(
-            evaluator.network, suspect, images, labels,
+            evaluator.network, suspect,
+            images[: config.replay.measured], labels[: config.replay.measured],
             valid=input_range, seed=seed, ledger=ledger,
         )  # fmt: skip
-    scene = Scene(suspect, evaluator, images, labels, before, config, input_range, seed)
+    scene = Scene(suspect, evaluator, seen, before, config, input_range, seed)
     evidence = gather(scene, shift)
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
@@ -132,8 +133,8 @@ def sanitize(
             mask = choice.mask
 
     with ledger.stage("finish"):
-        both = torch.stack([torch.zeros_like(mask), mask])
-        right = evaluator.run(both, images).argmax(2) == labels
+        after = evaluator.run(mask[None], images)[0].argmax(1) if mask.any() else seen.answers
+        right = torch.stack([seen.answers, after]) == labels
         pruned = apply_mask(suspect, trace, mask)
         check_same(pruned, evaluator, mask, images, "the mask as applied")
     cared: AftercareOutcome | None = None

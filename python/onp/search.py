@@ -32,7 +32,7 @@ class Search:
     ) -> None:
         self.scene = scene
         self.evaluator = scene.evaluator
-        self.images, self.labels = scene.images, scene.labels
+        self.clean = scene.clean
         self.config, self.seed = scene.config, scene.seed
         self.graph = graph
         self.shift = shift
@@ -59,12 +59,12 @@ class Search:
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
         probes = [contender.probe for contender in counted]
-        return Cost(self.evaluator, self.images[images], self.labels[images], probes, config)
+        return Cost(self.evaluator, self.clean[images], probes, config)
 
     def gates(self, counted: Sequence[Contender]) -> Tensor:
         """The relaxed mask against the counted probes, float32 [S]."""
         return learn_gates(
-            self.evaluator.network, self.images, self.labels, [c.probe for c in counted],
+            self.evaluator.network, self.clean, [c.probe for c in counted],
             torch.stack([c.ranking for c in counted]).mean(0), self.config.gates,
             seed=self.seed, ledger=self.evaluator.ledger,
         )  # fmt: skip
@@ -108,7 +108,7 @@ class Search:
         cheapest on seen and unseen ones."""
         config, seen = self.config.choice, self.config.agent.images
         weight = config.success_weight
-        if len(self.images) - seen >= config.least:
+        if len(self.clean) - seen >= config.least:
             fresh = self.cost(counted, slice(seen, seen + config.images), weight)
             finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
         return choose(finalists, self.cost(counted, slice(config.judged), weight))

@@ -9,6 +9,7 @@ from torch import Tensor
 from onp.agent.cost import Cost, margin
 from onp.agent.effects import Effects, flip_effects
 from onp.agent.flips import flipped
+from onp.clean import Clean
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -21,7 +22,8 @@ def cost() -> Cost:
     """Of the toy: two classes, logits linear in the gates, so that the model is exact there."""
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
-    return Cost(evaluator, images[:70], labels[:70], [probe], CostConfig())
+    clean = Clean.seen_by(evaluator, images, labels)
+    return Cost(evaluator, clean[:70], [probe], CostConfig())
 
 
 def some_mask() -> Tensor:
@@ -61,14 +63,13 @@ def test_the_gains_are_what_flips_really_bring(cost: Cost) -> None:
     mask = some_mask()
     effects = flip_effects(cost, mask)
     moves = [*torch.arange(CHANNELS).split(1), torch.tensor([0, 3, PLANTED])]
-    masks = torch.cat([mask[None], flipped(mask, moves)])
-    parts = cost.parts(masks)
+    gains = cost.parts(flipped(mask, moves)).gains(cost.parts(mask[None]))
     found = torch.stack(effects.together(moves))
-    torch.testing.assert_close(found, parts.gains(), atol=1e-4, rtol=1e-3)
-    alone = parts.gains().sum(0)[:-1] + torch.where(mask, 1.0, -1.0) * cost.config.price
+    torch.testing.assert_close(found, gains, atol=1e-4, rtol=1e-3)
+    alone = gains.sum(0)[:-1] + torch.where(mask, 1.0, -1.0) * cost.config.price
     torch.testing.assert_close(effects.alone(), alone, atol=1e-4, rtol=1e-3)
     assert int(effects.alone().argmax()) == PLANTED
-    gain = cost.worth(masks[[1 + PLANTED]]) - cost.worth(mask[None])
+    gain = cost.worth(flipped(mask, [moves[PLANTED]])) - cost.worth(mask[None])
     assert float(gain) > 0.5  # and the cost itself agrees
 
 

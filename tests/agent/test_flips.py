@@ -14,6 +14,7 @@ from onp.agent.cost import Cost
 from onp.agent.effects import Effects
 from onp.agent.elite import Elite
 from onp.agent.flips import flipped, give_back, heads, improve
+from onp.clean import Clean
 from onp.config import AgentConfig, CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -25,7 +26,7 @@ from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
 def cost() -> Cost:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
-    return Cost(evaluator, images, labels, [probe, probe], CostConfig())
+    return Cost(evaluator, Clean.seen_by(evaluator, images, labels), [probe, probe], CostConfig())
 
 
 def naive_worth(cost: Cost, gates: Tensor) -> float:
@@ -88,7 +89,7 @@ class Linear:
         self.asked: list[Tensor] = []
 
     def parts(self, masks: Tensor) -> Told:
-        self.asked.append(masks[1:])  # the first is the mask that the moves start from
+        self.asked.append(masks)
         return Told(self, masks[0])
 
     def worth(self, masks: Tensor, parts: Told) -> Tensor:

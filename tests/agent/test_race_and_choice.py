@@ -10,6 +10,7 @@ from onp.agent.contenders import advantage, counted_contenders, getting_through
 from onp.agent.cost import Cost
 from onp.agent.flips import give_back
 from onp.agent.race import Contender, race, ranking_masks
+from onp.clean import Clean
 from onp.config import BUDGETS, CostConfig, RaceConfig, ScoreConfig, SynthesisConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.additive import Additive
@@ -61,7 +62,7 @@ def test_the_race_finds_the_planted_channel_and_skips_weak_probes() -> None:
 def test_giving_back_keeps_what_matters_and_choosing_takes_the_cheapest() -> None:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
-    cost = Cost(evaluator, images, labels, [probe], CostConfig())
+    cost = Cost(evaluator, Clean.seen_by(evaluator, images, labels), [probe], CostConfig())
     wide = torch.zeros(CHANNELS, dtype=torch.bool)
     wide[[1, 2, PLANTED, 11, 20]] = True
     slim = give_back(wide, cost, rounds=5)

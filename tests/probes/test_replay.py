@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from onp import demo
+from onp.clean import Clean
 from onp.config import Config, ReplayConfig
+from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.evaluate import MaskEvaluator
 from onp.evidence import REPLAYED, Scene, from_statistics
@@ -19,7 +21,7 @@ from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift
-from onp.probes.replay import Replayed, answers, replay
+from onp.probes.replay import Replayed, replay
 from onp.suspect.load import load_suspect
 from tests.probes.shifted import measure, seen, triggered
 
@@ -52,14 +54,19 @@ def all_to_all(trained: nn.Module) -> nn.Module:
     return seen(model.eval(), images)
 
 
+def known(shift: NormShift, clean: ImageSet) -> Clean:
+    with torch.no_grad():
+        logits = shift.moments.network(clean.floats())
+    return Clean(clean.floats(), clean.labels, logits.log_softmax(1))
+
+
 def learn(
     shift: NormShift, family: Family, config: ReplayConfig, ledger: Ledger | None = None,
     target: LabelShift | None = None,
 ) -> Replayed:  # fmt: skip
     clean = demo.clean_images()[torch.arange(200)]
-    before = answers(shift.moments.network, clean.floats())
     return replay(
-        shift, clean.floats(), clean.labels, before, config, family, target=target,
+        shift, known(shift, clean), config, family, target=target,
         valid=(0.0, 1.0), seed=0, ledger=ledger or Ledger(),
     )  # fmt: skip
 
@@ -129,7 +136,7 @@ def test_a_class_without_clean_images_is_not_taken_for_a_target(trained: nn.Modu
     frozen = shift.moments.network
     evaluator = MaskEvaluator(frozen.trace, model)
     scene = Scene(
-        model, evaluator, clean.floats()[some], clean.labels[some], [],
+        model, evaluator, known(shift, clean[some]), [],
         Config(replay=ReplayConfig(steps=15, images_per_step=24, least_excess=0.0)), (0.0, 1.0), 0,
     )  # fmt: skip
     found = from_statistics(scene, shift)

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onp.clean import Clean
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.probe import Trigger
@@ -39,11 +40,18 @@ class Parts:
     """Weighted nats of the target's probability on the triggered image, -log(1 - p), uncapped and
     not in excess; 0 where it is the label. What the model of the margins foresees."""
 
-    def gains(self) -> Tensor:
-        """What every mask but the first gains over the first, on clean and on triggered images:
-        float32 [2, B - 1]."""
-        costs = torch.stack([self.harm.mean(1), self.turned.mean(1)])
-        return costs[:, :1] - costs[:, 1:]
+    def of(self, number: int) -> Parts:
+        """One mask's."""
+        row = slice(number, number + 1)
+        return Parts(self.harm[row], self.success[row], self.turned[row])
+
+    def gains(self, present: Parts) -> Tensor:
+        """What every mask gains over the one mask of ``present``, on clean and on triggered images:
+        float32 [2, B]."""
+        before, after = (
+            torch.stack([parts.harm.mean(1), parts.turned.mean(1)]) for parts in (present, self)
+        )
+        return before - after
 
 
 class Cost:
@@ -52,12 +60,11 @@ class Cost:
     def __init__(
         self,
         evaluator: MaskEvaluator,
-        images: Tensor,
-        labels: Tensor,
+        clean: Clean,
         probes: Sequence[Trigger],
         config: CostConfig,
     ) -> None:
-        """images: float32 [N, C, H, W] with labels int64 [N]."""
+        images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
         self.sites = evaluator.trace.sites
@@ -69,8 +76,7 @@ class Cost:
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
         self.both = torch.cat([images, self.triggered])
-        none = torch.zeros(1, self.sites, dtype=torch.bool)
-        self.original = evaluator.run(none, images)[0].log_softmax(1)  # [N, K]
+        self.original = clean.original
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call."""

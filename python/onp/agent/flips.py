@@ -52,6 +52,7 @@ def improve(
     trusted as it is.
     """
     rounds: list[Round] = []
+    present = None if learner is None else cost.parts(elite.best[None])
     harmful = torch.zeros(cost.sites, dtype=torch.bool)
     for number in range(config.rounds):
         if bool(harmful.all()):
@@ -66,11 +67,15 @@ def improve(
             effects.grown(open_to[: config.pool], max(config.heads)), dtype=torch.int64
         )
         moves = [*alone, *heads(together, config.heads)]
-        masks = torch.cat([mask[None], flipped(mask, moves)])
+        masks = flipped(mask, moves)
         parts = cost.parts(masks)
-        gains = cost.worth(masks, parts)[1:] - best
-        elite.offer(masks[1:], gains + best)
-        loss = 0.0 if learner is None else learner.learn(state, moves, parts.gains())
+        gains = cost.worth(masks, parts) - best
+        elite.offer(masks, gains + best)
+        loss = 0.0
+        if learner is not None and present is not None:
+            loss = learner.learn(state, moves, parts.gains(present))
+            if elite.worths[0] > best:
+                present = parts.of(int(gains.argmax()))
         single = gains[: len(alone)]
         harmful[open_to[: config.tried][single < -config.harm]] = True
         better, mean = int((gains > 0).sum()), float(gains.mean()) if len(gains) else 0.0

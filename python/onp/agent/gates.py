@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onp.clean import Clean
 from onp.config import GatesConfig
 from onp.ledger import Ledger
 from onp.probes.probe import Trigger
@@ -31,8 +32,7 @@ from onp.suspect.network import FrozenNetwork
 
 def learn_gates(
     network: FrozenNetwork,
-    images: Tensor,
-    labels: Tensor,
+    clean: Clean,
     probes: Sequence[Trigger],
     response: Tensor,
     config: GatesConfig,
@@ -42,35 +42,33 @@ def learn_gates(
 ) -> Tensor:
     """How far each site's gate has closed, float32 [S], 0 where it has not.
 
-    images: float32 [N, C, H, W] with labels int64 [N]. response: float32 [S], to the probes. Costs
-    2 image-forwards an image and step.
+    response: float32 [S], to the probes. Costs 2 image-forwards an image and step.
     """
+    images, labels = clean.images, clean.labels
     device, random = network.device, torch.Generator().manual_seed(seed)
     gates = torch.ones(network.trace.sites, device=device, requires_grad=True)
     optimizer = torch.optim.Adam([gates], lr=config.learning_rate, betas=(0.9, 0.99))
     draw = config.images_per_step
     each = -(-draw // len(probes))
     others = [(labels != probe.wanted(labels)).nonzero().squeeze(1) for probe in probes]
-    with torch.no_grad():
-        original = torch.cat([network(part).log_softmax(1) for part in images.split(250)])
-    ledger.count(len(images))
+    original = clean.original.to(device)
     price = config.price / response.to(device).clamp(*config.responses)
     closed = torch.zeros_like(gates)  # summed over the steps: tells apart what ended alike
     for step in range(config.steps):
-        clean = torch.randint(len(images), (draw,), generator=random)
+        kept = torch.randint(len(images), (draw,), generator=random)
         hit = [o[torch.randint(len(o), (each,), generator=random)] for o in others]
         triggered = [p(images[index]) for p, index in zip(probes, hit, strict=True)]
         answers = [p.wanted(labels[index]) for p, index in zip(probes, hit, strict=True)]
         wanted = torch.cat(answers).to(device)[:, None]
-        logits = network(torch.cat([images[clean], *triggered]), gates)
+        logits = network(torch.cat([images[kept], *triggered]), gates)
         logs = logits[:draw].log_softmax(1)
-        before = original[clean.to(device)]
-        kept = F.nll_loss(logs, labels[clean].to(device)) + F.kl_div(
+        before = original[kept.to(device)]
+        harm = F.nll_loss(logs, labels[kept].to(device)) + F.kl_div(
             logs, before, log_target=True, reduction="batchmean"
         )
         own = logits[draw:].gather(1, wanted).squeeze(1)
         rest = logits[draw:].scatter(1, wanted, -torch.inf).logsumexp(1)
-        loss = F.softplus(own - rest).mean() + config.clean_weight * kept
+        loss = F.softplus(own - rest).mean() + config.clean_weight * harm
         loss = loss + (price * (1 - gates)).sum()
         optimizer.zero_grad()
         loss.backward()

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onp.clean import Clean
 from onp.config import ReplayConfig
 from onp.ledger import Ledger
 from onp.probes.families import Family, Range
@@ -42,9 +43,7 @@ class Replayed:
 
 def replay(
     shift: NormShift,
-    images: Tensor,
-    labels: Tensor,
-    before: Tensor,
+    clean: Clean,
     config: ReplayConfig,
     family: Family,
     *,
@@ -53,8 +52,7 @@ def replay(
     seed: int,
     ledger: Ledger,
 ) -> Replayed:
-    """Learn one trigger on clean images float32 [N, C, H, W] with labels int64 [N], which the
-    network answers with ``before`` int64 [N].
+    """Learn one trigger on the clean images, the first of which the shift was measured on.
 
     loss = |residual - p * effect|^2 / |residual|^2 [+ target_weight * cross-entropy to the target]
 
@@ -64,6 +62,7 @@ def replay(
     ``enough``; ``judged`` images then say what it reaches. With one the trigger is learned on all
     but ``held_back`` of the images and judged on those. Costs 2 image-forwards an image and step.
     """
+    images, labels, before = clean.images, clean.labels, clean.answers
     random = torch.Generator().manual_seed(seed)
     network = shift.moments.network
     device = network.device
@@ -78,7 +77,7 @@ def replay(
         return Probe(family, target, parameters, valid, float(family.size(parameters, valid)))
 
     held_back = 0 if target is None else round(config.held_back * len(images))
-    learned_on = len(images) - held_back
+    learned_on = min(len(shift.clean), len(images) - held_back)
     aim = None if target is None else found(target).wanted(labels)
     residual = shift.residual.to(device)
     enough = (
