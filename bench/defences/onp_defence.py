@@ -1,4 +1,4 @@
-"""The package itself, at its standard and its quick budget, in the form of a defence."""
+"""The package itself in the form of defences: standard, quick, and with what may follow pruning."""
 
 from __future__ import annotations
 
@@ -20,6 +20,8 @@ def onp_defence(
     seed: int,
     ledger: Ledger,
     budget: str | Config = "standard",
+    recalibrate: bool = False,
+    finetune: bool = False,
 ) -> tuple[nn.Module, Info]:
     """Optimized neuron pruning; a network judged clean comes back with nothing pruned."""
 
@@ -27,7 +29,10 @@ def onp_defence(
         ledger.tick(done, total, f"{stage} {message}".strip())
 
     try:
-        result = sanitize(model, clean, seed=seed, budget=budget, progress=progress)
+        result = sanitize(
+            model, clean, seed=seed, budget=budget, recalibrate=recalibrate, finetune=finetune,
+            progress=progress,
+        )  # fmt: skip
     except UntraceableModel as error:
         raise NotApplicable(f"the network cannot be traced: {error}") from error
     report = result.report
@@ -49,3 +54,19 @@ def onp_quick(
 ) -> tuple[nn.Module, Info]:
     """The same at the quick budget."""
     return onp_defence(model, clean, seed=seed, ledger=ledger, budget="quick")
+
+
+@defence("onp-recalibrate")
+def onp_recalibrate(
+    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+) -> tuple[nn.Module, Info]:
+    """The norms' statistics estimated anew after pruning: no part of the method."""
+    return onp_defence(model, clean, seed=seed, ledger=ledger, recalibrate=True)
+
+
+@defence("onp-finetune")
+def onp_finetune(
+    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+) -> tuple[nn.Module, Info]:
+    """The weights tuned after pruning: no part of the method."""
+    return onp_defence(model, clean, seed=seed, ledger=ledger, finetune=True)
