@@ -37,7 +37,8 @@ REPORT = {
         {"name": "conv1", "sites": 16, "pruned": []},
         {"name": "1", "sites": 32, "pruned": [5]},
     ],
-    "seconds": {"total": 1.25},
+    "seconds": {"prepare": 0.25, "agent": 1.0, "total": 1.25},
+    "image_forwards": {"prepare": 16, "agent": 640, "total": 656},
 }
 
 
@@ -178,6 +179,22 @@ def test_sanitize_json_is_all_of_stdout(capsys: pytest.CaptureFixture[str]) -> N
     captured = capsys.readouterr()
     assert captured.err == ""
     assert json.loads(captured.out) == json.loads(Path("r.json").read_text())
+
+
+def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*SANITIZE, "--json", "--quiet", "--profile"]) == 0
+    profile = json.loads(capsys.readouterr().out)["profile"]
+    stages = {stage["stage"]: stage for stage in profile["stages"]}
+    assert list(stages) == ["import", "read", "prepare", "agent", "write"]
+    assert stages["agent"]["image_forwards"] == 640
+    assert stages["agent"]["seconds"] == 1.0
+    assert profile["accounted"] > 0.95
+    assert main([*SANITIZE, "--quiet", "--profile"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines[-6:]] == [*stages, "wall"]
+    assert lines[-1].endswith("656 image-forwards")
+    assert main([*SANITIZE, "--json", "--quiet"]) == 0
+    assert "profile" not in json.loads(capsys.readouterr().out)
 
 
 def test_few_clean_images_are_all_taken(calls: list[dict[str, Any]]) -> None:

@@ -56,6 +56,32 @@ def test_a_zip_with_splits(tmp_path: Path) -> None:
         load_dataset(path, "val")
 
 
+@pytest.mark.parametrize("count", [3, 6, 99])
+@pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
+def test_what_is_drawn_alone_is_decoded(tmp_path: Path, kind: str, count: int) -> None:
+    source = write_folder(tmp_path / "folder", class_files())
+    if kind == "zip":
+        source = tmp_path / "data.zip"
+        with zipfile.ZipFile(source, "w") as archive:
+            for name, data in class_files().items():
+                archive.writestr(name, data)
+    if kind == "npz":
+        source = tmp_path / "d.npz"
+        np.savez(source, images=pixels(6), labels=np.arange(6) % 2)
+    whole = load_dataset(source)
+    expected = draw_balanced(whole, min(count, 6), seed=4)
+    drawn = load_dataset(source, draw=count, seed=4)
+    assert torch.equal(drawn.images, expected.images)
+    assert torch.equal(drawn.labels, expected.labels)
+    assert drawn.class_names == whole.class_names
+    if kind == "folder" and count < 6:
+        taken = {image.numpy().tobytes() for image in drawn.images}
+        for name, image in zip(class_files(), pixels(6), strict=True):
+            if image.tobytes() not in taken:
+                (source / name).write_bytes(b"no image")
+        assert torch.equal(load_dataset(source, draw=count, seed=4).images, expected.images)
+
+
 def test_npz(tmp_path: Path) -> None:
     images = pixels(4, 64, 64)
     np.savez(tmp_path / "d.npz", images=images, labels=np.array([3, 1, 0, 2], np.int16))

@@ -115,31 +115,38 @@ def sanitize(
     finetune: Annotated[
         bool, typer.Option("--finetune", help="Then tune the weights on the images, a little.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Say where time and image-forwards went.")
+    ] = False,
     trust: Trust = False,
     quiet: Quiet = False,
 ) -> None:
     """Find and prune the neurons that carry a backdoor; write the repaired weights and say why."""
     from onp.files import check_writable, write_json
+    from onp.report.profile import Stopwatch
+    from onp.report.profile import profile as profile_of
 
+    watch = Stopwatch()
     if out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors, the format that is written, got {out}")
     _check_distinct(model=model, out=out, report=report)
     for path in filter(None, (out, report)):
         check_writable(path)
 
-    from onp.data import draw_balanced, load_dataset
-    from onp.report import console
-    from onp.report.progress import progress_on_stderr
-    from onp.sanitize import sanitize as repair
-    from onp.suspect.files import read_weights, save_weights
-    from onp.suspect.load import load_suspect
+    with watch.step("import"):
+        from onp.data import load_dataset
+        from onp.report import console
+        from onp.report.progress import progress_on_stderr
+        from onp.sanitize import sanitize as repair
+        from onp.suspect.files import read_weights, save_weights
+        from onp.suspect.load import load_suspect
 
-    _check_device(device)
-    preprocess = _preprocess(preset, mean, std)
-    suspect = load_suspect(model, arch, trust)
-    dataset = load_dataset(str(data), split)
-    clean = draw_balanced(dataset, min(clean_samples, len(dataset)), seed)
-    with progress_on_stderr(quiet) as progress:
+    with watch.step("read"):
+        _check_device(device)
+        preprocess = _preprocess(preset, mean, std)
+        suspect = load_suspect(model, arch, trust)
+        clean = load_dataset(str(data), split, draw=clean_samples, seed=seed)
+    with watch.step("repair"), progress_on_stderr(quiet) as progress:
         result = repair(
             suspect.model,
             clean,
@@ -153,12 +160,15 @@ def sanitize(
             progress=progress,
         )
 
-    repaired = result.compact() if compact else result.model
-    origin = {"path": str(model), "sha256": suspect.file.sha256, "loader": suspect.file.loader}
-    metadata = {"onp": __version__, "arch": suspect.arch, "suspect_sha256": suspect.file.sha256}
-    save_weights(out, repaired.state_dict(), metadata)
-    written = {"path": str(out), "sha256": read_weights(out).sha256, "compact": compact}
+    with watch.step("write"):
+        repaired = result.compact() if compact else result.model
+        origin = {"path": str(model), "sha256": suspect.file.sha256, "loader": suspect.file.loader}
+        metadata = {"onp": __version__, "arch": suspect.arch, "suspect_sha256": suspect.file.sha256}
+        save_weights(out, repaired.state_dict(), metadata)
+        written = {"path": str(out), "sha256": read_weights(out).sha256, "compact": compact}
     full_report = result.report | {"arch": suspect.arch, "suspect": origin, "repaired": written}
+    if profile:
+        full_report["profile"] = profile_of(watch, "repair", result.report)
     if report is not None:
         write_json(report, full_report)
     _show(full_report, console.repair_text, as_json)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import io
+import posixpath
 import zipfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -59,13 +60,17 @@ class ImageSet:
 # ---- reading ------------------------------------------------------------------------------------
 
 
-def load_dataset(path: str | Path, split: str | None = None) -> ImageSet:
+def load_dataset(
+    path: str | Path, split: str | None = None, *, draw: int | None = None, seed: int = 0
+) -> ImageSet:
     """Read labelled images.
 
     path: a folder or zip of class folders (classes numbered by sorted
     folder name, or by the name itself where all are numbers), an ``.npz``
     with ``images`` uint8 [N, H, W, 3] and ``labels`` [N], or a CIFAR-10/100 binary batch (file or
-    folder). ``split`` picks ``train/`` or ``test/`` where the source has such folders.
+    folder). ``split`` picks ``train/`` or ``test/`` where the source has such folders. ``draw``:
+    at most so many images, those of ``draw_balanced`` with ``seed``; of folders and zips no others
+    are decoded.
     Raises BadData or UnsupportedInput, naming the path.
     """
     path = Path(path)
@@ -73,13 +78,13 @@ def load_dataset(path: str | Path, split: str | None = None) -> ImageSet:
         raise BadData(f"clean data not found: {path}")
     try:
         if path.is_dir():
-            return _read_folder(path, split)
+            return _read_folder(path, split, draw, seed)
         if path.suffix == ".npz":
-            return _read_npz(path)
+            return _at_most(_read_npz(path), draw, seed)
         if path.suffix == ".bin":
-            return _read_cifar_binary([path])
+            return _at_most(_read_cifar_binary([path]), draw, seed)
         if zipfile.is_zipfile(path):
-            return _read_zip(path, split)
+            return _read_zip(path, split, draw, seed)
     except BadData:
         raise
     except Exception as error:  # zip, image and array readers raise many kinds
@@ -90,75 +95,90 @@ def load_dataset(path: str | Path, split: str | None = None) -> ImageSet:
     )
 
 
-def _read_folder(root: Path, split: str | None) -> ImageSet:
+def _at_most(dataset: ImageSet, draw: int | None, seed: int) -> ImageSet:
+    return dataset if draw is None else draw_balanced(dataset, min(draw, len(dataset)), seed)
+
+
+def _read_folder(root: Path, split: str | None, draw: int | None, seed: int) -> ImageSet:
     batches = sorted(root.glob("*.bin"))
     if batches:
         wanted = [b for b in batches if ("test" in b.name) == (split == "test")]
-        return _read_cifar_binary([b for b in wanted if not b.name.startswith("batches.meta")])
+        records = [b for b in wanted if not b.name.startswith("batches.meta")]
+        return _at_most(_read_cifar_binary(records), draw, seed)
     names = [
         str(file.relative_to(root).as_posix())
         for file in sorted(root.rglob("*"))
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     ]
-    return _read_class_folders(names, split, lambda name: (root / name).read_bytes(), str(root))
+    return _read_class_folders(
+        names, split, lambda name: (root / name).read_bytes(), str(root), draw, seed
+    )
 
 
-def _read_zip(path: Path, split: str | None) -> ImageSet:
+def _read_zip(path: Path, split: str | None, draw: int | None, seed: int) -> ImageSet:
     with zipfile.ZipFile(path) as archive:
         names = sorted(
             name
             for name in archive.namelist()
-            if PurePosixPath(name).suffix.lower() in IMAGE_SUFFIXES
+            if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         )
-        return _read_class_folders(names, split, archive.read, str(path))
+        return _read_class_folders(names, split, archive.read, str(path), draw, seed)
 
 
 def _read_class_folders(
-    names: Sequence[str], split: str | None, read: object, source: str
+    names: Sequence[str],
+    split: str | None,
+    read: Callable[[str], bytes],
+    source: str,
+    draw: int | None,
+    seed: int,
 ) -> ImageSet:
     """``names`` are slash-separated ``[.../][split/]class/file`` paths; ``read(name)`` -> bytes."""
-    assert callable(read)
-    paths = [PurePosixPath(name) for name in names]
-    paths = [p for p in paths if len(p.parts) >= 2 and not _is_hidden(p)]
-    splits = {path.parts[-3] for path in paths if len(path.parts) >= 3}
+    paths = [tuple(name.split("/")) for name in names]
+    paths = [path for path in paths if len(path) >= 2 and not _is_hidden(path)]
+    splits = {path[-3] for path in paths if len(path) >= 3}
     if splits & {"train", "test", "val"}:
         chosen = split or "train"
         if chosen not in splits:
             raise BadData(f"{source} has no {chosen!r} folder, only {', '.join(sorted(splits))}")
-        paths = [p for p in paths if len(p.parts) >= 3 and p.parts[-3] == chosen]
+        paths = [path for path in paths if len(path) >= 3 and path[-3] == chosen]
     if not paths:
         raise BadData(f"{source} holds no images in class folders (<class>/<image>.png)")
-    class_names = tuple(sorted({path.parts[-2] for path in paths}))
+    class_names = tuple(sorted({path[-2] for path in paths}))
     if all(name.isdecimal() for name in class_names):  # folders are called by their label
         number, class_names = {name: int(name) for name in class_names}, ()
     else:
         number = {name: index for index, name in enumerate(class_names)}
-    images = np.stack(list(_decoded(paths, read, source)))
-    labels = torch.tensor([number[path.parts[-2]] for path in paths])
+    labels = torch.tensor([number[path[-2]] for path in paths])
+    if draw is not None:
+        order = balanced_order(labels, seed)[:draw]
+        paths, labels = [paths[index] for index in order.tolist()], labels[order]
+    images = np.stack(list(_decoded(["/".join(path) for path in paths], read, source)))
     return ImageSet(torch.from_numpy(images), labels, class_names)
 
 
-def _is_hidden(path: PurePosixPath) -> bool:
+def _is_hidden(path: Sequence[str]) -> bool:
     """Files that systems leave beside a user's own: .DS_Store, __MACOSX/."""
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+    return any(part.startswith((".", "__MACOSX")) for part in path)
 
 
-def _decoded(paths: Sequence[PurePosixPath], read: object, source: str) -> Iterator[np.ndarray]:
-    assert callable(read)
+def _decoded(
+    names: Sequence[str], read: Callable[[str], bytes], source: str
+) -> Iterator[np.ndarray]:
     size: tuple[int, int] | None = None
-    for path in paths:
+    for name in names:
         try:
-            with Image.open(io.BytesIO(read(str(path)))) as image:
+            with Image.open(io.BytesIO(read(name))) as image:
                 if image.width * image.height > MAX_PIXELS:
-                    raise BadData(f"{source}: {path} has {image.width}x{image.height} pixels")
+                    raise BadData(f"{source}: {name} has {image.width}x{image.height} pixels")
                 pixels = np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadData(f"{source}: cannot decode {path}: {error}") from error
+            raise BadData(f"{source}: cannot decode {name}: {error}") from error
         size = size or pixels.shape[:2]
         if pixels.shape[:2] != size:
             raise BadData(
                 f"{source}: images must have one size, got {size[1]}x{size[0]} and "
-                f"{pixels.shape[1]}x{pixels.shape[0]} ({path}); resize them first"
+                f"{pixels.shape[1]}x{pixels.shape[0]} ({name}); resize them first"
             )
         yield pixels
 

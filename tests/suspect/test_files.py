@@ -19,6 +19,7 @@ import safetensors.torch
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from torch import Tensor, nn
 
 from onp.errors import OnpError, UnsafeOrCorruptModel, UnsupportedInput, UsageError
@@ -143,6 +144,18 @@ def test_save_weights_round_trip(tmp_path: Path) -> None:
 
 
 # ---- paths
+
+
+def test_the_same_weights_give_the_same_bytes(tmp_path: Path) -> None:
+    metadata = dict.fromkeys(("onp", "arch", "suspect_sha256", "ü"), "x")
+    written = set()
+    for _ in range(20):
+        save_weights(tmp_path / "w.safetensors", {"a": torch.arange(3.0)}, metadata)
+        written.add((tmp_path / "w.safetensors").read_bytes())
+    assert len(written) == 1
+    with safe_open(tmp_path / "w.safetensors", "pt") as file:
+        assert file.metadata() == metadata
+        assert file.get_tensor("a").tolist() == [0, 1, 2]
 
 
 def test_paths_that_are_no_files(tmp_path: Path) -> None:

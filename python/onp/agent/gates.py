@@ -26,6 +26,7 @@ from torch import Tensor
 from onp.clean import Clean
 from onp.config import GatesConfig
 from onp.ledger import Ledger
+from onp.optimizers import Adam
 from onp.probes.probe import Trigger
 from onp.suspect.network import FrozenNetwork
 
@@ -47,7 +48,7 @@ def learn_gates(
     images, labels = clean.images, clean.labels
     device, random = network.device, torch.Generator().manual_seed(seed)
     gates = torch.ones(network.trace.sites, device=device, requires_grad=True)
-    optimizer = torch.optim.Adam([gates], lr=config.learning_rate, betas=(0.9, 0.99))
+    optimizer = Adam(([gates], config.learning_rate), betas=(0.9, 0.99))
     draw = config.images_per_step
     each = -(-draw // len(probes))
     others = [(labels != probe.wanted(labels)).nonzero().squeeze(1) for probe in probes]

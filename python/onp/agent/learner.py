@@ -17,6 +17,7 @@ from torch import Tensor
 from onp.agent.policy import UNIT, CautionPolicy, State
 from onp.config import AgentConfig
 from onp.graph import NeuronGraph
+from onp.optimizers import Adam
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Learner:
         self.config = config
         self.memory: list[Experience] = []
         self.random = torch.Generator().manual_seed(seed)
-        self.optimizer = torch.optim.Adam(policy.parameters(), lr=config.learning_rate)
+        self.optimizer = Adam((list(policy.parameters()), config.learning_rate))
 
     @torch.no_grad()
     def caution(self, state: State) -> Tensor:

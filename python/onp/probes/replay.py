@@ -22,6 +22,7 @@ from torch import Tensor
 from onp.clean import Clean
 from onp.config import ReplayConfig
 from onp.ledger import Ledger
+from onp.optimizers import Adam
 from onp.probes.families import Family, Range
 from onp.probes.norm_shift import BATCH, NormShift
 from onp.probes.probe import Probe, Target
@@ -70,7 +71,7 @@ def replay(
     state = [parameter.to(device) for parameter in family.start(1, shape, random)]
     for parameter in state:
         parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(state, lr=family.learning_rate, betas=(0.5, 0.9))
+    optimizer = Adam((state, family.learning_rate), betas=(0.5, 0.9))
 
     def found(target: Target) -> Probe:
         parameters = [parameter.detach().cpu() for parameter in state]

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onp.ledger import Ledger
+from onp.optimizers import Adam
 from onp.probes.additive import Additive
 from onp.probes.families import Family, Range
 from onp.probes.low_frequency import LowFrequency
@@ -67,11 +68,8 @@ def synthesise(
     for state in states:
         for parameter in state:
             parameter.requires_grad_(True)
-    optimizer = torch.optim.Adam(
-        [
-            {"params": state, "lr": family.learning_rate}
-            for family, state in zip(FAMILIES, states, strict=True)
-        ],
+    optimizer = Adam(
+        *((state, family.learning_rate) for family, state in zip(FAMILIES, states, strict=True)),
         betas=(0.5, 0.9),
     )
     others = [(labels != target).nonzero().squeeze(1) for target in targets]
@@ -90,8 +88,7 @@ def synthesise(
         optimizer.zero_grad()
         torch.autograd.backward([pixels, (weight * penalties).sum()], [gradients / draw, None])
         if step == steps * 3 // 4:
-            for group in optimizer.param_groups:  # settle
-                group["lr"] *= 0.5
+            optimizer.rates = [0.5 * rate for rate in optimizer.rates]  # settle
         optimizer.step()
         with torch.no_grad():
             for family, state in zip(FAMILIES, states, strict=True):

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from onp.config import UnlearningConfig
 from onp.ledger import Ledger
+from onp.optimizers import Sgd
 from onp.suspect.network import training_layout
 
 
@@ -53,9 +54,7 @@ def unlearn(
     for module in student.modules():
         if "Dropout" in type(module).__name__:
             module.eval()  # its noise would draw on the global random state
-    optimizer = torch.optim.SGD(
-        student.parameters(), lr=config.learning_rate, momentum=config.momentum
-    )
+    optimizer = Sgd(student.parameters(), config.learning_rate, config.momentum)
     batch = min(config.batch, len(images))
     device = next(student.parameters()).device
     layout = training_layout(student)

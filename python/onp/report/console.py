@@ -18,7 +18,8 @@ def repair_text(report: Mapping[str, Any]) -> str:
     ``after``, ``images``), ``sites`` (``total``, ``pruned``), ``layers`` (list of ``name``,
     ``sites``, ``pruned``: channel numbers), ``aftercare`` (None, or ``recalibrated``,
     ``finetuned``, ``accuracy``), ``seconds`` (stage -> float, ``total`` among them);
-    ``suspect`` and ``repaired`` (``path``, ``sha256``) where the command line added them.
+    ``suspect`` and ``repaired`` (``path``, ``sha256``) and ``profile`` (see ``profile_text``) where
+    the command line added them.
     """
     verdict = str(report["verdict"])
     accuracy, sites = report["accuracy"], report["sites"]
@@ -39,7 +40,25 @@ def repair_text(report: Mapping[str, Any]) -> str:
         if role in report:
             file = report[role]
             rows.append((role, f"{file['path']} (sha256 {file['sha256'][:16]}...)"))
-    return _aligned(rows)
+    text = _aligned(rows)
+    return f"{text}\n\n{profile_text(report['profile'])}" if "profile" in report else text
+
+
+def profile_text(profile: Mapping[str, Any]) -> str:
+    """Where the time went: ``wall`` (seconds), ``accounted`` (share), ``stages`` (list of
+    ``stage``, ``seconds``, ``share``, ``image_forwards``)."""
+    rows = [
+        (
+            stage["stage"],
+            f"{stage['seconds']:8.2f} s {100 * stage['share']:5.1f}% "
+            f"{stage['image_forwards']:9,} image-forwards",
+        )
+        for stage in profile["stages"]
+    ]
+    forwards = sum(stage["image_forwards"] for stage in profile["stages"])
+    accounted = 100 * profile["accounted"]
+    total = f"{profile['wall']:8.2f} s {accounted:5.1f}% {forwards:9,} image-forwards"
+    return _aligned([*rows, ("wall clock", total)])
 
 
 def scores_text(scores: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import re
 import stat
@@ -78,12 +79,24 @@ def save_weights(
     Tensors that share memory are written once for each name.
     """
     tensors = {key: _copied(tensor) for key, tensor in state_dict.items()}
-    data = format_safetensors(tensors, dict(metadata or {}))
+    data = _in_order(format_safetensors(tensors, dict(metadata or {})))
 
     def write(temporary: Path) -> None:
         temporary.write_bytes(data)
 
     write_atomically(Path(path), write)
+
+
+def _in_order(data: bytes) -> bytes:
+    """A safetensors file with its metadata sorted: the library writes them in another order every
+    time, and the same repair shall give the same bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    if "__metadata__" in header:
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors stay aligned
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _copied(tensor: Tensor) -> Tensor:
