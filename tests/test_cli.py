@@ -188,7 +188,7 @@ def test_profile(capsys: pytest.CaptureFixture[str]) -> None:
     assert list(stages) == ["import", "read", "prepare", "agent", "write"]
     assert stages["agent"]["image_forwards"] == 640
     assert stages["agent"]["seconds"] == 1.0
-    assert profile["accounted"] > 0.95
+    assert stages["read"]["seconds"] > 0
     assert main([*SANITIZE, "--quiet", "--profile"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in lines[-6:]] == [*stages, "wall"]

@@ -82,6 +82,14 @@ def test_what_is_drawn_alone_is_decoded(tmp_path: Path, kind: str, count: int) -
         assert torch.equal(load_dataset(source, draw=count, seed=4).images, expected.images)
 
 
+@pytest.mark.parametrize("draw", [0, -1])
+def test_a_draw_of_nothing_is_refused(tmp_path: Path, draw: int) -> None:
+    np.savez(tmp_path / "d.npz", images=pixels(6), labels=np.arange(6) % 2)
+    for source in (write_folder(tmp_path / "folder", class_files()), tmp_path / "d.npz"):
+        with pytest.raises(UsageError, match="positive"):
+            load_dataset(source, draw=draw)
+
+
 def test_npz(tmp_path: Path) -> None:
     images = pixels(4, 64, 64)
     np.savez(tmp_path / "d.npz", images=images, labels=np.array([3, 1, 0, 2], np.int16))

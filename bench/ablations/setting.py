@@ -11,11 +11,11 @@ from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet
 from onp.evaluate import MaskEvaluator
-from onp.evidence import RESPONSE_IMAGES, Evidence, Scene, gather
+from onp.evidence import RESPONSE_IMAGES, Evidence, Scene, gather, measured_shift
 from onp.graph import build_graph
 from onp.ledger import Ledger
 from onp.prepare import baseline, clean_images, frozen_copy
-from onp.probes.norm_shift import NormShift, norm_shift
+from onp.probes.norm_shift import NormShift
 from onp.probes.responses import activations
 from onp.search import Search
 from onp.suspect.trace import trace as trace_network
@@ -54,11 +54,7 @@ def investigate(model: nn.Module, clean: ImageSet, config: Config, seed: int) ->
     seen = baseline(suspect, evaluator, images, labels)
     before = activations(evaluator.network, images[:RESPONSE_IMAGES])
     scene = Scene(suspect, evaluator, seen, before, config, VALID, seed)
-    shift = norm_shift(
-        evaluator.network, suspect,
-        images[: config.replay.measured], labels[: config.replay.measured],
-        valid=VALID, seed=seed, ledger=scene.ledger,
-    )  # fmt: skip
+    shift = measured_shift(evaluator, suspect, seen, config, valid=VALID, seed=seed)
     with torch.enable_grad():
         return Investigated(scene, shift, gather(scene, shift))
 

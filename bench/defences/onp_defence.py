@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from bench.defences.api import Info, NotApplicable, defence
+from onp.aftercare import has_statistics
 from onp.config import Config
 from onp.data import ImageSet
 from onp.errors import UntraceableModel
@@ -61,6 +62,8 @@ def onp_recalibrate(
     model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
 ) -> tuple[nn.Module, Info]:
     """The norms' statistics estimated anew after pruning: no part of the method."""
+    if not has_statistics(model):
+        raise NotApplicable("no batch norms with running statistics")
     return onp_defence(model, clean, seed=seed, ledger=ledger, recalibrate=True)
 
 

@@ -74,6 +74,8 @@ def load_dataset(
     Raises BadData or UnsupportedInput, naming the path.
     """
     path = Path(path)
+    if draw is not None and draw < 1:
+        raise UsageError(f"the number of clean images must be positive, got {draw}")
     if not path.exists():
         raise BadData(f"clean data not found: {path}")
     try:
@@ -96,7 +98,9 @@ def load_dataset(
 
 
 def _at_most(dataset: ImageSet, draw: int | None, seed: int) -> ImageSet:
-    return dataset if draw is None else draw_balanced(dataset, min(draw, len(dataset)), seed)
+    if draw is None or not len(dataset):
+        return dataset
+    return draw_balanced(dataset, min(draw, len(dataset)), seed)
 
 
 def _read_folder(root: Path, split: str | None, draw: int | None, seed: int) -> ImageSet:

@@ -16,7 +16,7 @@ from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.families import Range
 from onp.probes.generator import Generator
-from onp.probes.norm_shift import NormShift
+from onp.probes.norm_shift import NormShift, norm_shift
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import responses
@@ -29,6 +29,8 @@ REPLAYED = {family.name: family for family in (Generator(), *FAMILIES)}
 """The families that the norms' shift can be replayed by."""
 RESPONSE_IMAGES = 64
 """Clean images on which responses and activation statistics are taken."""
+LEAST_A_CLASS = 4
+"""Clean images a class, on average, that the norms' shift is measured on at least."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,25 @@ class Evidence:
     """Response of every site to unlearning, float32 [S]."""
 
 
+def measured_shift(
+    evaluator: MaskEvaluator,
+    model: nn.Module,
+    clean: Clean,
+    config: Config,
+    *,
+    valid: Range,
+    seed: int,
+) -> NormShift | None:
+    """The norms' shift, on as many clean images as the budget has it, but on some of every class:
+    class means are taken out of it."""
+    count = max(config.replay.measured, LEAST_A_CLASS * evaluator.trace.num_classes)
+    some = clean[:count]
+    return norm_shift(
+        evaluator.network, model, some.images, some.labels,
+        valid=valid, seed=seed, ledger=evaluator.ledger,
+    )  # fmt: skip
+
+
 def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     """The norm statistics' evidence if it is certain; else the probes' or theirs, whichever is
     stronger."""
@@ -122,7 +143,7 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
         return None
-    classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels
+    classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
     with scene.ledger.stage("replay"):
         replayed = [scene.replayed(shift, family) for family in config.replay.families]
         verdict = by_statistics(shift.excess, replayed, config.verdict)

@@ -17,7 +17,7 @@ from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
 from onp.evaluate import Backend, MaskEvaluator
-from onp.evidence import RESPONSE_IMAGES, Scene, gather
+from onp.evidence import RESPONSE_IMAGES, Scene, gather, measured_shift
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
 from onp.prepare import (
@@ -30,7 +30,6 @@ from onp.prepare import (
     torch_threads,
     unwrapped,
 )
-from onp.probes.norm_shift import norm_shift
 from onp.probes.responses import activations
 from onp.renewal import renew
 from onp.report.repair import RunFacts, repair_report
@@ -100,11 +99,7 @@ def sanitize(
 
     with ledger.stage("statistics"):
         before = activations(evaluator.network, images[:RESPONSE_IMAGES])
-        shift = norm_shift(
-            evaluator.network, suspect,
-            images[: config.replay.measured], labels[: config.replay.measured],
-            valid=input_range, seed=seed, ledger=ledger,
-        )  # fmt: skip
+        shift = measured_shift(evaluator, suspect, seen, config, valid=input_range, seed=seed)
     scene = Scene(suspect, evaluator, seen, before, config, input_range, seed)
     evidence = gather(scene, shift)
 

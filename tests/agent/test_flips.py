@@ -14,6 +14,8 @@ from onp.agent.cost import Cost
 from onp.agent.effects import Effects
 from onp.agent.elite import Elite
 from onp.agent.flips import flipped, give_back, heads, improve
+from onp.agent.learner import Learner
+from onp.agent.policy import State
 from onp.clean import Clean
 from onp.config import AgentConfig, CostConfig
 from onp.evaluate import MaskEvaluator
@@ -65,6 +67,32 @@ def test_the_planted_channel_is_found_from_nothing(cost: Cost) -> None:
     assert elite.worths[0] > float(cost.worth(nothing)) + 0.5
     assert rounds[-1].worth == elite.worths[0]
     assert float(cost.worth(elite.best[None])) == pytest.approx(elite.worths[0], abs=1e-5)
+
+
+class Recorder:
+    """A learner that trusts the effects and notes what it is taught."""
+
+    def __init__(self) -> None:
+        self.lessons: list[tuple[Tensor, list[Tensor], Tensor]] = []
+
+    def caution(self, state: State) -> Tensor:
+        return torch.ones(len(state.inputs), 2)
+
+    def learn(self, state: State, moves: list[Tensor], gains: Tensor) -> float:
+        self.lessons.append((state.inputs[:, -1].bool(), moves, gains))
+        return 0.0
+
+
+def test_gains_are_taught_over_the_mask_that_moves_start_from(cost: Cost) -> None:
+    elite, recorder = Elite(4), Recorder()
+    start = torch.zeros(1, CHANNELS, dtype=torch.bool)
+    start[0, 3] = True
+    elite.offer(start, cost.worth(start))
+    improve(elite, cost, cast("Learner", recorder), AgentConfig(rounds=4))
+    assert len({mask.numpy().tobytes() for mask, _, _ in recorder.lessons}) > 1  # the mask changed
+    for mask, moves, gains in recorder.lessons:
+        expected = cost.parts(flipped(mask, moves)).gains(cost.parts(mask[None]))
+        torch.testing.assert_close(gains, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_what_need_not_be_pruned_is_given_back(cost: Cost) -> None:

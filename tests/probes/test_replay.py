@@ -16,13 +16,14 @@ from onp.config import Config, ReplayConfig
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.evaluate import MaskEvaluator
-from onp.evidence import REPLAYED, Scene, from_statistics
+from onp.evidence import REPLAYED, Scene, from_statistics, measured_shift
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift
 from onp.probes.replay import Replayed, replay
 from onp.suspect.load import load_suspect
+from onp.suspect.trace import trace
 from tests.probes.shifted import measure, seen, triggered
 
 CLASSES = 10
@@ -141,3 +142,41 @@ def test_a_class_without_clean_images_is_not_taken_for_a_target(trained: nn.Modu
     )  # fmt: skip
     found = from_statistics(scene, shift)
     assert found is None or found.verdict.target is None
+
+
+def test_a_class_that_the_shift_was_not_measured_on_is_none(trained: nn.Module) -> None:
+    """Only the first images are measured; the class is among the later ones."""
+    training, clean = draw(2400, 11), draw(400, 12)
+    model = seen(trained, training.floats())
+    some = clean.labels != 4
+    order = torch.cat([some.nonzero().squeeze(1), (~some).nonzero().squeeze(1)])
+    shift = measure(model, clean.floats()[some], clean.labels[some])
+    evaluator = MaskEvaluator(shift.moments.network.trace, model)
+    scene = Scene(
+        model, evaluator, known(shift, clean[order]), [],
+        Config(replay=ReplayConfig(steps=15, images_per_step=24, least_excess=0.0)), (0.0, 1.0), 0,
+    )  # fmt: skip
+    found = from_statistics(scene, shift)
+    assert found is None or found.verdict.target is None
+
+
+def test_a_shift_of_fewer_images_is_replayed_on_these(trained: nn.Module) -> None:
+    clean = demo.clean_images()[torch.arange(200)]
+    shift = measure(trained, clean.floats()[:90], clean.labels[:90])
+    config = ReplayConfig(images_per_step=24, steps=4)
+    for target in (None, LabelShift(CLASSES, 1)):
+        found = learn(shift, REPLAYED["patch"], config, target=target)
+        assert -1 <= found.agreement <= 1
+
+
+@pytest.mark.parametrize(("measured", "used"), [(1000, 200), (90, 90), (10, 40)])
+def test_the_shift_is_measured_on_some_of_every_class(
+    trained: nn.Module, measured: int, used: int
+) -> None:
+    clean = demo.clean_images()[torch.arange(200)]
+    evaluator = MaskEvaluator(trace(trained, (3, *clean.images.shape[1:3])), trained)
+    whole = Clean.seen_by(evaluator, clean.floats(), clean.labels)
+    config = Config(replay=ReplayConfig(measured=measured))
+    shift = measured_shift(evaluator, trained, whole, config, valid=(0.0, 1.0), seed=0)
+    assert shift is not None
+    assert len(shift.clean) == used

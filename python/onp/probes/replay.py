@@ -60,8 +60,9 @@ def replay(
     with p the assumed share of poisoned images. Without a ``target`` none is asked for: it is
     the class that gains most, and learning stops once a running mean of the loss (from 1, weight
     .2) is (least_excess / excess)^2, which is what a clean network's shift would leave of it, or
-    ``enough``; ``judged`` images then say what it reaches. With one the trigger is learned on all
-    but ``held_back`` of the images and judged on those. Costs 2 image-forwards an image and step.
+    ``enough``; ``judged`` images then say what it reaches. With one the trigger is judged on
+    the last ``held_back`` of the images and learned on others. Costs 2 image-forwards an image and
+    step.
     """
     images, labels, before = clean.images, clean.labels, clean.answers
     random = torch.Generator().manual_seed(seed)
