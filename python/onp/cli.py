@@ -110,10 +110,15 @@ def sanitize(
     ] = False,
     recalibrate: Annotated[
         bool,
-        typer.Option("--recalibrate", help="Then estimate norm statistics anew on the images."),
+        typer.Option(
+            "--recalibrate", help="Then estimate norm statistics anew: may bring attacks back."
+        ),
     ] = False,
     finetune: Annotated[
-        bool, typer.Option("--finetune", help="Then tune the weights on the images, a little.")
+        bool,
+        typer.Option(
+            "--finetune", help="Then tune the weights on the images: may bring attacks back."
+        ),
     ] = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where time and image-forwards went.")
