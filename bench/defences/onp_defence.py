@@ -51,25 +51,40 @@ def onp_defence(
 
 @defence("onp-quick")
 def onp_quick(
-    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,
+    ledger: Ledger,
+    budget: str | Config = "quick",
 ) -> tuple[nn.Module, Info]:
     """The same at the quick budget."""
-    return onp_defence(model, clean, seed=seed, ledger=ledger, budget="quick")
+    return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget)
 
 
 @defence("onp-recalibrate")
 def onp_recalibrate(
-    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,
+    ledger: Ledger,
+    budget: str | Config = "standard",
 ) -> tuple[nn.Module, Info]:
     """The norms' statistics estimated anew after pruning: no part of the method."""
     if not has_statistics(model):
         raise NotApplicable("no batch norms with running statistics")
-    return onp_defence(model, clean, seed=seed, ledger=ledger, recalibrate=True)
+    return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget, recalibrate=True)
 
 
 @defence("onp-finetune")
 def onp_finetune(
-    model: nn.Module, clean: ImageSet, *, seed: int, ledger: Ledger
+    model: nn.Module,
+    clean: ImageSet,
+    *,
+    seed: int,
+    ledger: Ledger,
+    budget: str | Config = "standard",
 ) -> tuple[nn.Module, Info]:
     """The weights tuned after pruning: no part of the method."""
-    return onp_defence(model, clean, seed=seed, ledger=ledger, finetune=True)
+    return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget, finetune=True)

@@ -19,9 +19,15 @@ from onp.ledger import Ledger
 
 WIDTHS = {"mobilenetv2": 0.25, "vit": 16, "densenet": 4}
 WITHOUT_BATCH_NORM = {"vgg11", "vit", "convnext"}
-NEEDS_BATCH_NORM = {"clp", "bnp"}
+NEEDS_BATCH_NORM = {"clp", "bnp", "onp-recalibrate"}
 
 _QUICK = BUDGETS["quick"]
+_ONP: dict[str, Any] = {
+    "budget": replace(
+        _QUICK, synthesis=replace(_QUICK.synthesis, steps=2, renewal_steps=1, images_per_step=4),
+        unlearning=replace(_QUICK.unlearning, max_steps=2),
+    )
+}  # fmt: skip
 SHORT: dict[str, dict[str, Any]] = {
     "ft": {"epochs": 1},
     "fp": {"epochs": 1},
@@ -32,11 +38,11 @@ SHORT: dict[str, dict[str, Any]] = {
     "ft-sam": {"epochs": 1},
     "nc": {"steps": 2, "search_forwards": 200, "epochs": 1},
     "probe-race": {"steps": 2, "draw": 4},
-    "onp": {"budget": replace(
-        _QUICK, synthesis=replace(_QUICK.synthesis, steps=2, renewal_steps=1, images_per_step=4),
-        unlearning=replace(_QUICK.unlearning, max_steps=2),
-    )},
-}  # fmt: skip
+    "onp": _ONP,
+    "onp-quick": _ONP,
+    "onp-recalibrate": _ONP,
+    "onp-finetune": _ONP,
+}
 """Options that leave one round of everything."""
 
 
