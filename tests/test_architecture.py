@@ -20,10 +20,10 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "onp"
 
 LAYERS = [
-    {"errors", "config", "masks", "trusted", "files", "ledger"},
+    {"errors", "config", "masks", "trusted", "files", "ledger", "optimizers"},
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
-    {"evaluate", "probes", "metrics", "aftercare"},
+    {"evaluate", "clean", "probes", "metrics", "aftercare"},
     {"agent"},
     {"verdict", "evidence"},
     {"search", "renewal", "result", "report", "prepare"},
