@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from torch import nn
 
 from bench.defences.api import Info, NotApplicable, defence
@@ -26,6 +28,9 @@ def onp_defence(
 ) -> tuple[nn.Module, Info]:
     """Optimized neuron pruning; a network judged clean comes back with nothing pruned."""
 
+    if recalibrate and not has_statistics(model):
+        raise NotApplicable("no batch norms with running statistics")
+
     def progress(stage: str, done: int, total: int, message: str) -> None:
         ledger.tick(done, total, f"{stage} {message}".strip())
 
@@ -49,42 +54,7 @@ def onp_defence(
     return result.model, Info(schedule=f"{name} budget", settings=settings)
 
 
-@defence("onp-quick")
-def onp_quick(
-    model: nn.Module,
-    clean: ImageSet,
-    *,
-    seed: int,
-    ledger: Ledger,
-    budget: str | Config = "quick",
-) -> tuple[nn.Module, Info]:
-    """The same at the quick budget."""
-    return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget)
-
-
-@defence("onp-recalibrate")
-def onp_recalibrate(
-    model: nn.Module,
-    clean: ImageSet,
-    *,
-    seed: int,
-    ledger: Ledger,
-    budget: str | Config = "standard",
-) -> tuple[nn.Module, Info]:
-    """The norms' statistics estimated anew after pruning: no part of the method."""
-    if not has_statistics(model):
-        raise NotApplicable("no batch norms with running statistics")
-    return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget, recalibrate=True)
-
-
-@defence("onp-finetune")
-def onp_finetune(
-    model: nn.Module,
-    clean: ImageSet,
-    *,
-    seed: int,
-    ledger: Ledger,
-    budget: str | Config = "standard",
-) -> tuple[nn.Module, Info]:
-    """The weights tuned after pruning: no part of the method."""
-    return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget, finetune=True)
+defence("onp-quick")(partial(onp_defence, budget="quick"))
+defence("onp-recalibrate")(partial(onp_defence, recalibrate=True))
+defence("onp-finetune")(partial(onp_defence, finetune=True))
+"""The last two change what pruning left: no part of the method."""
