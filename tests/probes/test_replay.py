@@ -4,6 +4,7 @@ every class is sent to the next one."""
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,12 +17,13 @@ from onp.config import Config, ReplayConfig
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.evaluate import MaskEvaluator
-from onp.evidence import REPLAYED, Scene, from_statistics, measured_shift
+from onp.evidence import REPLAYED, RESPONSE_IMAGES, Scene, from_statistics, measured_shift
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift
 from onp.probes.replay import Replayed, replay
+from onp.probes.responses import activations
 from onp.suspect.load import load_suspect
 from onp.suspect.trace import trace
 from tests.probes.shifted import measure, seen, triggered
@@ -144,20 +146,29 @@ def test_a_class_without_clean_images_is_not_taken_for_a_target(trained: nn.Modu
     assert found is None or found.verdict.target is None
 
 
-def test_a_class_that_the_shift_was_not_measured_on_is_none(trained: nn.Module) -> None:
-    """Only the first images are measured; the class is among the later ones."""
-    training, clean = draw(2400, 11), draw(400, 12)
-    model = seen(trained, training.floats())
-    some = clean.labels != 4
-    order = torch.cat([some.nonzero().squeeze(1), (~some).nonzero().squeeze(1)])
-    shift = measure(model, clean.floats()[some], clean.labels[some])
-    evaluator = MaskEvaluator(shift.moments.network.trace, model)
-    scene = Scene(
-        model, evaluator, known(shift, clean[order]), [],
-        Config(replay=ReplayConfig(steps=15, images_per_step=24, least_excess=0.0)), (0.0, 1.0), 0,
-    )  # fmt: skip
-    found = from_statistics(scene, shift)
-    assert found is None or found.verdict.target is None
+@pytest.mark.parametrize("measured", [True, False])
+def test_only_a_class_that_the_shift_was_measured_on_is_named(
+    shift: NormShift, monkeypatch: pytest.MonkeyPatch, measured: bool
+) -> None:
+    """Every trigger leads to class 4; its images come last, and are measured or not."""
+    clean = demo.clean_images()[torch.arange(200)]
+    clean = clean[(clean.labels == 4).long().argsort(stable=True)]
+    count = 200 if measured else int((clean.labels != 4).sum())
+    found = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1))
+    sure = Replayed(replace(found.probe, target=4), share=0.9, agreement=0.9)
+    monkeypatch.setattr("onp.evidence.replay", lambda *_, **__: sure)
+    evaluator = MaskEvaluator(
+        shift.moments.network.trace, load_suspect(demo.CHECKPOINT, demo.ARCH).model
+    )
+    before = activations(evaluator.network, clean.floats()[:RESPONSE_IMAGES])
+    scene = Scene(model, evaluator, known(shift, clean), before, Config(), (0.0, 1.0), 0)
+    some = replace(shift, clean=shift.clean[:count], excess=3.0)
+    evidence = from_statistics(scene, some)
+    if measured:
+        assert evidence is not None
+        assert evidence.verdict.target == 4
+    else:
+        assert evidence is None
 
 
 def test_a_shift_of_fewer_images_is_replayed_on_these(trained: nn.Module) -> None:
