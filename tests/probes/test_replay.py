@@ -157,9 +157,8 @@ def test_only_a_class_that_the_shift_was_measured_on_is_named(
     found = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1))
     sure = Replayed(replace(found.probe, target=4), share=0.9, agreement=0.9)
     monkeypatch.setattr("onp.evidence.replay", lambda *_, **__: sure)
-    evaluator = MaskEvaluator(
-        shift.moments.network.trace, load_suspect(demo.CHECKPOINT, demo.ARCH).model
-    )
+    model = load_suspect(demo.CHECKPOINT, demo.ARCH).model
+    evaluator = MaskEvaluator(shift.moments.network.trace, model)
     before = activations(evaluator.network, clean.floats()[:RESPONSE_IMAGES])
     scene = Scene(model, evaluator, known(shift, clean), before, Config(), (0.0, 1.0), 0)
     some = replace(shift, clean=shift.clean[:count], excess=3.0)
