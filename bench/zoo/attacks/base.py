@@ -90,6 +90,11 @@ class Attack(ABC):
         return None
 
 
+_ANOTHER_STREAM = 1_000_000_007
+"""Training draws its order from the same seed: were the poisoned images drawn from it too, they
+would be the first that a network sees, in batches without a clean one."""
+
+
 def poison(
     attack: Attack, images: Tensor, labels: Tensor, *, ratio: float, seed: int
 ) -> tuple[Tensor, Tensor]:
@@ -100,7 +105,7 @@ def poison(
     still sees clean ones) and keep the label.
     Cover images are taken from the rest and keep their label.
     """
-    random = torch.Generator().manual_seed(seed)
+    random = torch.Generator().manual_seed(_ANOTHER_STREAM + seed)
     wanted = attack.answers(labels)
     eligible = wanted == labels if attack.clean_label else wanted != labels
     order = torch.randperm(len(labels), generator=random)
