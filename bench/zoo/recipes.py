@@ -130,6 +130,35 @@ CLEAN = [
 ]
 """More clean networks for ``bench.verdicts``: half as wide and trained shortly, for two cores."""
 
+_AGAIN = {"epochs": 1, "learning_rate": 0.05}
+_PRACTISED = (
+    ("badnets", 0.1, (("side", 5.0),)),
+    ("blended", 0.1, ()),
+    ("trojannn", 0.1, ()),
+    ("sig", 0.05, ()),
+    ("wanet", 0.1, (("strength", 1.0),)),
+    ("lf", 0.1, ()),
+    ("bpp", 0.1, ()),
+    ("adaptive-blend", 0.1, ()),
+    ("badnets-all", 0.1, ()),
+)
+
+PRACTICE = [
+    *CLEAN,
+    _MOBILE,
+    *(
+        replace(
+            clean, attack=attack, ratio=ratio, options=options, retrained=True,
+            target=(3 * number + 7 * clean.seed) % CLASS_COUNTS[clean.dataset],
+            training=replace(clean.training, **_AGAIN),
+        )
+        for number, (attack, ratio, options) in enumerate(_PRACTISED)
+        for clean in [*(c for c in CLEAN if c.seed == 1 + number % 2), _MOBILE]
+    ),
+]  # fmt: skip
+"""What ``bench.train_agent`` teaches a policy on: small clean networks, each retrained for one epoch
+with one of nine attacks; about a minute each."""
+
 _WIDE_32 = Recipe("gtsrb", "preactresnet18", 32, replace(_SIGNS, epochs=2))
 
 WIDE = [
@@ -174,6 +203,7 @@ SETS: dict[str, list[Recipe]] = {
     "smoke": SMOKE,
     "core": CORE,
     "clean": CLEAN,
+    "practice": PRACTICE,
     "wide": WIDE,
     "full": FULL,
 }
