@@ -148,7 +148,7 @@ PRACTICE = [
     _MOBILE,
     *(
         replace(
-            clean, attack=attack, ratio=ratio, options=options, retrained=True,
+            clean, attack=attack, ratio=ratio, options=options, retrained=True, other_twin=clean,
             target=(3 * number + 7 * clean.seed) % CLASS_COUNTS[clean.dataset],
             training=replace(clean.training, **_AGAIN),
         )
