@@ -76,7 +76,7 @@ def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
         config = VARIANTS[name](Config())
         graph = build_graph(search.evaluator.trace, search.scene.model, config.graph)
         scene = replace(search.scene, config=config)
-        own = Search(scene, graph, search.shift, search.evidence)
+        own = Search(scene, graph, search.norm_shift, search.evidence)
         masks, rounds = own.run(setting.counted, setting.gates, [])
         worth = rounds[-1].worth
     else:

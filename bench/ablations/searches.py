@@ -92,6 +92,6 @@ def without(setting: Setting, family: str) -> Setting:
         contenders=[c for c in search.evidence.contenders if c.probe.family.name != family],
         counted=[c for c in setting.counted if c.probe.family.name != family],
     )
-    fewer = Search(search.scene, search.graph, search.shift, evidence)
+    fewer = Search(search.scene, search.graph, search.norm_shift, evidence)
     with torch.enable_grad():
         return Setting(fewer, fewer.gates(evidence.counted))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +12,31 @@ from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet
 from onp.evaluate import MaskEvaluator
-from onp.evidence import RESPONSE_IMAGES, Evidence, Scene, gather, measured_shift
+from onp.evidence import (
+    REPLAYED,
+    RESPONSE_IMAGES,
+    Evidence,
+    Scene,
+    gather,
+    measured_shift,
+)
+from onp.files import write_atomically
 from onp.graph import build_graph
 from onp.ledger import Ledger
 from onp.prepare import baseline, clean_images, frozen_copy
-from onp.probes.norm_shift import NormShift
+from onp.probes.norm_shift import by_site
+from onp.probes.probe import LabelShift, Probe
 from onp.probes.responses import activations
+from onp.probes.unlearning import Unlearned
 from onp.search import Search
 from onp.suspect.trace import trace as trace_network
+from onp.verdict import Verdict
 
 VALID = (0.0, 1.0)
+_KEPT = [
+    Evidence, Verdict, Contender, Probe, LabelShift, Unlearned, *map(type, REPLAYED.values())
+]  # fmt: skip
+"""What evidence consists of."""
 
 
 @dataclass(frozen=True)
@@ -28,7 +44,8 @@ class Investigated:
     """A network and what speaks for a backdoor in it."""
 
     scene: Scene
-    shift: NormShift | None
+    norm_shift: Tensor
+    """float32 [S], of every site's own norm."""
     evidence: Evidence
 
 
@@ -45,8 +62,13 @@ class Setting:
         return self.search.evidence.counted
 
 
-def investigate(model: nn.Module, clean: ImageSet, config: Config, seed: int) -> Investigated:
-    """As ``onp.sanitize`` gets to its verdict."""
+def investigate(
+    model: nn.Module, clean: ImageSet, config: Config, seed: int, kept: Path | None = None
+) -> Investigated:
+    """As ``onp.sanitize`` gets to its verdict.
+
+    kept: file that what is found is kept in, and read from where it is there.
+    """
     images, labels = clean_images(clean, VALID, seed)
     suspect, device = frozen_copy(model, None, None)
     trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
@@ -54,17 +76,30 @@ def investigate(model: nn.Module, clean: ImageSet, config: Config, seed: int) ->
     seen = baseline(suspect, evaluator, images, labels)
     before = activations(evaluator.network, images[:RESPONSE_IMAGES])
     scene = Scene(suspect, evaluator, seen, before, config, VALID, seed)
+    if kept is not None and kept.exists():
+        with torch.serialization.safe_globals(_KEPT):
+            return Investigated(scene, *torch.load(kept, weights_only=True))
     shift = measured_shift(evaluator, suspect, seen, config, valid=VALID, seed=seed)
     with torch.enable_grad():
-        return Investigated(scene, shift, gather(scene, shift))
+        evidence = gather(scene, shift)
+    found = (by_site(shift, trace), evidence)
+    if kept is not None:
+        write_atomically(kept, lambda temporary: torch.save(found, temporary))
+    return Investigated(scene, *found)
+
+
+def searched(found: Investigated) -> Search | None:
+    """What ``onp.sanitize`` would search; None where it finds no backdoor."""
+    if found.evidence.verdict.target is None:
+        return None
+    graph = build_graph(found.scene.evaluator.trace, found.scene.model, found.scene.config.graph)
+    return Search(found.scene, graph, found.norm_shift, found.evidence)
 
 
 def setting_of(model: nn.Module, clean: ImageSet, config: Config, seed: int) -> Setting | None:
     """As ``onp.sanitize`` gets to its search; None where it finds no backdoor."""
-    found = investigate(model, clean, config, seed)
-    if found.evidence.verdict.target is None:
+    search = searched(investigate(model, clean, config, seed))
+    if search is None:
         return None
-    graph = build_graph(found.scene.evaluator.trace, found.scene.model, config.graph)
-    search = Search(found.scene, graph, found.shift, found.evidence)
     with torch.enable_grad():
-        return Setting(search, search.gates(found.evidence.counted))
+        return Setting(search, search.gates(search.evidence.counted))

@@ -21,6 +21,7 @@ from onp.agent.elite import Elite
 from onp.agent.flips import improve
 from onp.agent.gates import learn_gates
 from onp.agent.race import heads_of
+from onp.agent.relaxed import RelaxedCost
 from onp.clean import Clean
 from onp.config import AgentConfig, CostConfig, GatesConfig
 from onp.data import ImageSet, spread_order
@@ -66,8 +67,9 @@ def known_trigger(
     response = responses(before, evaluator.network, probe(seen), ledger)
     known = Clean.seen_by(evaluator, images, labels)
     gates = learn_gates(
-        evaluator.network, known, [probe], response, GATES, seed=seed, ledger=ledger
-    )
+        RelaxedCost(evaluator.network, known, [probe], response, GATES), torch.ones(trace.sites),
+        steps=GATES.steps, learning_rate=GATES.learning_rate, seed=seed, ledger=ledger,
+    )  # fmt: skip
     cost = Cost(evaluator, known[: SEARCH.images], [probe], CostConfig())
     nothing = torch.zeros(1, trace.sites, dtype=torch.bool)
     closed = int((gates > 0).sum())

@@ -1,10 +1,12 @@
-"""``python -m bench.train_agent``: does what a policy learns carry over to other networks?
+"""``python -m bench.train_agent``: teach the policy, and see whether it carries over.
 
-Moves are tried on the core set's backdoored networks (kept in --work, so that a call can be
-interrupted). For each fold a policy is fitted without the networks of some attacks, or of one kind,
-and scored on those: how far the gains of moves are from what it foresees, next to the policy as it
-starts; and one is fitted to all. Rewards come from clean images and synthesised triggers alone.
-Weights go to --out, for ``AgentConfig.weights``, and a table is printed and written to --table.
+It is taught on the core set's backdoored networks and on the small ones of the set practice
+(``python -m bench.zoo --set practice --out build/practice``). For each fold one is fitted without
+the networks of some attacks, or of one kind, and judged on the core set's of those: the worth of
+the best mask that its proposal gives at once, and after a few steps of descent, next to descent
+from open gates. One is fitted to all: that one comes along. Only clean images and synthesised
+triggers are seen. A table is printed and written to --table, weights to --out; with --ship the one
+that is fitted to all goes into the package, with its card.
 """
 
 from __future__ import annotations
@@ -13,117 +15,148 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Iterable
+from datetime import date
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from bench.ablations.setting import setting_of
+import torch
+
 from bench.scoreboard.provenance import provenance
-from bench.train_agent.experience import Lesson, explore, load, save
-from bench.train_agent.fitting import FittingConfig, fit, loss_on, untrained
+from bench.train_agent.fitting import FittingConfig, fit
+from bench.train_agent.lessons import Lesson, lessons_of
 from bench.zoo.checkpoints import ZooModel, load_set
-from bench.zoo.datasets import load as load_images
-from onp.agent.policy import CautionPolicy
-from onp.agent.weights import save_policy
-from onp.config import AgentConfig, Config
-from onp.data import draw_balanced
-from onp.files import write_atomically
-from onp.graph import build_graph
-from onp.suspect.trace import trace
+from onp.agent.policy import PruningPolicy
+from onp.agent.weights import SHIPPED, save_policy
+from onp.config import GatesConfig
+from onp.files import write_atomically, write_json
 
 _BENCH = Path(__file__).parents[1]
 ATTACK_FOLDS = 4
+FEW = 8
+"""Steps of descent that a proposal is adapted with, and those from open gates it is compared to,"""
+GENTLE = 0.03
+"""at this rate."""
 
 
-def folds(networks: list[ZooModel]) -> dict[str, set[str]]:
-    """Names of the networks that each fold keeps out: attacks in four parts, and every
+def folds(networks: Iterable[ZooModel]) -> dict[str, set[tuple[str, str]]]:
+    """(attack, kind of network) pairs that each fold keeps out: attacks in four parts, and every
     architecture."""
-    attacks = sorted({network.recipe.attack for network in networks})
+    recipes = [network.recipe for network in networks]
+    attacks = sorted({recipe.attack for recipe in recipes})
+    pairs = {(recipe.attack, recipe.arch) for recipe in recipes}
     made = {
-        f"attacks{part}": {
-            n.name for n in networks if n.recipe.attack in attacks[part::ATTACK_FOLDS]
-        }
+        f"attacks{part}": {pair for pair in pairs if pair[0] in attacks[part::ATTACK_FOLDS]}
         for part in range(ATTACK_FOLDS)
     }
-    for arch in sorted({network.recipe.arch for network in networks}):
-        made[arch] = {network.name for network in networks if network.recipe.arch == arch}
+    for arch in sorted({recipe.arch for recipe in recipes}):
+        made[arch] = {pair for pair in pairs if pair[1] == arch}
     return made
 
 
-def lesson_of(network: ZooModel, seed: int, args: argparse.Namespace) -> Lesson | None:
-    """What was met on a network; None where no backdoor is found in it."""
-    path = args.work / f"{network.name}_seed{seed}.pt"
-    model = network.model.eval()
-    if path.exists():
-        graph = build_graph(trace(model, (3, 32, 32)), model, Config().graph)
-        return load(path, network.name, graph)
-    clean = draw_balanced(
-        load_images(network.card["dataset"], args.data, "train"), args.clean_samples, seed
-    )
-    setting = setting_of(model, clean, Config(), seed)
-    if setting is None:
-        return None
-    lesson = explore(network.name, setting, seed)
-    save(lesson, path)
-    return lesson
+def judged(policy: PruningPolicy, lessons: list[Lesson]) -> dict[str, list[float]]:
+    """Worth of the best first mask, by lesson: as proposed, and after a few steps."""
+    proposed = [lesson.closed(policy).detach() for lesson in lessons]
+    few = [
+        lesson.worth(lesson.adapted(1 - closed, FEW, GENTLE))
+        for lesson, closed in zip(lessons, proposed, strict=True)
+    ]
+    at_once = [lesson.worth(closed) for lesson, closed in zip(lessons, proposed, strict=True)]
+    return {"at_once": at_once, "adapted": few}
+
+
+def from_open_gates(lessons: list[Lesson], config: GatesConfig) -> dict[str, list[float]]:
+    """The same of descent alone: with as few steps, and with all."""
+    return {
+        f"open_{steps}": [
+            lesson.worth(
+                lesson.adapted(torch.ones(len(lesson.features)), steps, config.learning_rate)
+            )
+            for lesson in lessons
+        ]
+        for steps in (FEW, config.steps)
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.train_agent", description=__doc__)
     parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1], help="of the clean images")
+    parser.add_argument("--practice-dir", type=Path, default=Path("build/practice"))
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="of the clean images")
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the fitting")
+    parser.add_argument("--steps", type=int, default=FittingConfig().steps)
+    parser.add_argument("--messages", nargs="*", type=int, default=[1, 0], metavar="ROUNDS",
+                        help="of message passing; the first is shipped")  # fmt: skip
+    parser.add_argument("--folds", nargs="*", help="only these; default: all")
     parser.add_argument("--work", type=Path, default=Path("build/experience"))
     parser.add_argument("--out", type=Path, default=Path("build/agent"))
     parser.add_argument("--table", type=Path, default=_BENCH / "results" / "agent_folds.jsonl")
+    parser.add_argument("--ship", action="store_true", help="put the policy into the package")
     args = parser.parse_args()
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
-    networks = [n for n in load_set("core", args.models_dir) if n.attack is not None]
-    lessons: list[Lesson] = []
-    for seed in args.seeds:
-        for network in networks:
-            lesson = lesson_of(network, seed, args)
-            met = 0 if lesson is None else len(lesson.met)
-            print(f"{network.name} seed {seed}: {met} states", file=sys.stderr, flush=True)
-            lessons += [lesson] if lesson is not None else []
-    lines = []
-    for messages in (AgentConfig().messages, 0):
-        for fold, kept_out in {**folds(networks), "all": set[str]()}.items():
-            met_on = {lesson.name for lesson in lessons}
-            if not met_on - kept_out or (kept_out and not met_on & kept_out):
-                print(f"{fold}: nothing to learn from, or to judge by", file=sys.stderr)
-                continue
-            row, policy = fold_of(fold, kept_out, lessons, messages, args.seed)
-            row |= {"networks": len(networks), "seeds": args.seeds, "seed": args.seed}
+    core = backdoored(load_set("core", args.models_dir))
+    practice = backdoored(load_set("practice", args.practice_dir))
+    exam = lessons_of(core, args.seeds, args.data, args.clean_samples, args.work)
+    taught_on = exam + lessons_of(practice, args.seeds, args.data, args.clean_samples, args.work)
+    alone = from_open_gates(exam, GatesConfig())
+    config, lines = FittingConfig(steps=args.steps), []
+    for name, kept_out in {**folds(core), "all": set[tuple[str, str]]()}.items():
+        if args.folds and name not in args.folds:
+            continue
+        for rounds in args.messages:
+            started = time.perf_counter()
+            policy = fit(
+                [lesson for lesson in taught_on if pair_of(lesson) not in kept_out],
+                rounds=rounds, config=config, seed=args.seed,
+            )  # fmt: skip
+            seconds = time.perf_counter() - started
+            asked = [i for i, one in enumerate(exam) if not kept_out or pair_of(one) in kept_out]
+            found = judged(policy, [exam[i] for i in asked])
+            found |= {key: [values[i] for i in asked] for key, values in alone.items()}
+            row = {
+                "fold": name,
+                "messages": rounds,
+                "taught_on": sum(pair_of(lesson) not in kept_out for lesson in taught_on),
+                "networks": [f"{exam[i].network.name} seed {exam[i].seed}" for i in asked],
+                "worth": {key: [round(v, 4) for v in values] for key, values in found.items()},
+                "mean_worth": {key: round(fmean(values), 4) for key, values in found.items()},
+                "seconds": round(seconds),
+                "steps": config.steps,
+                "seed": args.seed,
+            }
             lines.append(json.dumps(row | provenance()))
             print(lines[-1], flush=True)
-            save_policy(policy, args.out / f"{fold}_{messages}.safetensors")
+            save_policy(policy, args.out / f"{name}_{rounds}.safetensors")
+            if args.ship and name == "all" and rounds == args.messages[0]:
+                save_policy(policy, SHIPPED)
+                write_json(SHIPPED.with_suffix(".json"), card(row))
     text = "\n".join(lines) + "\n"
     write_atomically(args.table, lambda temporary: temporary.write_text(text))
     return 0
 
 
-def fold_of(
-    fold: str, kept_out: set[str], lessons: list[Lesson], messages: int, seed: int
-) -> tuple[dict[str, Any], CautionPolicy]:
-    """A policy fitted without some networks, and its loss on those (on all where none is kept out),
-    next to that of the policy as it starts."""
-    started = time.perf_counter()
-    agent = AgentConfig(messages=messages)
-    learned_on = [lesson for lesson in lessons if lesson.name not in kept_out]
-    judged = [lesson for lesson in lessons if lesson.name in kept_out] or lessons
-    policy = fit(learned_on, agent, FittingConfig(), seed)
-    row = {
-        "fold": fold,
-        "messages": messages,
-        "kept_out": len(kept_out),
-        "loss": round(loss_on(policy, judged), 4),
-        "loss_untrained": round(loss_on(untrained(judged, agent, seed), judged), 4),
-        "seconds": round(time.perf_counter() - started),
+def backdoored(networks: list[ZooModel]) -> list[ZooModel]:
+    return [n for n in networks if n.recipe.attack != "clean" and n.card["fair"]]
+
+
+def pair_of(lesson: Lesson) -> tuple[str, str]:
+    return lesson.network.recipe.attack, lesson.network.recipe.arch
+
+
+def card(row: dict[str, Any]) -> dict[str, Any]:
+    """What comes along with the weights."""
+    return {
+        "what": "onp.agent.policy.PruningPolicy",
+        "command": " ".join(["python -m bench.train_agent", *sys.argv[1:]]),
+        "date": date.today().isoformat(),
+        "data": "CIFAR-10 and GTSRB: clean images and triggers synthesised on them",
+        **row,
+        **provenance(),
     }
-    return row, policy
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ PRACTICE = [
         for clean in [*(c for c in CLEAN if c.seed == 1 + number % 2), _MOBILE]
     ),
 ]  # fmt: skip
-"""What ``bench.train_agent`` teaches a policy on: small clean networks, each retrained for one epoch
+"""What ``bench.train_agent`` teaches a policy on: small clean networks, each retrained for an epoch
 with one of nine attacks; about a minute each."""
 
 _WIDE_32 = Recipe("gtsrb", "preactresnet18", 32, replace(_SIGNS, epochs=2))

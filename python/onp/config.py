@@ -74,8 +74,13 @@ class ReplayConfig:
 
 @dataclass(frozen=True)
 class GatesConfig:
-    """The relaxed mask, learned by gradient descent: see ``onp.agent.gates``."""
+    """The relaxed mask, proposed by the policy and adapted by descent: see ``onp.agent.gates``."""
 
+    policy: str = "none"
+    """What proposes the gates that descent starts from: ``shipped``, a file of
+    ``bench.train_agent``, or ``none``: all are open."""
+    seen: int = 64
+    """Images on which the policy is told the effects of flips."""
     steps: int = 25
     images_per_step: int = 32
     """Clean images in a step, and as many triggered ones."""
@@ -107,7 +112,7 @@ class RaceConfig:
 
 @dataclass(frozen=True)
 class AgentConfig:
-    """The search by flips and the policy that corrects what is foreseen: see ``onp.agent``."""
+    """The search by flips and the model that corrects what is foreseen: see ``onp.agent``."""
 
     images: int = 128
     """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
@@ -124,10 +129,8 @@ class AgentConfig:
     hidden: int = 32
     messages: int = 1
     """Rounds of message passing."""
-    weights: str | None = None
-    """File that the policy starts from (``bench.train_agent`` makes such); None: from nothing."""
     steps: int = 5
-    """Of Adam after each round of the search; 0: the policy stays as it is."""
+    """Of Adam after each round of the search; 0: what is foreseen is trusted as it is."""
     replayed: int = 2
     """Earlier states in each step."""
     learning_rate: float = 3e-3

@@ -30,6 +30,7 @@ from onp.prepare import (
     torch_threads,
     unwrapped,
 )
+from onp.probes.norm_shift import by_site
 from onp.probes.responses import activations
 from onp.renewal import renew
 from onp.report.repair import RunFacts, repair_report
@@ -109,7 +110,7 @@ def sanitize(
     rounds: list[Round] = []
     choice: Choice | None = None
     if evidence.verdict.target is not None:
-        search = Search(scene, graph, shift, evidence)
+        search = Search(scene, graph, by_site(shift, trace), evidence)
         with ledger.stage("gates"):
             gates = search.gates(counted)
         with ledger.stage("agent"):

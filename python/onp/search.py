@@ -4,23 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from onp.agent.caution import CautionModel
 from onp.agent.choice import Choice, choose
 from onp.agent.cost import Cost
+from onp.agent.effects import flip_effects
 from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back, improve
 from onp.agent.gates import learn_gates
 from onp.agent.learner import Learner
-from onp.agent.policy import CautionPolicy
 from onp.agent.race import Contender, heads_of
-from onp.agent.weights import load_policy
+from onp.agent.relaxed import RelaxedCost
+from onp.agent.state import State
+from onp.agent.weights import SHIPPED, load_policy
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
 from onp.graph import NeuronGraph
-from onp.probes.norm_shift import NormShift, by_site
 from onp.probes.responses import activation_statistics
 
 
@@ -28,23 +31,24 @@ class Search:
     """Improves masks against the counted probes; holds no mask itself."""
 
     def __init__(
-        self, scene: Scene, graph: NeuronGraph, shift: NormShift | None, evidence: Evidence
+        self, scene: Scene, graph: NeuronGraph, norm_shift: Tensor, evidence: Evidence
     ) -> None:
+        """norm_shift: float32 [S], of every site's own norm, 0 where it has none."""
         self.scene = scene
         self.evaluator = scene.evaluator
         self.clean = scene.clean
         self.config, self.seed = scene.config, scene.seed
         self.graph = graph
-        self.shift = shift
+        self.norm_shift = norm_shift
         self.evidence = evidence
 
     def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
-        """The policy's node features, float32 [S, F]."""
+        """The node features, float32 [S, F]."""
         trace, evidence = self.evaluator.trace, self.evidence
         nothing = torch.zeros(trace.sites)
         return node_features(
             trace, self.scene.model, self.graph, activation_statistics(self.scene.before),
-            nothing if self.shift is None else by_site(self.shift, trace),
+            self.norm_shift,
             gates,
             nothing if evidence.unlearning is None else evidence.unlearning,
             [c.ranking for c in counted],
@@ -61,11 +65,37 @@ class Search:
         probes = [contender.probe for contender in counted]
         return Cost(self.evaluator, self.clean[images], probes, config)
 
-    def gates(self, counted: Sequence[Contender]) -> Tensor:
-        """The relaxed mask against the counted probes, float32 [S]."""
-        return learn_gates(
+    def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
+        """The cost of gates."""
+        return RelaxedCost(
             self.evaluator.network, self.clean, [c.probe for c in counted],
             torch.stack([c.ranking for c in counted]).mean(0), self.config.gates,
+        )  # fmt: skip
+
+    def nothing_pruned(self, counted: Sequence[Contender]) -> State:
+        """What flips would do to the network as it came."""
+        cost = self.cost(counted, slice(self.config.gates.seen))
+        nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
+        return State.of(nothing, flip_effects(cost, nothing))
+
+    def proposal(self, counted: Sequence[Contender]) -> Tensor:
+        """How far the policy closes each gate, float32 [S]: one pass."""
+        named = self.config.gates.policy
+        policy = load_policy(SHIPPED if named == "shipped" else Path(named))
+        features = self.features(counted, torch.zeros(self.evaluator.trace.sites))
+        with torch.no_grad():
+            closed: Tensor = policy(self.graph, features, self.nothing_pruned(counted).inputs)
+        return closed
+
+    def gates(self, counted: Sequence[Contender]) -> Tensor:
+        """The relaxed mask against the counted probes, float32 [S]: how far each gate closes, as
+        the policy proposes and descent adapts it to this network."""
+        config = self.config.gates
+        start = torch.ones(self.evaluator.trace.sites)
+        if config.policy != "none":
+            start = start - self.proposal(counted)
+        return learn_gates(
+            self.relaxed(counted), start, steps=config.steps, learning_rate=config.learning_rate,
             seed=self.seed, ledger=self.evaluator.ledger,
         )  # fmt: skip
 
@@ -88,18 +118,16 @@ class Search:
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
         features = self.features(counted, ranking)
-        policy = CautionPolicy(
+        model = CautionModel(
             features.shape[1], len(self.graph.relations),
             hidden=agent.hidden, rounds=agent.messages, seed=self.seed,
         )  # fmt: skip
-        if agent.weights is not None:
-            load_policy(policy, agent.weights)
 
         def tell(number: int, log: Round) -> None:
             message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
             ledger.tick(number + 1, agent.rounds, message)
 
-        learner = Learner(policy, self.graph, features, agent, seed=self.seed)
+        learner = Learner(model, self.graph, features, agent, seed=self.seed)
         rounds = improve(elite, cost, learner, agent, tell)
         return elite.masks, rounds
 

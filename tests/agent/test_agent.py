@@ -9,10 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onp.agent.caution import CautionModel
 from onp.agent.effects import CAUTION, Effects
 from onp.agent.learner import Experience, Learner
 from onp.agent.objective import Objective
-from onp.agent.policy import CautionPolicy, State
+from onp.agent.policy import PruningPolicy
+from onp.agent.state import State
 from onp.config import AgentConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
 from onp.graph import build_graph
@@ -74,16 +76,16 @@ def test_the_toy_has_a_backdoor_in_the_planted_channel(
     assert float(values.removed[1 + PLANTED]) > 0.85
 
 
-def policy_of(traced: Trace, model: nn.Module, features: int, *, rounds: int = 1) -> CautionPolicy:
+def caution_of(traced: Trace, model: nn.Module, features: int, *, rounds: int = 1) -> CautionModel:
     relations = len(build_graph(traced, model).relations)
-    return CautionPolicy(features, relations, hidden=16, rounds=rounds, seed=3)
+    return CautionModel(features, relations, hidden=16, rounds=rounds, seed=3)
 
 
 def learner_of(
     traced: Trace, model: nn.Module, features: Tensor, config: AgentConfig, *, rounds: int = 1
 ) -> Learner:
-    policy = policy_of(traced, model, features.shape[1], rounds=rounds)
-    return Learner(policy, build_graph(traced, model), features, config, seed=0)
+    caution = caution_of(traced, model, features.shape[1], rounds=rounds)
+    return Learner(caution, build_graph(traced, model), features, config, seed=0)
 
 
 def a_state(sites: int, seed: int = 0) -> State:
@@ -155,8 +157,8 @@ def test_without_steps_the_agent_keeps_to_what_is_foreseen(
     assert learner.learn(state, [], torch.ones(2, 0)) == 0  # nothing was tried
 
 
-def test_the_policy_follows_a_permutation_of_channels() -> None:
-    """Channels of a layer have no order: permuted with their weights, so are their factors."""
+def test_policy_and_model_follow_a_permutation_of_channels() -> None:
+    """Channels of a layer have no order: permuted with their weights, so are factors, gates."""
     torch.manual_seed(4)
     wide = 14
     model = nn.Sequential(
@@ -175,17 +177,24 @@ def test_the_policy_follows_a_permutation_of_channels() -> None:
     places[first.sites] = first.start + order
     features = torch.randn(traced.sites, 6)
     states = [a_state(traced.sites, seed) for seed in (1, 2)]
-    policy = policy_of(traced, model, 6, rounds=2)
+    caution = caution_of(traced, model, 6, rounds=2)
+    policy = PruningPolicy(6, len(build_graph(traced, model).relations), rounds=2, seed=3)
     with torch.no_grad():
-        policy.factors.weight.normal_(generator=torch.Generator().manual_seed(0))
-        results = []
+        random = torch.Generator().manual_seed(0)
+        caution.factors.weight.normal_(generator=random)
+        policy.odds.weight.normal_(generator=random)
+        results, proposals = [], []
         for network, moved in ((model, torch.arange(traced.sites)), (other, places)):
             graph = build_graph(trace(network, (3, SIZE, SIZE)), network)
             seen = [State(s.inputs[moved], s.effects) for s in states]
-            results.append(policy(graph, features[moved], seen))
+            results.append(caution(graph, features[moved], seen))
+            proposals.append(policy(graph, features[moved], seen[0].inputs))
     factors, permuted = results
     torch.testing.assert_close(permuted, factors[:, places], atol=1e-5, rtol=1e-5)
     assert not torch.allclose(permuted, factors, atol=1e-2)
+    closed, permuted = proposals
+    torch.testing.assert_close(permuted, closed[places], atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(permuted, closed, atol=1e-3)
 
 
 def test_same_seed_same_agent(

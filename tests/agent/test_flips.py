@@ -15,7 +15,7 @@ from onp.agent.effects import Effects
 from onp.agent.elite import Elite
 from onp.agent.flips import flipped, give_back, heads, improve
 from onp.agent.learner import Learner
-from onp.agent.policy import State
+from onp.agent.state import State
 from onp.clean import Clean
 from onp.config import AgentConfig, CostConfig
 from onp.evaluate import MaskEvaluator

@@ -7,7 +7,7 @@ its gradient is taken image by image; the margins after any flips follow, and of
 themselves, with the divergence as that of two answers (the label, any other).
 
 Networks bend, though: by how much more, or less, than linearly each site moves the margins is the
-policy's to say (``onp.agent.policy``); ``CAUTION`` is where it starts from.
+agent's to say (``onp.agent.caution``); ``CAUTION`` is where it starts from.
 """
 
 from __future__ import annotations

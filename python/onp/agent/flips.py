@@ -1,9 +1,9 @@
 """The search: from the best mask so far, moves that promise most are evaluated, round by round.
 
-One backward pass tells the effects of all flips of the best mask, and the policy how far they are
+One backward pass tells the effects of all flips of the best mask, and the agent how far they are
 to be trusted. Moves are of two kinds: the flips that promise most, each alone, and the heads of one
 set of flips that grows by what adds most in the model of the margins, where flips that undo one
-another are seen to. All are evaluated in one call of the native engine, and the policy learns from
+another are seen to. All are evaluated in one call of the native engine, and the agent learns from
 what they brought. Flips that alone do harm are not tried again.
 """
 
@@ -19,7 +19,7 @@ from onp.agent.cost import Cost
 from onp.agent.effects import flip_effects
 from onp.agent.elite import Elite
 from onp.agent.learner import Learner
-from onp.agent.policy import State
+from onp.agent.state import State
 from onp.config import AgentConfig
 
 
@@ -34,7 +34,7 @@ class Round:
     gain: float
     """Mean reward of the moves: change of the worth."""
     loss: float
-    """Of what was foreseen against the gains, before the policy learned from them."""
+    """Of what was foreseen against the gains, before the agent learned from them."""
     worth: float
     """Of the best mask after the round."""
 

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onp.agent.policy import UNIT, CautionPolicy, State
+from onp.agent.caution import CautionModel
+from onp.agent.state import UNIT, State
 from onp.config import AgentConfig
 from onp.graph import NeuronGraph
 from onp.optimizers import Adam
@@ -37,11 +38,11 @@ class Experience:
 
 
 class Learner:
-    """A policy on a network, and what it has met there."""
+    """The model of one network, and what was met there."""
 
     def __init__(
         self,
-        policy: CautionPolicy,
+        model: CautionModel,
         graph: NeuronGraph,
         features: Tensor,
         config: AgentConfig,
@@ -49,18 +50,18 @@ class Learner:
         seed: int,
     ) -> None:
         """features: float32 [S, F]."""
-        self.policy = policy
+        self.model = model
         self.graph = graph
         self.features = features
         self.config = config
         self.memory: list[Experience] = []
         self.random = torch.Generator().manual_seed(seed)
-        self.optimizer = Adam((list(policy.parameters()), config.learning_rate))
+        self.optimizer = Adam((list(model.parameters()), config.learning_rate))
 
     @torch.no_grad()
     def caution(self, state: State) -> Tensor:
         """Factors on the changes that are foreseen, float32 [S, 2]."""
-        factors: Tensor = self.policy(self.graph, self.features, [state])[0]
+        factors: Tensor = self.model(self.graph, self.features, [state])[0]
         return factors
 
     def learn(self, state: State, moves: Sequence[Tensor], gains: Tensor) -> float:
@@ -73,7 +74,7 @@ class Learner:
         for step in range(self.config.steps):
             draw = torch.randperm(len(self.memory), generator=self.random)[: self.config.replayed]
             batch = [now, *(self.memory[i] for i in draw.tolist())]
-            factors = self.policy(self.graph, self.features, [seen.state for seen in batch])
+            factors = self.model(self.graph, self.features, [seen.state for seen in batch])
             losses = [seen.loss(caution) for seen, caution in zip(batch, factors, strict=True)]
             first = float(losses[0].detach()) if step == 0 else first
             self.optimizer.zero_grad()

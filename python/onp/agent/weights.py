@@ -1,4 +1,4 @@
-"""Weights of a policy as safetensors: what ``bench.train_agent`` fits and a policy starts from."""
+"""Weights of the policy as safetensors: what ``bench.train_agent`` makes and what comes along."""
 
 from __future__ import annotations
 
@@ -7,21 +7,30 @@ from pathlib import Path
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from onp.agent.policy import CautionPolicy
+from onp.agent.policy import PruningPolicy
+from onp.agent.state import State
 from onp.errors import UsageError
 from onp.files import write_atomically
 
+SHIPPED = Path(__file__).with_name("policy.safetensors")
+"""What comes with the package; ``policy.json`` beside it says how it was made."""
 
-def load_policy(policy: CautionPolicy, weights: str) -> CautionPolicy:
-    """Fill a policy from a file. Raises UsageError for a missing file or another policy's."""
+
+def load_policy(path: Path) -> PruningPolicy:
+    """A policy from its file. Raises UsageError for a missing file or another network's."""
     try:
-        policy.load_state_dict(load_file(weights))
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UsageError(f"{weights} holds no weights of this policy: {error}") from error
-    return policy
+        weights = load_file(path)
+        hidden, columns = weights["embed.weight"].shape
+        rounds = len({name.split(".")[1] for name in weights if name.startswith("layers.")})
+        relations = weights["layers.0.mix.weight"].shape[1] // hidden - 1 if rounds else 0
+        policy = PruningPolicy(columns - State.INPUTS, relations, rounds=rounds, seed=0)
+        policy.load_state_dict(weights)
+    except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
+        raise UsageError(f"{path} holds no weights of a policy: {error}") from error
+    return policy.eval()
 
 
-def save_policy(policy: CautionPolicy, path: Path) -> None:
+def save_policy(policy: PruningPolicy, path: Path) -> None:
     """Write a policy's weights as safetensors."""
     state = {name: value.detach().contiguous() for name, value in policy.state_dict().items()}
     write_atomically(path, lambda temporary: save_file(state, temporary))

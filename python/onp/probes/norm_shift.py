@@ -196,10 +196,12 @@ def shifted_at_random(images: Tensor, fill: float, part: int, random: torch.Gene
     return padded[each, torch.arange(channels)[None, :, None, None], rows, columns]
 
 
-def by_site(shift: NormShift, trace: Trace) -> Tensor:
+def by_site(shift: NormShift | None, trace: Trace) -> Tensor:
     """The residual of each site's own norm, both moments together, float32 [S]; 0 where it has
     none."""
     values = torch.zeros(trace.sites)
+    if shift is None:
+        return values
     channels = torch.stack(shift.residual.chunk(2)).norm(dim=0)
     for layer in trace.layers:
         if layer.norm in shift.moments.at:
