@@ -68,7 +68,7 @@ def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
     """limit: image-forwards that a rival's search may take; the agent's own variants end
     themselves."""
     if name.startswith(WITHOUT):
-        setting = without(setting, name.removeprefix(WITHOUT))
+        setting = Setting.of(without(setting.search, name.removeprefix(WITHOUT)))
         name = "onp"
     search, ledger = setting.search, setting.search.evaluator.ledger
     started = ledger.total
@@ -113,7 +113,7 @@ def new_rows(
     before = exam.score(model)
     trace = setting.search.evaluator.trace
     for name in missing if limit is not None else ["onp", *(n for n in missing if n != "onp")]:
-        if name.startswith(WITHOUT) and not has(setting, name.removeprefix(WITHOUT)):
+        if name.startswith(WITHOUT) and not has(setting.search, name.removeprefix(WITHOUT)):
             continue
         started = time.process_time()
         found = run_variant(name, setting, seed, limit or 0)

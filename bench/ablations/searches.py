@@ -12,7 +12,6 @@ from dataclasses import replace
 
 import torch
 
-from bench.ablations.setting import Setting
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.config import Config
@@ -78,20 +77,17 @@ def _batches(masks: int) -> list[int]:
     return [*sizes, masks % BATCH] if masks % BATCH else sizes
 
 
-def has(setting: Setting, family: str) -> bool:
+def has(search: Search, family: str) -> bool:
     """Whether some, but not all, of the counted probes are of this family."""
-    own = [contender.probe.family.name == family for contender in setting.counted]
+    own = [contender.probe.family.name == family for contender in search.evidence.counted]
     return any(own) and not all(own)
 
 
-def without(setting: Setting, family: str) -> Setting:
-    """As if no probe of this family had been made; gates and first masks are made anew."""
-    search = setting.search
+def without(search: Search, family: str) -> Search:
+    """As if no probe of this family had been made."""
     evidence = replace(
         search.evidence,
         contenders=[c for c in search.evidence.contenders if c.probe.family.name != family],
-        counted=[c for c in setting.counted if c.probe.family.name != family],
+        counted=[c for c in search.evidence.counted if c.probe.family.name != family],
     )
-    fewer = Search(search.scene, search.graph, search.norm_shift, evidence)
-    with torch.enable_grad():
-        return Setting(fewer, fewer.gates(evidence.counted))
+    return Search(search.scene, search.graph, search.norm_shift, evidence)

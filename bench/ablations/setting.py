@@ -57,6 +57,11 @@ class Setting:
     gates: Tensor
     """float32 [S]."""
 
+    @classmethod
+    def of(cls, search: Search) -> Setting:
+        with torch.enable_grad():
+            return cls(search, search.gates(search.evidence.counted))
+
     @property
     def counted(self) -> list[Contender]:
         return self.search.evidence.counted
@@ -99,7 +104,4 @@ def searched(found: Investigated) -> Search | None:
 def setting_of(model: nn.Module, clean: ImageSet, config: Config, seed: int) -> Setting | None:
     """As ``onp.sanitize`` gets to its search; None where it finds no backdoor."""
     search = searched(investigate(model, clean, config, seed))
-    if search is None:
-        return None
-    with torch.enable_grad():
-        return Setting(search, search.gates(search.evidence.counted))
+    return None if search is None else Setting.of(search)
