@@ -1,0 +1,1 @@
+"""Our kernels against what users have, in one run."""

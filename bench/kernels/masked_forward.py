@@ -1,0 +1,285 @@
+"""Masked forward: every mask on every image, ours against the ways that users have.
+
+Baselines run a few masks and are scaled: they share nothing between masks.
+"""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor, fx, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from bench.kernels.gated import gated, gates_of
+from bench.kernels.peak import best_time
+from bench.kernels.rows import Row
+from bench.zoo.architectures import ARCHITECTURES
+from onp import masks
+from onp.ops.masked_forward import instruction_sets, lower
+from onp.suspect.surgery import apply_mask
+from onp.suspect.trace import Trace, trace
+
+KERNEL = "masked_forward"
+NETWORKS = {
+    "preactresnet18-64": ("preactresnet18", 64, 1.0),
+    "preactresnet18-16": ("preactresnet18", 16, 1.2),
+    "resnet20-16": ("resnet20", 16, None),
+    "vgg16_bn-64": ("vgg16_bn", 64, None),
+    "mobilenetv2-1": ("mobilenetv2", 1.0, 1.2),
+}
+"""Architecture, width, and the ratio to the best baseline that is aimed at in fp32."""
+SHARES = (0.01, 0.05, 0.3)
+TOLERANCE = 1e-3
+"""Of fp32 logits, relative to the largest; reduced precision ten times that."""
+FEW = 4
+"""Masks that baselines are timed on."""
+CLASSES = 10
+
+Run = Callable[[Tensor], Tensor]
+"""bool [B, S] to logits [B, N, K]."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """A network, images and masks."""
+
+    name: str
+    model: nn.Module
+    trace: Trace
+    network: fx.GraphModule
+    """With masks as inputs."""
+    images: Tensor
+    pruned: Tensor
+    """bool [B, S]."""
+    gflop: float
+    """Of all masks on all images, direct convolutions."""
+    target: float | None
+
+    @cached_property
+    def expected(self) -> Tensor:
+        """Logits of the first two masks on a few images, float32 [2, n, K], in double precision."""
+        network = gated(copy.deepcopy(self.model).double(), self.trace)
+        images = self.images[:16].double()
+        with torch.no_grad():
+            return torch.stack(
+                [network(images, g) for g in gates_of(self.pruned[:2]).double()]
+            ).float()
+
+
+def cases(network: str, count: int, images: int, shares: tuple[float, ...]) -> Iterator[Case]:
+    """One a share of pruned sites, with masks that are independent of each other."""
+    arch, width, target = NETWORKS[network]
+    torch.manual_seed(0)
+    model = settled(ARCHITECTURES[arch](width, CLASSES))
+    traced = trace(model, (3, 32, 32))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(torch.rand(1, 3, 32, 32))
+    gflop = counter.get_total_flops() * count * images / 1e9
+    case = Case(
+        network, model, traced, gated(model, traced), torch.rand(images, 3, 32, 32),
+        torch.zeros(count, traced.sites, dtype=torch.bool), gflop, target,
+    )  # fmt: skip
+    for share in shares:
+        pruned = torch.rand(count, traced.sites) < share
+        yield replace(case, name=f"{network}, {100 * share:g}% pruned", pruned=pruned)
+
+
+def settled(model: nn.Module) -> nn.Module:
+    """Running statistics that fit the weights, so that logits are of ordinary size."""
+    with torch.no_grad():
+        for _ in range(20):
+            model.train()(torch.rand(64, 3, 32, 32))
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class Way:
+    """An implementation."""
+
+    name: str
+    precision: str
+    make: Callable[[Case], Run]
+    masks: int | None = FEW
+    """How many masks it is timed on; None: all, since it shares work between them."""
+
+
+def _loop(network: Callable[..., Tensor], images: Tensor, dtype: torch.dtype) -> Run:
+    """A forward a mask."""
+
+    def run(pruned: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.stack([network(images, g) for g in gates_of(pruned).to(dtype)]).float()
+
+    return run
+
+
+def eager(
+    layout: torch.memory_format, dtype: torch.dtype = torch.float32, *, compiled: bool = False
+) -> Callable[[Case], Run]:
+    """Torch as it is, or compiled."""
+
+    def make(case: Case) -> Run:
+        network = gated(copy.deepcopy(case.model), case.trace).to(dtype, memory_format=layout)
+        call = torch.compile(network) if compiled else network
+        return _loop(call, case.images.to(dtype).contiguous(memory_format=layout), dtype)
+
+    return make
+
+
+def vmapped(case: Case) -> Run:
+    """All masks at once by torch.func."""
+    call = torch.func.vmap(lambda g: case.network(case.images, g))
+
+    def run(pruned: Tensor) -> Tensor:
+        with torch.no_grad():
+            return call(gates_of(pruned))
+
+    return run
+
+
+def edited(case: Case) -> Run:
+    """Weights edited for every mask, then one pass: what benchmark suites do."""
+
+    def run(pruned: Tensor) -> Tensor:
+        with torch.inference_mode():
+            return torch.stack(
+                [apply_mask(case.model, case.trace, mask)(case.images) for mask in pruned]
+            )
+
+    return run
+
+
+def onnx_runtime(case: Case) -> Run:
+    """ONNX Runtime, masks as an input."""
+    import onnxruntime
+
+    file = io.BytesIO()
+    inputs = (case.images, torch.ones(case.trace.sites))
+    torch.onnx.export(
+        case.network, inputs, file, dynamo=False, input_names=["images", "gates"],
+        output_names=["logits"],
+    )  # fmt: skip
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(
+        file.getvalue(), options, providers=["CPUExecutionProvider"]
+    )
+    images = case.images.numpy()
+
+    def run(pruned: Tensor) -> Tensor:
+        found = [
+            session.run(None, {"images": images, "gates": g.numpy()})[0] for g in gates_of(pruned)
+        ]
+        return torch.from_numpy(np.stack(found))
+
+    return run
+
+
+def openvino(precision: str) -> Callable[[Case], Run]:
+    """OpenVINO, masks as an input."""
+
+    def make(case: Case) -> Run:
+        import openvino as ov
+
+        inputs = (case.images, torch.ones(case.trace.sites))
+        model = ov.convert_model(
+            torch.jit.trace(case.network, inputs), example_input=inputs,
+            input=[tuple(one.shape) for one in inputs],
+        )  # fmt: skip
+        compiled = ov.Core().compile_model(
+            model,
+            "CPU",
+            {
+                "INFERENCE_PRECISION_HINT": precision,
+                "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+                "PERFORMANCE_HINT": "LATENCY",
+            },
+        )
+        images = case.images.numpy()
+
+        def run(pruned: Tensor) -> Tensor:
+            found = [compiled((images, g.numpy()))[0].copy() for g in gates_of(pruned)]
+            return torch.from_numpy(np.stack(found))
+
+        return run
+
+    return make
+
+
+def ours(isa: str | None = None) -> Callable[[Case], Run]:
+    """The native engine; ``isa`` forces an instruction set."""
+
+    def make(case: Case) -> Run:
+        plan = lower(case.trace, case.model)
+        forced = {} if isa is None else {"isa": isa}
+
+        def run(pruned: Tensor) -> Tensor:
+            return plan.run(masks.pack(pruned), case.images, share=False, **forced)
+
+        return run
+
+    return make
+
+
+LAST, FIRST = torch.channels_last, torch.contiguous_format
+WAYS = [
+    Way("onp", "fp32", ours(), None),
+    *(Way(f"onp, {isa}", "fp32", ours(isa), FEW) for isa in instruction_sets()[1:]),
+    Way("torch eager, NCHW", "fp32", eager(FIRST)),
+    Way("torch eager, channels last", "fp32", eager(LAST)),
+    Way("torch.compile", "fp32", eager(LAST, compiled=True)),
+    Way("torch.func.vmap", "fp32", vmapped),
+    Way("weights edited", "fp32", edited),
+    Way("ONNX Runtime", "fp32", onnx_runtime),
+    Way("OpenVINO", "fp32", openvino("f32")),
+    Way("torch eager, bf16", "reduced", eager(LAST, torch.bfloat16)),
+    Way("torch.compile, bf16", "reduced", eager(LAST, torch.bfloat16, compiled=True)),
+    Way("OpenVINO, bf16", "reduced", openvino("bf16")),
+]
+
+
+def measure(case: Case, way: Way, repeats: int, peak: float) -> Row:
+    """One row: the correctness gate first; seconds of all masks on all images."""
+    row = Row(KERNEL, case.name, way.name, way.precision, None, False)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            run = way.make(case)
+            found = run(case.pruned[:2])[:, : len(case.expected[0])]
+    except Exception as error:
+        return replace(row, note=f"did not run: {type(error).__name__}: {error}"[:200])
+    scale = float(case.expected.abs().max())
+    off = float((found - case.expected).abs().max()) / scale
+    tolerance = TOLERANCE if way.precision == "fp32" else 100 * TOLERANCE
+    if not off < tolerance:
+        return replace(row, note=f"off by {off:.2g} of the largest logit")
+    some = case.pruned if way.masks is None else case.pruned[: way.masks]
+    seconds = best_time(lambda: run(some), repeats) * len(case.pruned) / len(some)
+    main = way.name == "onp"
+    return replace(
+        row,
+        seconds=seconds,
+        correct=True,
+        share_of_peak=round(case.gflop / seconds / peak, 3) if way.precision == "fp32" else None,
+        target=case.target if main else None,
+        forced=way.name.startswith("onp, "),
+        note="" if way.masks is None else f"timed on {way.masks} masks",
+    )
+
+
+def rows(quick: bool, repeats: int, peak: float) -> Iterator[Row]:
+    """Every implementation on every case."""
+    count, images = (8, 64) if quick else (64, 256)
+    for network in NETWORKS:
+        for case in cases(network, count, images, SHARES[:1] if quick else SHARES):
+            for way in WAYS:
+                print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
+                yield measure(case, way, repeats, peak)
