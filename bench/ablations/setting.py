@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -27,14 +27,13 @@ from onp.prepare import baseline, clean_images, frozen_copy
 from onp.probes.norm_shift import by_site
 from onp.probes.probe import LabelShift, Probe
 from onp.probes.responses import activations
-from onp.probes.unlearning import Unlearned
 from onp.search import Search
 from onp.suspect.trace import trace as trace_network
 from onp.verdict import Verdict
 
 VALID = (0.0, 1.0)
 _KEPT = [
-    Evidence, Verdict, Contender, Probe, LabelShift, Unlearned, *map(type, REPLAYED.values())
+    Evidence, Verdict, Contender, Probe, LabelShift, *map(type, REPLAYED.values())
 ]  # fmt: skip
 """What evidence consists of."""
 
@@ -87,7 +86,7 @@ def investigate(
     shift = measured_shift(evaluator, suspect, seen, config, valid=VALID, seed=seed)
     with torch.enable_grad():
         evidence = gather(scene, shift)
-    found = (by_site(shift, trace), evidence)
+    found = (by_site(shift, trace), replace(evidence, unlearned=None))  # that holds a network
     if kept is not None:
         write_atomically(kept, lambda temporary: torch.save(found, temporary))
     return Investigated(scene, *found)
