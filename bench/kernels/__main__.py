@@ -10,18 +10,23 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from bench.kernels import masked_forward
-from bench.kernels.peak import copy_gbytes, fp32_gflops
+from bench.kernels import masked_forward, message_passing, neuron_graph
+from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row, as_json, compared, table
 from bench.scoreboard.provenance import provenance
 from onp.files import write_json
 
 _BENCH = Path(__file__).parents[1]
-SUITES = {"masked_forward": masked_forward.rows}
+SUITES = {
+    "masked_forward": masked_forward.rows,
+    "neuron_graph": neuron_graph.rows,
+    "message_passing": message_passing.rows,
+}
 
 
 def main() -> int:
@@ -34,20 +39,17 @@ def main() -> int:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     started = time.perf_counter()
-    ceilings = {
-        "fp32_gflops": round(fp32_gflops(args.threads), 1),
-        "copy_gbytes": round(copy_gbytes(args.threads), 1),
-    }
+    ceilings = Ceilings.measured(args.threads)
     print(f"{ceilings} with {args.threads} threads", file=sys.stderr, flush=True)
     rows: list[Row] = []
     repeats = args.repeats or (1 if args.quick else 3)
     for suite in args.suites:
-        for row in SUITES[suite](args.quick, repeats, ceilings["fp32_gflops"]):
+        for row in SUITES[suite](args.quick, repeats, ceilings):
             print(json.dumps(as_json([row])[0]), flush=True)
             rows.append(row)
     rows = compared(rows)
     print(table(rows))
-    facts = {"ceilings": ceilings, "quick": args.quick, "repeats": repeats}
+    facts = {"ceilings": asdict(ceilings), "quick": args.quick, "repeats": repeats}
     facts |= {"seconds": round(time.perf_counter() - started), **provenance()}
     write_json(args.out, {"environment": facts, "rows": as_json(rows)})
     return 0

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.kernels.gated import gated, gates_of
-from bench.kernels.peak import best_time
+from bench.kernels.peak import Ceilings, best_time
 from bench.kernels.rows import Row
 from bench.zoo.architectures import ARCHITECTURES
 from onp import masks
@@ -275,11 +275,11 @@ def measure(case: Case, way: Way, repeats: int, peak: float) -> Row:
     )
 
 
-def rows(quick: bool, repeats: int, peak: float) -> Iterator[Row]:
+def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
     """Every implementation on every case."""
     count, images = (8, 64) if quick else (64, 256)
     for network in NETWORKS:
         for case in cases(network, count, images, SHARES[:1] if quick else SHARES):
             for way in WAYS:
                 print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
-                yield measure(case, way, repeats, peak)
+                yield measure(case, way, repeats, ceilings.fp32_gflops)

@@ -8,6 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,6 +18,19 @@ CHAINS = 12
 STEPS = 4_000_000
 COPIED = 256 << 20
 """Bytes; well over any cache."""
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Of the machine as it is now."""
+
+    fp32_gflops: float
+    copy_gbytes: float
+    """Read and written, a second."""
+
+    @classmethod
+    def measured(cls, threads: int) -> Ceilings:
+        return cls(round(fp32_gflops(threads), 1), round(copy_gbytes(threads), 1))
 
 
 def best_time(run: Callable[[], object], repeats: int) -> float:

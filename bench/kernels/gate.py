@@ -1,0 +1,32 @@
+"""The correctness gate of the small kernels: results are compared before anything is timed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from bench.kernels.peak import best_time
+from bench.kernels.rows import Row
+
+TOLERANCE = 1e-4
+"""Of the largest value expected; reduced precision two hundred times that."""
+
+
+def timed(
+    row: Row, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], repeats: int
+) -> Row:
+    """The row with its seconds, if ``run`` gives what is expected."""
+    try:
+        found = run()
+    except Exception as error:
+        return replace(row, note=f"did not run: {type(error).__name__}: {error}"[:200])
+    tolerance = TOLERANCE * (1 if row.precision == "fp32" else 200)
+    for got, want in zip(found, expected, strict=True):
+        if got.shape != want.shape:
+            return replace(row, note=f"shape {tuple(got.shape)} for {tuple(want.shape)}")
+        off = float((got.double() - want.double()).abs().max()) if want.numel() else 0.0
+        if not off <= tolerance * float(want.abs().max()):
+            return replace(row, note=f"off by {off:.2g}")
+    return replace(row, seconds=best_time(run, repeats), correct=True)
