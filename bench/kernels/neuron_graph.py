@@ -54,7 +54,7 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
     torch.manual_seed(0)
     weights = [torch.randn(shape) for shape in shapes()]
     strengths = [connection_strength(weight) for weight in weights]
-    read = sum(weight.numel() for weight in weights) * 4 / 1e9 / (ceilings.copy_gbytes / 2)
+    read = sum(weight.numel() for weight in weights) * 4 / 1e9 / ceilings.copy_gbytes
     parts: dict[str, tuple[list[Tensor], dict[str, Callable[[Tensor], Any]]]] = {
         "strengths": (weights, {"onp": connection_strength, "torch": torch_strength}),
         "strongest": (strengths, {"onp": strongest, "torch": torch_strongest}),

@@ -27,6 +27,7 @@ from bench.scoreboard.provenance import provenance
 from bench.train_agent.fitting import FittingConfig, fit
 from bench.train_agent.lessons import Lesson, lessons_of
 from bench.zoo.checkpoints import ZooModel, load_set
+from bench.zoo.recipes import Recipe
 from onp.agent.policy import PruningPolicy
 from onp.agent.weights import SHIPPED, save_policy
 from onp.config import GatesConfig
@@ -35,24 +36,23 @@ from onp.files import write_atomically, write_json
 _BENCH = Path(__file__).parents[1]
 ATTACK_FOLDS = 4
 FEW = 8
-"""Steps of descent that a proposal is adapted with, and those from open gates it is compared to,"""
+"""Steps of descent that a proposal is adapted with,"""
 GENTLE = 0.03
-"""at this rate."""
+"""at this rate; from open gates as many are tried at the rate of a repair."""
 
 
-def folds(networks: Iterable[ZooModel]) -> dict[str, set[tuple[str, str]]]:
-    """(attack, kind of network) pairs that each fold keeps out: attacks in four parts, and every
+def folds(networks: Iterable[ZooModel]) -> dict[str, set[str]]:
+    """Attacks, or architectures, that each fold keeps out: attacks in four parts, and every
     architecture."""
     recipes = [network.recipe for network in networks]
     attacks = sorted({recipe.attack for recipe in recipes})
-    pairs = {(recipe.attack, recipe.arch) for recipe in recipes}
-    made = {
-        f"attacks{part}": {pair for pair in pairs if pair[0] in attacks[part::ATTACK_FOLDS]}
-        for part in range(ATTACK_FOLDS)
-    }
-    for arch in sorted({recipe.arch for recipe in recipes}):
-        made[arch] = {pair for pair in pairs if pair[1] == arch}
-    return made
+    made = {f"attacks{part}": set(attacks[part::ATTACK_FOLDS]) for part in range(ATTACK_FOLDS)}
+    return made | {arch: {arch} for arch in sorted({recipe.arch for recipe in recipes})}
+
+
+def kept_out_of(fold: set[str], recipe: Recipe) -> bool:
+    """Whether a network, of whatever set, has an attack or an architecture of the fold's."""
+    return bool(fold & {recipe.attack, recipe.arch})
 
 
 def judged(policy: PruningPolicy, lessons: list[Lesson]) -> dict[str, list[float]]:
@@ -104,23 +104,28 @@ def main() -> int:
     taught_on = exam + lessons_of(practice, args.seeds, args.data, args.clean_samples, args.work)
     alone = from_open_gates(exam, GatesConfig())
     config, lines = FittingConfig(steps=args.steps), []
-    for name, kept_out in {**folds(core), "all": set[tuple[str, str]]()}.items():
+    for name, kept_out in {**folds(core), "all": set[str]()}.items():
         if args.folds and name not in args.folds:
             continue
         for rounds in args.messages:
             started = time.perf_counter()
+            taught = [one for one in taught_on if not kept_out_of(kept_out, one.network.recipe)]
             policy = fit(
-                [lesson for lesson in taught_on if pair_of(lesson) not in kept_out],
+                taught,
                 rounds=rounds, config=config, seed=args.seed,
             )  # fmt: skip
             seconds = time.perf_counter() - started
-            asked = [i for i, one in enumerate(exam) if not kept_out or pair_of(one) in kept_out]
+            asked = [
+                i
+                for i, one in enumerate(exam)
+                if not kept_out or kept_out_of(kept_out, one.network.recipe)
+            ]
             found = judged(policy, [exam[i] for i in asked])
             found |= {key: [values[i] for i in asked] for key, values in alone.items()}
             row = {
                 "fold": name,
                 "messages": rounds,
-                "taught_on": sum(pair_of(lesson) not in kept_out for lesson in taught_on),
+                "taught_on": len(taught),
                 "networks": [f"{exam[i].network.name} seed {exam[i].seed}" for i in asked],
                 "worth": {key: [round(v, 4) for v in values] for key, values in found.items()},
                 "mean_worth": {key: round(fmean(values), 4) for key, values in found.items()},
@@ -141,10 +146,6 @@ def main() -> int:
 
 def backdoored(networks: list[ZooModel]) -> list[ZooModel]:
     return [n for n in networks if n.recipe.attack != "clean" and n.card["fair"]]
-
-
-def pair_of(lesson: Lesson) -> tuple[str, str]:
-    return lesson.network.recipe.attack, lesson.network.recipe.arch
 
 
 def card(row: dict[str, Any]) -> dict[str, Any]:

@@ -83,8 +83,9 @@ class Search:
         named = self.config.gates.policy
         policy = load_policy(SHIPPED if named == "shipped" else Path(named))
         features = self.features(counted, torch.zeros(self.evaluator.trace.sites))
+        inputs = self.nothing_pruned(counted).inputs
         with torch.no_grad():
-            closed: Tensor = policy(self.graph, features, self.nothing_pruned(counted).inputs)
+            closed: Tensor = policy(self.graph, features, inputs)
         return closed
 
     def gates(self, counted: Sequence[Contender]) -> Tensor:

@@ -13,7 +13,7 @@ from onp.errors import UsageError
 from onp.files import write_atomically
 
 SHIPPED = Path(__file__).with_name("policy.safetensors")
-"""What comes with the package; ``policy.json`` beside it says how it was made."""
+"""Where ``bench.train_agent --ship`` puts a policy, with its card beside it; none is there yet."""
 
 
 def load_policy(path: Path) -> PruningPolicy:
