@@ -1,9 +1,9 @@
 """The policy: a GNN that says of every site how far its gate should close, in one pass.
 
 It is taught on many backdoored networks (``bench.train_agent``), by the gradient of what the gates
-it proposes cost there (``onp.agent.relaxed``); no mask is imitated, and no true trigger is seen. Its
-weights fit every network: its proposal is where the gates of a network can start from, and a few
-steps of descent adapt them to it. How well it carries over is for ``bench.train_agent`` to say.
+it proposes cost there (``onp.agent.relaxed``); no mask is imitated, and no true trigger is seen.
+Its weights fit every network: its proposal is where the gates of a network can start from, and a
+few steps of descent adapt them to it. How well it carries over ``bench.train_agent`` measures.
 """
 
 from __future__ import annotations
