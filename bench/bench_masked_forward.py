@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,6 +17,7 @@ from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from bench.kernels.peak import best_time
 from onp import masks
 from onp.evaluate import MaskEvaluator
 from onp.ops.masked_forward import MaskedForwardPlan, instruction_sets, lower
@@ -75,16 +75,6 @@ def build(batch: int, count: int) -> Case:
     return case
 
 
-def best_time(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of ``repeats`` runs."""
-    seconds = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return min(seconds)
-
-
 def eager_forward(case: Case) -> Callable[[], Tensor]:
     """One mask's forward in eager torch, channels last."""
     model = case.model.to(memory_format=torch.channels_last)
@@ -119,7 +109,7 @@ def main() -> None:
     eager: dict[int, float] = {}
     for count in threads:
         torch.set_num_threads(count)
-        eager[count] = best_time(eager_forward(case), options.repeats + 1)
+        eager[count] = best_time(eager_forward(case), options.repeats)
     baseline = min(eager.values())
 
     def row(name: str, count: int, seconds_per_mask: float, peak: float) -> None:

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 
 import onp
 from onp import demo
+from onp.agent.policy import PruningPolicy
+from onp.agent.weights import save_policy
 from onp.config import BUDGETS, AgentConfig, SynthesisConfig, UnlearningConfig
 from onp.data import ImageSet, Normalize
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
+from onp.features import NAMES
 from onp.metrics import predict
 from onp.result import Result
 from onp.suspect.load import load_suspect
@@ -53,6 +56,19 @@ def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: Im
     assert after["clean_accuracy"] > before["clean_accuracy"] - 0.05
     assert repaired.verdict == "backdoor"
     assert repaired.report["target_classes"] == [demo.TARGET]
+
+
+def test_a_policy_proposes_the_gates(tmp_path: Path) -> None:
+    """One that was taught nothing: a repair asks it, and takes its own few steps from there."""
+    save_policy(PruningPolicy(len(NAMES), 3, rounds=1, seed=0), tmp_path / "p.safetensors")
+    quick = BUDGETS["quick"]
+    gates = replace(quick.gates, policy=str(tmp_path / "p.safetensors"), seen=32)
+    result = onp.sanitize(suspect(), demo.clean_images(), budget=replace(quick, gates=gates))
+    assert result.verdict == "backdoor"
+    asked = result.report["image_forwards"]["gates"]
+    probes = sum(probe["counted"] for probe in result.report["probes"])
+    a_step = gates.images_per_step + probes * -(-gates.images_per_step // probes)
+    assert asked == 4 * 32 + 2 * gates.adapted_steps * a_step
 
 
 def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:

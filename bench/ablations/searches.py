@@ -84,7 +84,7 @@ def has(search: Search, family: str) -> bool:
 
 
 def without(search: Search, family: str) -> Search:
-    """As if no probe of this family had been made."""
+    """With no probe of this family; the verdict, which it had a part in, stands."""
     evidence = replace(
         search.evidence,
         contenders=[c for c in search.evidence.contenders if c.probe.family.name != family],

@@ -8,9 +8,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from bench.zoo.checkpoints import ZooModel
+from onp import __version__
 from onp.agent.race import Contender
 from onp.config import Config
-from onp.data import ImageSet
+from onp.data import ImageSet, draw_balanced
 from onp.evaluate import MaskEvaluator
 from onp.evidence import (
     REPLAYED,
@@ -98,6 +100,16 @@ def searched(found: Investigated) -> Search | None:
         return None
     graph = build_graph(found.scene.evaluator.trace, found.scene.model, found.scene.config.graph)
     return Search(found.scene, graph, found.norm_shift, found.evidence)
+
+
+def search_of(
+    network: ZooModel, images: ImageSet, samples: int, seed: int, work: Path
+) -> Search | None:
+    """What ``onp.sanitize`` would search on a draw of clean images; None where it finds no
+    backdoor. What was found is kept in the folder ``work``, by network, draw and package."""
+    clean = draw_balanced(images, samples, seed)
+    name = f"{network.name}_{network.digest}_{samples}_seed{seed}_{__version__}.pt"
+    return searched(investigate(network.model.eval(), clean, Config(), seed, work / name))
 
 
 def setting_of(model: nn.Module, clean: ImageSet, config: Config, seed: int) -> Setting | None:

@@ -3,18 +3,19 @@
 Its constants were chosen with the core set in view. Here they are chosen anew for each fold
 without the networks of some attacks (four folds), or of one kind (four), by mean DER on the others,
 and the policy is one that was taught without them as well (``bench.train_agent``; --agent). In a
-second column the probe family that was made for the attack is left out, too. One JSON line per
-(network, setting, family left out, policy), appended when it is done; lines that are there are not
-made again. Evidence is made once and kept in --work.
+second column the counted probes of the family that was made for the attack are dropped, too, where
+there are others; the verdict stands. No row has renewal. One JSON line per (network, setting,
+family dropped, policy), appended when it is done; lines that are there are not made again. Evidence
+is made once and kept in --work.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -24,20 +25,19 @@ from typing import Any
 import torch
 
 from bench.ablations.searches import has, without
-from bench.ablations.setting import investigate, searched
+from bench.ablations.setting import search_of
 from bench.folds.constants import SHIPPED, Setting, configured, fitted, settings
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
 from bench.zoo.checkpoints import ZooModel, load_set
 from bench.zoo.datasets import load
+from bench.zoo.folds import folds, kept_out
 from bench.zoo.scoring import Exam
-from onp.config import Config
 from onp.data import draw_balanced
 from onp.search import Search
 from onp.suspect.surgery import apply_mask
 
 _BENCH = Path(__file__).parents[1]
-ATTACK_FOLDS = 4
 TEST_SEED = 0
 MADE_FOR = {
     "badnets": "patch", "trojannn": "patch", "lc": "patch",
@@ -60,9 +60,8 @@ class Case:
     @cached_property
     def search(self) -> Search | None:
         dataset, seed = self.network.recipe.dataset, self.args.seed
-        clean = draw_balanced(load(dataset, self.args.data, "train"), self.args.clean_samples, seed)
-        kept = self.args.work / f"{self.name}_seed{seed}.pt"
-        return searched(investigate(self.network.model.eval(), clean, Config(), seed, kept))
+        images = load(dataset, self.args.data, "train")
+        return search_of(self.network, images, self.args.clean_samples, seed, self.args.work)
 
     @cached_property
     def exam(self) -> Exam:
@@ -70,18 +69,23 @@ class Case:
         test = draw_balanced(test, min(self.args.test_images, len(test)), TEST_SEED)
         return Exam.of(test, self.network.attack)
 
-    def row(self, setting: Setting, family: str | None, policy: str) -> Row:
-        """Gates, search and choice at a setting, scored with the true trigger."""
+    def has(self, family: str) -> bool:
+        """Whether the search can do without the family's probes, and would miss some."""
+        return self.search is not None and has(self.search, family)
+
+    def row(self, setting: Setting, family: str | None, policy: Path | None) -> Row:
+        """Gates, search and choice at a setting, without renewal, scored with the true trigger."""
         model = self.network.model
         before = after = self.exam.score(model)
         forwards = 0
         if self.search is not None:
             scene = self.search.scene
             config = configured(scene.config, setting)
-            config = replace(config, gates=replace(config.gates, policy=policy))
+            own = None if policy is None else str(policy)
+            config = replace(config, gates=replace(config.gates, policy=own))
             scene = replace(scene, config=config)
             search = Search(scene, self.search.graph, self.search.norm_shift, self.search.evidence)
-            if family is not None and has(search, family):
+            if family is not None:
                 search = without(search, family)
             started = scene.ledger.total
             counted = search.evidence.counted
@@ -97,7 +101,7 @@ class Case:
             "model": self.name,
             "setting": list(setting),
             "without": family,
-            "policy": Path(policy).stem,
+            "policy": named(policy),
             "seed": self.args.seed,
             "clean_samples": self.args.clean_samples,
             "ca_before": before.ca,
@@ -110,6 +114,13 @@ class Case:
         } | provenance()
 
 
+def named(policy: Path | None) -> str:
+    """``none``, or a policy's fold and digest."""
+    if policy is None:
+        return "none"
+    return f"{policy.stem}_{hashlib.sha256(policy.read_bytes()).hexdigest()[:12]}"
+
+
 class Rows:
     """The file of rows: what is there is not made again."""
 
@@ -120,10 +131,15 @@ class Rows:
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
-        return row["model"], tuple(row["setting"]), row["without"], row["policy"], row["seed"]
+        names = ("model", "without", "policy", "seed", "clean_samples", "test_images")
+        return (*(row[name] for name in names), tuple(row["setting"]))
 
-    def get(self, case: Case, setting: Setting, family: str | None, policy: str) -> Row:
-        key = (case.name, setting, family, Path(policy).stem, case.args.seed)
+    def get(self, case: Case, setting: Setting, family: str | None, policy: Path | None) -> Row:
+        args = case.args
+        key = (
+            case.name, family, named(policy), args.seed, args.clean_samples, args.test_images,
+            setting,
+        )  # fmt: skip
         if key not in self.made:
             started = time.perf_counter()
             row = self.made[key] = case.row(setting, family, policy)
@@ -132,16 +148,6 @@ class Rows:
             print(f"{key}: DER {row['der']:.3f}, {time.perf_counter() - started:.0f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
         return self.made[key]
-
-
-def folds(networks: list[ZooModel]) -> Iterator[tuple[str, str, set[str]]]:
-    """(kind of fold, name, names of the networks it keeps out)."""
-    attacks = sorted({network.recipe.attack for network in networks})
-    for part in range(ATTACK_FOLDS):
-        own = attacks[part::ATTACK_FOLDS]
-        yield "attacks", f"attacks{part}", {n.name for n in networks if n.recipe.attack in own}
-    for arch in sorted({network.recipe.arch for network in networks}):
-        yield "kinds", arch, {n.name for n in networks if n.recipe.arch == arch}
 
 
 def main() -> int:
@@ -160,31 +166,34 @@ def main() -> int:
     rows = Rows(args.out)
     networks = [n for n in load_set("core", args.models_dir) if n.recipe.attack != "clean"]
     cases = {network.name: Case(network, args) for network in networks}
-    shipped = Config().gates.policy
 
-    def policy_of(fold: str) -> str:
+    def policy_of(fold: str) -> Path | None:
         own = f"{fold}_{args.messages}.safetensors"
-        return shipped if args.agent is None else str(args.agent / own)
+        return None if args.agent is None else args.agent / own
 
     for case in cases.values():  # one network after the other: its search is in memory
         for setting in settings():
-            rows.get(case, setting, None, shipped)
+            rows.get(case, setting, None, None)
 
     def ders(setting: Setting) -> dict[str, float]:
-        return {name: rows.get(case, setting, None, shipped)["der"] for name, case in cases.items()}
+        return {name: rows.get(case, setting, None, None)["der"] for name, case in cases.items()}
 
     lines = ["| folds | as shipped | constants and weights left out | and the probe family |",
              "|---|---|---|---|"]  # fmt: skip
     found: dict[str, list[tuple[float, float, float]]] = {}
-    for kind, fold, kept_out in folds(networks):
-        setting = fitted(ders, kept_out)
+    for fold, parts in folds(network.recipe for network in networks).items():
+        kind = "attacks" if fold.startswith("attacks") else "kinds"
+        out = {network.name for network in networks if kept_out(parts, network.recipe)}
+        setting = fitted(ders, out)
         print(f"{fold}: {setting}", file=sys.stderr, flush=True)
-        for name in sorted(kept_out):
+        for name in sorted(out):
             case = cases[name]
             family = MADE_FOR.get(case.network.recipe.attack)
             unseen = rows.get(case, setting, None, policy_of(fold))
-            alone = unseen if family is None else rows.get(case, setting, family, policy_of(fold))
-            as_shipped = rows.get(case, SHIPPED, None, shipped)
+            alone = unseen
+            if family is not None and case.has(family):
+                alone = rows.get(case, setting, family, policy_of(fold))
+            as_shipped = rows.get(case, SHIPPED, None, None)
             found.setdefault(kind, []).append((as_shipped["der"], unseen["der"], alone["der"]))
     for kind, triples in found.items():
         means = (f"{fmean(column):.3f}" for column in zip(*triples, strict=True))

@@ -43,7 +43,7 @@ def configured(config: Config, setting: Setting) -> Config:
 
 def fitted(ders: Callable[[Setting], Mapping[str, float]], kept_out: set[str]) -> Setting:
     """Each constant at the value with the best mean DER on the networks that are not kept out, the
-    others as shipped; ``ders`` are a setting's, by network."""
+    others as shipped; ``ders`` are a setting's, by network. Their combination is not tried."""
     best: list[float] = []
     for place, values in enumerate(CONSTANTS.values()):
 

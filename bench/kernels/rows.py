@@ -59,14 +59,15 @@ def as_json(rows: Sequence[Row]) -> list[dict[str, Any]]:
 def table(rows: Sequence[Row]) -> str:
     """Markdown."""
     lines = [
-        "| kernel | case | implementation | precision | ms | ratio | target | of peak |",
-        "|---|---|---|---|---|---|---|---|",
+        "| kernel | case | implementation | precision | ms | ratio | target | of peak | note |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         cells = (
             row.kernel, row.case, row.implementation, row.precision,
-            "wrong" if row.seconds is None else f"{1e3 * row.seconds:.2f}",
+            "–" if row.seconds is None else f"{1e3 * row.seconds:.2f}",
             _number(row.ratio_to_best_baseline), _number(row.target), _number(row.share_of_peak),
+            row.note,
         )  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)

@@ -4,9 +4,9 @@ It is taught on the core set's backdoored networks and on the small ones of the 
 (``python -m bench.zoo --set practice --out build/practice``). For each fold one is fitted without
 the networks of some attacks, or of one kind, and judged on the core set's of those: the worth of
 the best mask that its proposal gives at once, and after a few steps of descent, next to descent
-from open gates. One is fitted to all: that one comes along. Only clean images and synthesised
-triggers are seen. A table is printed and written to --table, weights to --out; with --ship the one
-that is fitted to all goes into the package, with its card.
+from open gates. One is fitted to all; its row is of networks that it was taught on. Only clean
+images and synthesised triggers are seen. Rows are printed and written to --table, where those of
+other folds stay; weights go to --out, for ``GatesConfig.policy``.
 """
 
 from __future__ import annotations
@@ -15,8 +15,6 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterable
-from datetime import date
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,39 +25,23 @@ from bench.scoreboard.provenance import provenance
 from bench.train_agent.fitting import FittingConfig, fit
 from bench.train_agent.lessons import Lesson, lessons_of
 from bench.zoo.checkpoints import ZooModel, load_set
-from bench.zoo.recipes import Recipe
+from bench.zoo.folds import folds, kept_out
+from bench.zoo.recipes import recipes
 from onp.agent.policy import PruningPolicy
-from onp.agent.weights import SHIPPED, save_policy
+from onp.agent.weights import save_policy
 from onp.config import GatesConfig
-from onp.files import write_atomically, write_json
+from onp.files import write_atomically
 
 _BENCH = Path(__file__).parents[1]
-ATTACK_FOLDS = 4
-FEW = 8
-"""Steps of descent that a proposal is adapted with,"""
-GENTLE = 0.03
-"""at this rate; from open gates as many are tried at the rate of a repair."""
 
 
-def folds(networks: Iterable[ZooModel]) -> dict[str, set[str]]:
-    """Attacks, or architectures, that each fold keeps out: attacks in four parts, and every
-    architecture."""
-    recipes = [network.recipe for network in networks]
-    attacks = sorted({recipe.attack for recipe in recipes})
-    made = {f"attacks{part}": set(attacks[part::ATTACK_FOLDS]) for part in range(ATTACK_FOLDS)}
-    return made | {arch: {arch} for arch in sorted({recipe.arch for recipe in recipes})}
-
-
-def kept_out_of(fold: set[str], recipe: Recipe) -> bool:
-    """Whether a network, of whatever set, has an attack or an architecture of the fold's."""
-    return bool(fold & {recipe.attack, recipe.arch})
-
-
-def judged(policy: PruningPolicy, lessons: list[Lesson]) -> dict[str, list[float]]:
+def judged(
+    policy: PruningPolicy, lessons: list[Lesson], config: GatesConfig
+) -> dict[str, list[float]]:
     """Worth of the best first mask, by lesson: as proposed, and after a few steps."""
     proposed = [lesson.closed(policy).detach() for lesson in lessons]
     few = [
-        lesson.worth(lesson.adapted(1 - closed, FEW, GENTLE))
+        lesson.worth(lesson.adapted(1 - closed, config.adapted_steps, config.adapted_rate))
         for lesson, closed in zip(lessons, proposed, strict=True)
     ]
     at_once = [lesson.worth(closed) for lesson, closed in zip(lessons, proposed, strict=True)]
@@ -67,7 +49,7 @@ def judged(policy: PruningPolicy, lessons: list[Lesson]) -> dict[str, list[float
 
 
 def from_open_gates(lessons: list[Lesson], config: GatesConfig) -> dict[str, list[float]]:
-    """The same of descent alone: with as few steps, and with all."""
+    """The same of descent alone, at its own rate: with as few steps, and with all."""
     return {
         f"open_{steps}": [
             lesson.worth(
@@ -75,7 +57,7 @@ def from_open_gates(lessons: list[Lesson], config: GatesConfig) -> dict[str, lis
             )
             for lesson in lessons
         ]
-        for steps in (FEW, config.steps)
+        for steps in (config.adapted_steps, config.steps)
     }
 
 
@@ -89,13 +71,15 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the fitting")
     parser.add_argument("--steps", type=int, default=FittingConfig().steps)
     parser.add_argument("--messages", nargs="*", type=int, default=[1, 0], metavar="ROUNDS",
-                        help="of message passing; the first is shipped")  # fmt: skip
+                        help="of message passing")  # fmt: skip
     parser.add_argument("--folds", nargs="*", help="only these; default: all")
     parser.add_argument("--work", type=Path, default=Path("build/experience"))
     parser.add_argument("--out", type=Path, default=Path("build/agent"))
     parser.add_argument("--table", type=Path, default=_BENCH / "results" / "agent_folds.jsonl")
-    parser.add_argument("--ship", action="store_true", help="put the policy into the package")
     args = parser.parse_args()
+    made = {**folds(recipes("core")), "all": set[str]()}
+    if unknown := set(args.folds or ()) - made.keys():
+        parser.error(f"unknown folds {', '.join(sorted(unknown))}; known are {', '.join(made)}")
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     core = backdoored(load_set("core", args.models_dir))
@@ -103,27 +87,24 @@ def main() -> int:
     exam = lessons_of(core, args.seeds, args.data, args.clean_samples, args.work)
     taught_on = exam + lessons_of(practice, args.seeds, args.data, args.clean_samples, args.work)
     alone = from_open_gates(exam, GatesConfig())
-    config, lines = FittingConfig(steps=args.steps), []
-    for name, kept_out in {**folds(core), "all": set[str]()}.items():
+    config = FittingConfig(steps=args.steps)
+    rows = table_of(args.table)
+    for name, fold in made.items():
         if args.folds and name not in args.folds:
             continue
         for rounds in args.messages:
             started = time.perf_counter()
-            taught = [one for one in taught_on if not kept_out_of(kept_out, one.network.recipe)]
-            policy = fit(
-                taught,
-                rounds=rounds, config=config, seed=args.seed,
-            )  # fmt: skip
+            taught = [one for one in taught_on if not kept_out(fold, one.network.recipe)]
+            policy = fit(taught, rounds=rounds, config=config, seed=args.seed)
             seconds = time.perf_counter() - started
             asked = [
-                i
-                for i, one in enumerate(exam)
-                if not kept_out or kept_out_of(kept_out, one.network.recipe)
+                i for i, one in enumerate(exam) if not fold or kept_out(fold, one.network.recipe)
             ]
-            found = judged(policy, [exam[i] for i in asked])
+            found = judged(policy, [exam[i] for i in asked], GatesConfig())
             found |= {key: [values[i] for i in asked] for key, values in alone.items()}
             row = {
                 "fold": name,
+                "kept_out": sorted(fold),
                 "messages": rounds,
                 "taught_on": len(taught),
                 "networks": [f"{exam[i].network.name} seed {exam[i].seed}" for i in asked],
@@ -133,31 +114,22 @@ def main() -> int:
                 "steps": config.steps,
                 "seed": args.seed,
             }
-            lines.append(json.dumps(row | provenance()))
-            print(lines[-1], flush=True)
+            print(json.dumps(row), flush=True)
             save_policy(policy, args.out / f"{name}_{rounds}.safetensors")
-            if args.ship and name == "all" and rounds == args.messages[0]:
-                save_policy(policy, SHIPPED)
-                write_json(SHIPPED.with_suffix(".json"), card(row))
-    text = "\n".join(lines) + "\n"
-    write_atomically(args.table, lambda temporary: temporary.write_text(text))
+            rows[name, rounds] = row | provenance()
+            text = "".join(json.dumps(one) + "\n" for one in rows.values())
+            write_atomically(args.table, lambda temporary, text=text: temporary.write_text(text))
     return 0
+
+
+def table_of(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
+    """The rows of a table by fold and messages; what is fitted again takes its row's place."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return {(row["fold"], row["messages"]): row for row in map(json.loads, lines)}
 
 
 def backdoored(networks: list[ZooModel]) -> list[ZooModel]:
     return [n for n in networks if n.recipe.attack != "clean" and n.card["fair"]]
-
-
-def card(row: dict[str, Any]) -> dict[str, Any]:
-    """What comes along with the weights."""
-    return {
-        "what": "onp.agent.policy.PruningPolicy",
-        "command": " ".join(["python -m bench.train_agent", *sys.argv[1:]]),
-        "date": date.today().isoformat(),
-        "data": "CIFAR-10 and GTSRB: clean images and triggers synthesised on them",
-        **row,
-        **provenance(),
-    }
 
 
 if __name__ == "__main__":

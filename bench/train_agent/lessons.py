@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from bench.ablations.setting import investigate, searched
+from bench.ablations.setting import search_of
 from bench.zoo.checkpoints import ZooModel
 from bench.zoo.datasets import load
 from onp.agent.gates import learn_gates
 from onp.agent.policy import PruningPolicy
 from onp.agent.relaxed import RelaxedCost
-from onp.config import Config
-from onp.data import draw_balanced
 from onp.search import Search
 
 IMAGES_PER_STEP = 16
@@ -76,9 +74,7 @@ def lessons_of(
     lessons = []
     for seed in seeds:
         for network in networks:
-            clean = draw_balanced(images[network.recipe.dataset], samples, seed)
-            kept = work / f"{network.name}_seed{seed}.pt"
-            search = searched(investigate(network.model.eval(), clean, Config(), seed, kept))
+            search = search_of(network, images[network.recipe.dataset], samples, seed, work)
             found = "no backdoor found" if search is None else "ready"
             print(f"{network.name} seed {seed}: {found}", file=sys.stderr, flush=True)
             if search is not None:

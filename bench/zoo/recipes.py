@@ -32,7 +32,7 @@ class Recipe:
     options: tuple[tuple[str, float], ...] = ()
     """Attributes of the attack that differ from its class's, such as ("strength", 1.0)."""
     other_twin: Recipe | None = None
-    """The clean twin where it is another network: wide ones take an hour each to train."""
+    """The clean twin where it is not the network of the same width and schedule."""
 
     @property
     def name(self) -> str:
@@ -114,6 +114,8 @@ images the network would then never see. In so few epochs from scratch WaNet and
 (ASR .15 and .71), SSBA, Bpp and Adaptive-Blend cost 8, 11 and 7 points of accuracy; these and
 BadNets retrain the clean twin. WaNet has a warp of twice the paper's strength, BadNets a patch of
 5x5 pixels (with 3x3, which random crops often cut, ASR is .02 to .18 after any of these schedules).
+All of this was seen while poisoned images came first in training (bench/NOTES.md), as they did for
+the committed networks.
 """
 
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)

@@ -76,11 +76,15 @@ class ReplayConfig:
 class GatesConfig:
     """The relaxed mask, proposed by the policy and adapted by descent: see ``onp.agent.gates``."""
 
-    policy: str = "none"
-    """What proposes the gates that descent starts from: ``shipped``, a file of
-    ``bench.train_agent``, or ``none``: all are open."""
+    policy: str | None = None
+    """File of a policy (``bench.train_agent`` makes such) that proposes the gates which descent
+    starts from; None: all are open."""
     seen: int = 64
-    """Images on which the policy is told the effects of flips."""
+    """Images on which the policy is told the effects of flips;"""
+    adapted_steps: int = 8
+    """of descent from its proposal,"""
+    adapted_rate: float = 0.03
+    """at this learning rate. From open gates:"""
     steps: int = 25
     images_per_step: int = 32
     """Clean images in a step, and as many triggered ones."""

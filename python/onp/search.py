@@ -20,7 +20,7 @@ from onp.agent.learner import Learner
 from onp.agent.race import Contender, heads_of
 from onp.agent.relaxed import RelaxedCost
 from onp.agent.state import State
-from onp.agent.weights import SHIPPED, load_policy
+from onp.agent.weights import load_policy
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
 from onp.graph import NeuronGraph
@@ -78,10 +78,9 @@ class Search:
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
         return State.of(nothing, flip_effects(cost, nothing))
 
-    def proposal(self, counted: Sequence[Contender]) -> Tensor:
-        """How far the policy closes each gate, float32 [S]: one pass."""
-        named = self.config.gates.policy
-        policy = load_policy(SHIPPED if named == "shipped" else Path(named))
+    def proposal(self, counted: Sequence[Contender], path: Path) -> Tensor:
+        """How far the policy of a file closes each gate, float32 [S]: one pass."""
+        policy = load_policy(path)
         features = self.features(counted, torch.zeros(self.evaluator.trace.sites))
         inputs = self.nothing_pruned(counted).inputs
         with torch.no_grad():
@@ -93,10 +92,12 @@ class Search:
         the policy proposes and descent adapts it to this network."""
         config = self.config.gates
         start = torch.ones(self.evaluator.trace.sites)
-        if config.policy != "none":
-            start = start - self.proposal(counted)
+        steps, rate = config.steps, config.learning_rate
+        if config.policy is not None:
+            start = start - self.proposal(counted, Path(config.policy))
+            steps, rate = config.adapted_steps, config.adapted_rate
         return learn_gates(
-            self.relaxed(counted), start, steps=config.steps, learning_rate=config.learning_rate,
+            self.relaxed(counted), start, steps=steps, learning_rate=rate,
             seed=self.seed, ledger=self.evaluator.ledger,
         )  # fmt: skip
 

@@ -138,6 +138,16 @@ def test_poison(name: str, target: int) -> None:
     assert torch.equal(poisoned, again)
 
 
+def test_poisoned_images_are_not_those_that_training_sees_first() -> None:
+    """Training's order of the same seed: its first tenth holds as many as any other."""
+    count, ratio, seed = 2000, 0.1, 3
+    images, labels = _pixels(count, 8), torch.arange(count) % CLASSES
+    poisoned, _ = poison(_prepared("badnets", 8, target=1), images, labels, ratio=ratio, seed=seed)
+    changed = (poisoned != images).flatten(1).any(1).float()
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    assert 0.03 < float(changed[order[: count // 10]].mean()) < 0.2
+
+
 # Formulas
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench.folds.__main__ import MADE_FOR, Rows, folds
+from bench.folds.__main__ import MADE_FOR, Rows
 from bench.folds.constants import CONSTANTS, SHIPPED, Setting, configured, fitted, settings
-from bench.train_agent.__main__ import folds as taught_without
-from bench.train_agent.__main__ import kept_out_of
-from bench.zoo.checkpoints import ZooModel
-from bench.zoo.recipes import CORE
+from bench.zoo.folds import folds, kept_out
+from bench.zoo.recipes import CORE, PRACTICE
 from onp.config import Config
 
-NETWORKS = [ZooModel(r, {}, Path()) for r in CORE if r.attack != "clean"]
+BACKDOORED = [recipe for recipe in CORE if recipe.attack != "clean"]
 
 
 def test_the_shipped_setting_is_the_configuration_itself() -> None:
@@ -33,15 +31,24 @@ def test_networks_that_are_kept_out_have_no_say() -> None:
     assert fitted(ders, {"high"}) == (min(values), *SHIPPED[1:])
 
 
-def test_folds_are_those_that_policies_are_taught_without() -> None:
-    taught = taught_without(NETWORKS)
-    for _, fold, kept_out in folds(NETWORKS):
-        found = {n.name for n in NETWORKS if kept_out_of(taught[fold], n.recipe)}
-        assert found == kept_out
+def test_every_network_is_kept_out_once_by_attack_and_once_by_kind() -> None:
+    made = folds(CORE)
+    for recipe in BACKDOORED:
+        out = [name for name, fold in made.items() if kept_out(fold, recipe)]
+        assert sum(name.startswith("attacks") for name in out) == 1
+        assert len(out) == 2
+
+
+def test_no_network_of_any_set_brings_back_what_a_fold_keeps_out() -> None:
+    for fold in folds(CORE).values():
+        taught = [r for r in [*CORE, *PRACTICE] if not kept_out(fold, r)]
+        assert taught
+        assert not fold & {r.attack for r in taught}
+        assert not fold & {r.arch for r in taught}
 
 
 def test_every_attack_on_one_class_has_a_family_that_was_made_for_it() -> None:
-    attacks = {network.recipe.attack for network in NETWORKS}
+    attacks = {recipe.attack for recipe in BACKDOORED}
     assert attacks - {"badnets-all"} == set(MADE_FOR)
     assert set(MADE_FOR.values()) == set(Config().replay.families)
 
@@ -49,7 +56,8 @@ def test_every_attack_on_one_class_has_a_family_that_was_made_for_it() -> None:
 def test_rows_come_back(tmp_path: Path) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(
-        '{"model": "a", "setting": [1.5, 2.0], "without": null, "policy": "none", "seed": 0}\n'
+        '{"model": "a", "setting": [1.5, 2.0], "without": null, "policy": "none", "seed": 0, '
+        '"clean_samples": 500, "test_images": 2000}\n'
     )
-    assert ("a", (1.5, 2.0), None, "none", 0) in Rows(path).made
+    assert ("a", None, "none", 0, 500, 2000, (1.5, 2.0)) in Rows(path).made
     assert not Rows(tmp_path / "none.jsonl").made

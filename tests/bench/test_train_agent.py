@@ -1,8 +1,7 @@
-"""Teaching a policy: what carries over, what is kept out of a fold."""
+"""Teaching a policy: what holds for all networks carries over."""
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bench.train_agent.__main__ import folds, kept_out_of
 from bench.train_agent.fitting import FittingConfig, fit
-from bench.zoo.checkpoints import ZooModel
-from bench.zoo.recipes import CORE, PRACTICE
 from onp.agent.policy import PruningPolicy
 from onp.agent.state import State
 from onp.graph import NeuronGraph, build_graph
@@ -57,21 +53,3 @@ def test_what_holds_for_all_networks_carries_over(graph: NeuronGraph, rounds: in
     short = FittingConfig(steps=3)
     one, other = (fit(lessons[:2], rounds=rounds, config=short, seed=5) for _ in range(2))
     assert all(map(torch.equal, one.parameters(), other.parameters()))
-
-
-def test_every_network_is_kept_out_once_by_attack_and_once_by_kind() -> None:
-    networks = [ZooModel(recipe, {}, Path()) for recipe in CORE if recipe.attack != "clean"]
-    made = folds(networks)
-    for network in networks:
-        out = [name for name, fold in made.items() if kept_out_of(fold, network.recipe)]
-        assert sum(name.startswith("attacks") for name in out) == 1
-        assert len(out) == 2
-
-
-def test_no_network_of_any_set_brings_back_what_a_fold_keeps_out() -> None:
-    networks = [ZooModel(recipe, {}, Path()) for recipe in CORE if recipe.attack != "clean"]
-    for fold in folds(networks).values():
-        taught = [r for r in [*CORE, *PRACTICE] if not kept_out_of(fold, r)]
-        assert taught
-        assert not fold & {r.attack for r in taught}
-        assert not fold & {r.arch for r in taught}

@@ -1,4 +1,4 @@
-"""Weights of the policy as safetensors: what ``bench.train_agent`` makes and what comes along."""
+"""Weights of the policy as safetensors: what ``bench.train_agent`` makes."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ from safetensors.torch import load_file, save_file
 from onp.agent.policy import PruningPolicy
 from onp.agent.state import State
 from onp.errors import UsageError
+from onp.features import NAMES
 from onp.files import write_atomically
-
-SHIPPED = Path(__file__).with_name("policy.safetensors")
-"""Where ``bench.train_agent --ship`` puts a policy, with its card beside it; none is there yet."""
 
 
 def load_policy(path: Path) -> PruningPolicy:
-    """A policy from its file. Raises UsageError for a missing file or another network's."""
+    """A policy from its file. Raises UsageError for a missing file, another network's, or one that
+    was taught on other features."""
     try:
         weights = load_file(path)
         hidden, columns = weights["embed.weight"].shape
@@ -27,6 +26,11 @@ def load_policy(path: Path) -> PruningPolicy:
         policy.load_state_dict(weights)
     except (OSError, SafetensorError, RuntimeError, KeyError, ValueError) as error:
         raise UsageError(f"{path} holds no weights of a policy: {error}") from error
+    if columns - State.INPUTS != len(NAMES):
+        raise UsageError(
+            f"{path} reads {columns - State.INPUTS} features of a site, there are {len(NAMES)}: "
+            "teach it again"
+        )
     return policy.eval()
 
 
