@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from bench.zoo.checkpoints import ZooModel
 from onp import __version__
 from onp.agent.race import Contender
-from onp.config import Config
+from onp.config import BUDGETS, Config
 from onp.data import ImageSet, draw_balanced
 from onp.evaluate import MaskEvaluator
 from onp.evidence import (
@@ -103,13 +103,20 @@ def searched(found: Investigated) -> Search | None:
 
 
 def search_of(
-    network: ZooModel, images: ImageSet, samples: int, seed: int, work: Path
+    network: ZooModel,
+    images: ImageSet,
+    samples: int,
+    seed: int,
+    work: Path,
+    budget: str = "standard",
 ) -> Search | None:
     """What ``onp.sanitize`` would search on a draw of clean images; None where it finds no
-    backdoor. What was found is kept in the folder ``work``, by network, draw and package."""
+    backdoor. What was found is kept in the folder ``work``, by network, draw, budget and
+    package."""
     clean = draw_balanced(images, samples, seed)
-    name = f"{network.name}_{network.digest}_{samples}_seed{seed}_{__version__}.pt"
-    return searched(investigate(network.model.eval(), clean, Config(), seed, work / name))
+    of_budget = "" if budget == "standard" else f"_{budget}"
+    name = f"{network.name}_{network.digest}_{samples}_seed{seed}{of_budget}_{__version__}.pt"
+    return searched(investigate(network.model.eval(), clean, BUDGETS[budget], seed, work / name))
 
 
 def setting_of(model: nn.Module, clean: ImageSet, config: Config, seed: int) -> Setting | None:

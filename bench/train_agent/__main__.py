@@ -1,12 +1,14 @@
 """``python -m bench.train_agent``: teach the policy, and see whether it carries over.
 
 It is taught on the core set's backdoored networks and on the small ones of the set practice
-(``python -m bench.zoo --set practice --out build/practice``). For each fold one is fitted without
-the networks of some attacks, or of one kind, and judged on the core set's of those: the worth of
-the best mask that its proposal gives at once, and after a few steps of descent, next to descent
-from open gates. One is fitted to all; its row is of networks that it was taught on. Only clean
-images and synthesised triggers are seen. Rows are printed and written to --table, where those of
-other folds stay; weights go to --out, for ``GatesConfig.policy``.
+(``python -m bench.zoo --set practice --out build/practice``): told what a short look at one draw of
+clean images shows, taught by triggers that a longer look at another draw found. For each fold one
+is fitted without the networks of some attacks, or of one kind, and judged on the core set's of
+those: the worth, on the longer look's images and triggers, of the mask that a repair would begin
+with after its proposal, at once and after a few steps of descent, next to descent from open gates.
+One is fitted to all; its row is of networks that it was taught on. Only clean images and
+synthesised triggers are seen. Rows are printed and written to --table, where those of other folds
+stay; weights go to --out, for ``GatesConfig.policy``.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ import torch
 
 from bench.scoreboard.provenance import provenance
 from bench.train_agent.fitting import FittingConfig, fit
-from bench.train_agent.lessons import Lesson, lessons_of
+from bench.train_agent.lessons import Lesson, Looks, lessons_of
 from bench.zoo.checkpoints import ZooModel, load_set
 from bench.zoo.folds import folds, kept_out
 from bench.zoo.recipes import recipes
 from onp.agent.policy import PruningPolicy
 from onp.agent.weights import save_policy
-from onp.config import GatesConfig
+from onp.config import BUDGETS, GatesConfig
 from onp.files import write_atomically
 
 _BENCH = Path(__file__).parents[1]
@@ -38,7 +40,7 @@ _BENCH = Path(__file__).parents[1]
 def judged(
     policy: PruningPolicy, lessons: list[Lesson], config: GatesConfig
 ) -> dict[str, list[float]]:
-    """Worth of the best first mask, by lesson: as proposed, and after a few steps."""
+    """Worth of the first mask, by lesson: as proposed, and after a few steps."""
     proposed = [lesson.closed(policy).detach() for lesson in lessons]
     few = [
         lesson.worth(lesson.adapted(1 - closed, config.adapted_steps, config.adapted_rate))
@@ -66,7 +68,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
     parser.add_argument("--practice-dir", type=Path, default=Path("build/practice"))
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="of the clean images")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[1, 2],
+                        help="draws of clean images that the policy is told of")  # fmt: skip
+    parser.add_argument("--budget", choices=list(BUDGETS), default="quick",
+                        help="of the looks at those; default: quick")  # fmt: skip
+    parser.add_argument("--teaching-seed", type=int, default=0,
+                        help="draw that a standard look is had at, which teaches and judges")  # fmt: skip
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the fitting")
     parser.add_argument("--steps", type=int, default=FittingConfig().steps)
@@ -84,9 +91,13 @@ def main() -> int:
         folder.mkdir(parents=True, exist_ok=True)
     core = backdoored(load_set("core", args.models_dir))
     practice = backdoored(load_set("practice", args.practice_dir))
-    exam = lessons_of(core, args.seeds, args.data, args.clean_samples, args.work)
-    taught_on = exam + lessons_of(practice, args.seeds, args.data, args.clean_samples, args.work)
-    alone = from_open_gates(exam, GatesConfig())
+    looks = Looks(
+        args.seeds, args.budget, args.teaching_seed, args.clean_samples, args.data, args.work
+    )
+    exam = lessons_of(core, looks)
+    taught_on = exam + lessons_of(practice, looks)
+    gates = BUDGETS[args.budget].gates
+    alone = from_open_gates(exam, gates)
     config = FittingConfig(steps=args.steps)
     rows = table_of(args.table)
     for name, fold in made.items():
@@ -100,12 +111,13 @@ def main() -> int:
             asked = [
                 i for i, one in enumerate(exam) if not fold or kept_out(fold, one.network.recipe)
             ]
-            found = judged(policy, [exam[i] for i in asked], GatesConfig())
+            found = judged(policy, [exam[i] for i in asked], gates)
             found |= {key: [values[i] for i in asked] for key, values in alone.items()}
             row = {
                 "fold": name,
                 "kept_out": sorted(fold),
                 "messages": rounds,
+                "told_by": args.budget,
                 "taught_on": len(taught),
                 "networks": [f"{exam[i].network.name} seed {exam[i].seed}" for i in asked],
                 "worth": {key: [round(v, 4) for v in values] for key, values in found.items()},

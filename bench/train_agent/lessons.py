@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -20,31 +20,32 @@ from onp.search import Search
 
 IMAGES_PER_STEP = 16
 """Clean ones, and as many triggered, in a step of fitting."""
-JUDGED_BY = slice(128)
-"""Images that proposed masks are judged by: those of the search."""
 
 
 class Lesson:
-    """A network that was called backdoored, with one draw of clean images and the triggers that
-    were synthesised on them. The true one is not seen."""
+    """A network that was called backdoored: what the policy is told of it, from a short look at one
+    draw of clean images, and what teaches and judges it, from a longer look at another draw. So it
+    learns what a short look misses. True triggers are not seen."""
 
-    def __init__(self, network: ZooModel, seed: int, search: Search) -> None:
-        self.network, self.seed, self.search = network, seed, search
-        self.counted = counted = search.evidence.counted
-        evaluator = search.evaluator
-        self.features = search.features(counted, torch.zeros(evaluator.trace.sites))
+    def __init__(self, network: ZooModel, seed: int, told: Search, better: Search) -> None:
+        """told, better: the same network's; ``seed`` drew the first one's images."""
+        self.network, self.seed, self.search = network, seed, told
+        self.counted = counted = told.evidence.counted
+        self.features = told.features(counted, torch.zeros(told.evaluator.trace.sites))
         """float32 [S, F]."""
         with torch.enable_grad():
-            self.inputs = search.nothing_pruned(counted).inputs
+            self.inputs = told.nothing_pruned(counted).inputs
         """Of the network as it came, float32 [S, INPUTS]."""
-        self.relaxed: RelaxedCost = search.relaxed(counted)
-        """What gates cost, as in a repair;"""
+        self.relaxed: RelaxedCost = told.relaxed(counted)
+        """What gates cost in a repair that was told so much."""
+        self.cost = told.cost(counted, slice(told.config.agent.images))
+        taught = better.relaxed(better.evidence.counted)
         self.few = RelaxedCost(
-            evaluator.network, search.clean, self.relaxed.probes, self.relaxed.response,
-            replace(search.config.gates, images_per_step=IMAGES_PER_STEP),
+            better.evaluator.network, better.clean, taught.probes, taught.response,
+            replace(better.config.gates, images_per_step=IMAGES_PER_STEP),
         )  # fmt: skip
-        """on fewer images at a time."""
-        self.cost = search.cost(counted, JUDGED_BY)
+        """What teaches."""
+        self.judge = better.cost(better.evidence.counted, slice(None))
 
     def closed(self, policy: PruningPolicy, told: Tensor | None = None) -> Tensor:
         """What a policy proposes, float32 [S]; ``told`` [F] is 0 for features that it is not."""
@@ -61,22 +62,49 @@ class Lesson:
             )  # fmt: skip
 
     def worth(self, ranking: Tensor) -> float:
-        """Of the best first mask that closed gates float32 [S] give."""
-        return float(self.cost.worth(self.search.first_masks(self.counted, ranking)).max())
+        """What the judge thinks of the first mask that a repair would think best, of those that
+        closed gates float32 [S] give."""
+        masks = self.search.first_masks(self.counted, ranking)
+        best = int(self.cost.worth(masks).argmax())
+        return float(self.judge.worth(masks[best : best + 1]))
 
 
-def lessons_of(
-    networks: Sequence[ZooModel], seeds: Sequence[int], data: Path | None, samples: int, work: Path
-) -> list[Lesson]:
-    """Of every network that is called backdoored; its evidence is kept in ``work``, so that a call
-    can be interrupted."""
-    images = {name: load(name, data, "train") for name in {n.recipe.dataset for n in networks}}
+@dataclass(frozen=True)
+class Looks:
+    """What lessons are made from."""
+
+    seeds: Sequence[int]
+    """Draws of clean images that the policy is told of, one lesson each;"""
+    budget: str
+    """how long the look at them is."""
+    teaching_seed: int
+    """The draw that teaches and judges, at the standard budget."""
+    samples: int
+    """Clean images in a draw."""
+    data: Path | None
+    work: Path
+    """Folder that evidence is kept in, so that a call can be interrupted."""
+
+
+def lessons_of(networks: Sequence[ZooModel], looks: Looks) -> list[Lesson]:
+    """Of every network where all looks call the same backdoor."""
+    sets = {n.recipe.dataset for n in networks}
+    images = {name: load(name, looks.data, "train") for name in sets}
     lessons = []
-    for seed in seeds:
-        for network in networks:
-            search = search_of(network, images[network.recipe.dataset], samples, seed, work)
-            found = "no backdoor found" if search is None else "ready"
-            print(f"{network.name} seed {seed}: {found}", file=sys.stderr, flush=True)
-            if search is not None:
-                lessons.append(Lesson(network, seed, search))
+    for network in networks:
+        own = images[network.recipe.dataset]
+
+        def look(seed: int, budget: str, network=network, own=own) -> Search | None:
+            return search_of(network, own, looks.samples, seed, looks.work, budget)
+
+        better = look(looks.teaching_seed, "standard")
+        for seed in looks.seeds if better is not None else ():
+            told = look(seed, looks.budget)
+            same = told is not None and (
+                told.evidence.verdict.target == better.evidence.verdict.target
+            )
+            if same:
+                lessons.append(Lesson(network, seed, told, better))
+            print(f"{network.name} seed {seed}: {'ready' if same else 'another verdict, left out'}",
+                  file=sys.stderr, flush=True)  # fmt: skip
     return lessons

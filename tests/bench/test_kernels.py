@@ -76,7 +76,7 @@ def test_gates_as_inputs_are_masks() -> None:
 
 @pytest.mark.parametrize(
     "way",
-    [Way("onp", "fp32", ours(), None), Way("eager", "fp32", eager(FIRST)),
+    [Way("onp", "fp32", ours(), every_mask=True, depends=True), Way("eager", "fp32", eager(FIRST)),
      Way("vmap", "fp32", vmapped), Way("edited", "fp32", edited(LAST)),
      Way("folded", "fp32", folded)],
     ids=lambda way: way.name,
