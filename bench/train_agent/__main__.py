@@ -73,7 +73,7 @@ def main() -> int:
     parser.add_argument("--budget", choices=list(BUDGETS), default="quick",
                         help="of the looks at those; default: quick")  # fmt: skip
     parser.add_argument("--teaching-seed", type=int, default=0,
-                        help="draw that a standard look is had at, which teaches and judges")  # fmt: skip
+                        help="draw that a standard look teaches and judges with")  # fmt: skip
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--seed", type=int, default=0, help="of the fitting")
     parser.add_argument("--steps", type=int, default=FittingConfig().steps)
