@@ -1,9 +1,12 @@
 """``python -m bench.ablations``: what each part of the search adds, at equal image-forwards.
 
-One JSON line per (network, variant, seed), appended when it is done; lines that are there are not
-made again. Evidence and gates are made once per network and seed, and shared; one search, without
-renewal. The true trigger only scores. A variant's forwards are those of its
-search and of the final choice; rivals get as many for their search as ``onp`` took.
+One JSON line per (network, variant, seed, budget), appended when it is done; lines that are there
+are not made again. Evidence is made once per network, seed and budget and kept in --work; gates are
+shared by the variants that do not change them; one search, without renewal. The true trigger only
+scores. A variant's forwards are those of its search and of the final choice; rivals get as many for
+their search as ``onp`` took. ``policy`` and ``policy-no-gnn`` let the gates start from what a
+policy proposes that was taught without the network's attack (--agent: what ``bench.train_agent``
+wrote).
 """
 
 from __future__ import annotations
@@ -20,18 +23,18 @@ from typing import Any
 
 import torch
 
-from bench.ablations.searches import RIVALS, VARIANTS, has, without
-from bench.ablations.setting import Setting, setting_of
+from bench.ablations.searches import POLICIES, RIVALS, VARIANTS, has, without
+from bench.ablations.setting import Setting, search_of
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
 from bench.zoo.checkpoints import ZooModel, load_set
 from bench.zoo.datasets import load
+from bench.zoo.folds import attack_fold
+from bench.zoo.recipes import CORE, Recipe
 from bench.zoo.scoring import Exam
 from onp.agent.elite import Elite
-from onp.config import Config
+from onp.config import BUDGETS, Config
 from onp.data import draw_balanced
-from onp.graph import build_graph
-from onp.search import Search
 from onp.suspect.surgery import apply_mask
 
 TEST_SEED = 0
@@ -64,32 +67,37 @@ class Found:
     choice_forwards: int
 
 
+def at_variant(name: str, setting: Setting, recipe: Recipe, policies: Path) -> Setting:
+    """What a variant starts from: rivals as ``onp`` does.
+
+    policies: folder of ``bench.train_agent``."""
+    config = setting.search.config
+    if name.startswith(WITHOUT):
+        return Setting.of(without(setting.search, name.removeprefix(WITHOUT)))
+    if name in POLICIES:
+        file = policies / f"{attack_fold(CORE, recipe)}_{POLICIES[name]}.safetensors"
+        return setting.at(replace(config, gates=replace(config.gates, policy=str(file))))
+    return setting.at(VARIANTS[name](config)) if name in VARIANTS else setting
+
+
 def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
     """limit: image-forwards that a rival's search may take; the agent's own variants end
     themselves."""
-    if name.startswith(WITHOUT):
-        setting = Setting.of(without(setting.search, name.removeprefix(WITHOUT)))
-        name = "onp"
     search, ledger = setting.search, setting.search.evaluator.ledger
     started = ledger.total
-    if name in VARIANTS:
-        config = VARIANTS[name](Config())
-        graph = build_graph(search.evaluator.trace, search.scene.model, config.graph)
-        scene = replace(search.scene, config=config)
-        own = Search(scene, graph, search.norm_shift, search.evidence)
-        masks, rounds = own.run(setting.counted, setting.gates, [])
-        worth = rounds[-1].worth
-    else:
-        own, agent = search, search.config.agent
-        cost = search.cost(setting.counted, slice(agent.images))
+    if name in RIVALS:
+        cost = search.cost(setting.counted, slice(search.config.agent.images))
         elite = Elite(search.config.choice.leaders)
         start = search.first_masks(setting.counted, setting.gates)
         elite.offer(start, cost.worth(start))
         left = (limit - (ledger.total - started)) // len(cost.both)
         RIVALS[name](elite, cost, max(0, left), torch.Generator().manual_seed(seed))
         masks, worth = elite.masks, elite.worths[0]
+    else:
+        masks, rounds = search.run(setting.counted, setting.gates, [])
+        worth = rounds[-1].worth
     searched = ledger.total
-    choice = own.choose(masks, setting.counted)
+    choice = search.choose(masks, setting.counted)
     return Found(choice.mask, worth, choice.cost, searched - started, ledger.total - searched)
 
 
@@ -102,20 +110,22 @@ def new_rows(
     """
     dataset = network.card["dataset"]
     model = network.model.eval()
-    clean = draw_balanced(load(dataset, args.data, "train"), args.clean_samples, seed)
-    setting = setting_of(model, clean, Config(), seed)
-    if setting is None:
+    images = load(dataset, args.data, "train")
+    search = search_of(network, images, args.clean_samples, seed, args.work, args.budget)
+    if search is None:
         print(f"{network.name}: no backdoor found with seed {seed}", file=sys.stderr)
         return
+    shared = Setting.of(search)
     test = load(dataset, args.data, "test")
     test = draw_balanced(test, min(args.test_images, len(test)), TEST_SEED)
     exam = Exam.of(test, network.attack)
     before = exam.score(model)
-    trace = setting.search.evaluator.trace
+    trace = search.evaluator.trace
     for name in missing if limit is not None else ["onp", *(n for n in missing if n != "onp")]:
-        if name.startswith(WITHOUT) and not has(setting.search, name.removeprefix(WITHOUT)):
+        if name.startswith(WITHOUT) and not has(search, name.removeprefix(WITHOUT)):
             continue
         started = time.process_time()
+        setting = at_variant(name, shared, network.recipe, args.agent)
         found = run_variant(name, setting, seed, limit or 0)
         seconds = time.process_time() - started
         limit = found.search_forwards if name == "onp" else limit
@@ -127,6 +137,7 @@ def new_rows(
                 "model": network.name,
                 "variant": name,
                 "seed": seed,
+                "budget": args.budget,
                 "clean_samples": args.clean_samples,
                 "worth": round(found.worth, 5),
                 "cost": round(found.cost, 5),
@@ -137,6 +148,7 @@ def new_rows(
                 "der": der(before.asr, after.asr, before.ca, after.ca),
                 "der_ceiling": (1 + before.asr) / 2,
                 "pruned": int(found.mask.sum()),
+                "gates_forwards": setting.gates_forwards,
                 "search_forwards": found.search_forwards,
                 "choice_forwards": found.choice_forwards,
                 "cpu_seconds": round(seconds, 2),
@@ -204,8 +216,12 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
     parser.add_argument("--models", nargs="*", default=EIGHT, help="networks; default: eight")
-    names = [*VARIANTS, *RIVALS, *(WITHOUT + name for name in Config().replay.families)]
-    parser.add_argument("--variants", nargs="*", choices=names, default=names)
+    own = [*VARIANTS, *RIVALS, *(WITHOUT + name for name in Config().replay.families)]
+    names = [*own, *POLICIES]
+    parser.add_argument("--variants", nargs="*", choices=names, default=own)
+    parser.add_argument("--budget", choices=list(BUDGETS), default="standard")
+    parser.add_argument("--agent", type=Path, default=Path("build/agent"), help="policies")
+    parser.add_argument("--work", type=Path, default=Path("build/experience"))
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--test-images", type=int, default=4000)
@@ -214,6 +230,8 @@ def main() -> int:
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if row.get("budget", "standard") == args.budget]
+    args.work.mkdir(parents=True, exist_ok=True)
     limits = {
         (row["model"], row["seed"]): row["search_forwards"]
         for row in rows

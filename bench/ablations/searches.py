@@ -27,6 +27,8 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
 }
 """The agent's own: the GNN without messages; the model of the margins trusted as it
 is; one graph per layer as in the paper; no sets of flips; one move instead of a sequence."""
+POLICIES = {"policy": 1, "policy-no-gnn": 0}
+"""Gates that start from a policy's proposal; its rounds of messages."""
 BATCH = 32
 """Masks in one call of the engine."""
 ELITE = 0.25

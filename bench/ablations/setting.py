@@ -57,11 +57,27 @@ class Setting:
     search: Search
     gates: Tensor
     """float32 [S]."""
+    gates_forwards: int
+    """Image-forwards that the gates took."""
 
     @classmethod
     def of(cls, search: Search) -> Setting:
+        ledger = search.evaluator.ledger
+        before = ledger.total
         with torch.enable_grad():
-            return cls(search, search.gates(search.evidence.counted))
+            gates = search.gates(search.evidence.counted)
+        return cls(search, gates, ledger.total - before)
+
+    def at(self, config: Config) -> Setting:
+        """The same evidence searched otherwise; gates are learned anew where they differ."""
+        search, before = self.search, self.search.config
+        graph = search.graph
+        if config.graph != before.graph:
+            graph = build_graph(search.evaluator.trace, search.scene.model, config.graph)
+        scene = replace(search.scene, config=config)
+        own = Search(scene, graph, search.norm_shift, search.evidence)
+        same = (config.gates, config.graph) == (before.gates, before.graph)
+        return replace(self, search=own) if same else Setting.of(own)
 
     @property
     def counted(self) -> list[Contender]:
@@ -117,9 +133,3 @@ def search_of(
     of_budget = "" if budget == "standard" else f"_{budget}"
     name = f"{network.name}_{network.digest}_{samples}_seed{seed}{of_budget}_{__version__}.pt"
     return searched(investigate(network.model.eval(), clean, BUDGETS[budget], seed, work / name))
-
-
-def setting_of(model: nn.Module, clean: ImageSet, config: Config, seed: int) -> Setting | None:
-    """As ``onp.sanitize`` gets to its search; None where it finds no backdoor."""
-    search = searched(investigate(model, clean, config, seed))
-    return None if search is None else Setting.of(search)

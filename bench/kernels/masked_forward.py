@@ -121,6 +121,8 @@ class Way:
     """Whether it is timed on all masks, unless the network is large."""
     depends: bool = False
     """Whether its time depends on what is pruned."""
+    emulated: bool = False
+    """Whether the processor has no instructions for its precision: it takes minutes."""
 
 
 def _loop(network: Callable[..., Tensor], images: Tensor, dtype: torch.dtype) -> Run:
@@ -250,6 +252,7 @@ def ours(isa: str | None = None) -> Callable[[Case], Run]:
     return make
 
 
+_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 WAYS = [
     Way("onp", "fp32", ours(), every_mask=True, depends=True),
@@ -263,8 +266,13 @@ WAYS = [
     Way("weights edited, channels last", "fp32", edited(LAST)),
     Way("ONNX Runtime", "fp32", onnx_runtime),
     Way("OpenVINO", "fp32", openvino("f32")),
-    Way("torch eager, bf16", "reduced", eager(LAST, torch.bfloat16)),
-    Way("torch.compile, bf16", "reduced", eager(LAST, torch.bfloat16, compiled=True)),
+    Way("torch eager, bf16", "reduced", eager(LAST, torch.bfloat16), emulated=not _BF16),
+    Way(
+        "torch.compile, bf16",
+        "reduced",
+        eager(LAST, torch.bfloat16, compiled=True),
+        emulated=not _BF16,
+    ),
     Way("OpenVINO, bf16", "reduced", openvino("bf16")),
 ]
 
@@ -272,6 +280,8 @@ WAYS = [
 def measure(case: Case, way: Way, repeats: int, peak: float) -> Row:
     """One row: the correctness gate first; seconds of all masks on all images."""
     row = Row(KERNEL, case.name, way.name, way.precision, None, False)
+    if way.emulated and case.gflop >= LARGE:
+        return replace(row, note="left out: this processor has no instructions for it")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

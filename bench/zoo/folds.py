@@ -21,3 +21,11 @@ def folds(recipes: Iterable[Recipe]) -> dict[str, set[str]]:
 def kept_out(fold: set[str], recipe: Recipe) -> bool:
     """Whether a network, of whatever set, has an attack or an architecture of the fold's."""
     return bool(fold & {recipe.attack, recipe.arch})
+
+
+def attack_fold(all_recipes: Iterable[Recipe], recipe: Recipe) -> str:
+    """Name of the fold that keeps a network's attack out; raises KeyError where none does."""
+    for name, fold in folds(all_recipes).items():
+        if name.startswith("attacks") and recipe.attack in fold:
+            return name
+    raise KeyError(f"no fold keeps {recipe.attack} out")

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from bench.folds.__main__ import MADE_FOR, Rows
 from bench.folds.constants import CONSTANTS, SHIPPED, Setting, configured, fitted, settings
-from bench.zoo.folds import folds, kept_out
+from bench.zoo.folds import attack_fold, folds, kept_out
 from bench.zoo.recipes import CORE, PRACTICE
 from onp.config import Config
 
@@ -37,6 +37,7 @@ def test_every_network_is_kept_out_once_by_attack_and_once_by_kind() -> None:
         out = [name for name, fold in made.items() if kept_out(fold, recipe)]
         assert sum(name.startswith("attacks") for name in out) == 1
         assert len(out) == 2
+        assert attack_fold(CORE, recipe) in out
 
 
 def test_no_network_of_any_set_brings_back_what_a_fold_keeps_out() -> None:
