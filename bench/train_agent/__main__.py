@@ -8,7 +8,8 @@ those: the worth, on the longer look's images and triggers, of the mask that a r
 with after its proposal, at once and after a few steps of descent, next to descent from open gates.
 One is fitted to all; its row is of networks that it was taught on. Only clean images and
 synthesised triggers are seen. Rows are printed and written to --table, where those of other folds
-stay; weights go to --out, for ``GatesConfig.policy``.
+stay; weights go to --out, each with its card (data, date, command, scores), for
+``GatesConfig.policy``; those that come along are the fold ``all`` of this.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import argparse
 import json
 import sys
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -32,7 +34,7 @@ from bench.zoo.recipes import recipes
 from onp.agent.policy import PruningPolicy
 from onp.agent.weights import save_policy
 from onp.config import BUDGETS, GatesConfig
-from onp.files import write_atomically
+from onp.files import write_atomically, write_json
 
 _BENCH = Path(__file__).parents[1]
 
@@ -127,8 +129,17 @@ def main() -> int:
                 "seed": args.seed,
             }
             print(json.dumps(row), flush=True)
-            save_policy(policy, args.out / f"{name}_{rounds}.safetensors")
             rows[name, rounds] = row | provenance()
+            save_policy(policy, args.out / f"{name}_{rounds}.safetensors")
+            card = {
+                "what": "weights of onp.agent.policy.PruningPolicy",
+                "date": datetime.now(UTC).date().isoformat(),
+                "command": f"python -m bench.train_agent --steps {config.steps} --folds {name} "
+                f"--messages {rounds} --seeds {' '.join(map(str, args.seeds))} "
+                f"--budget {args.budget} --data DATA",
+                "taught_on_networks": sorted({one.network.name for one in taught}),
+            }
+            write_json(args.out / f"{name}_{rounds}.json", card | rows[name, rounds])
             text = "".join(json.dumps(one) + "\n" for one in rows.values())
             write_atomically(args.table, lambda temporary, text=text: temporary.write_text(text))
     return 0
