@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from typing import cast
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from bench.ablations.__main__ import summary
-from bench.ablations.searches import RIVALS, VARIANTS
+from bench.ablations.__main__ import at_variant, summary
+from bench.ablations.searches import POLICIES, RIVALS, VARIANTS
+from bench.zoo.folds import attack_fold
+from bench.zoo.recipes import CORE
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.config import Config
@@ -53,6 +57,23 @@ def test_every_variant_changes_one_thing() -> None:
     assert changed.pop("onp") == config
     assert all(other != config for other in changed.values())
     assert len({str(other) for other in changed.values()}) == len(changed)
+
+
+@pytest.mark.parametrize("name", list(POLICIES))
+def test_a_policy_was_taught_without_the_attack_that_it_repairs(name: str) -> None:
+    class Setting:
+        """Says what it is asked for."""
+
+        search = SimpleNamespace(config=Config())
+
+        def at(self, config: Config) -> Config:
+            return config
+
+    for recipe in (recipe for recipe in CORE if recipe.attack != "clean"):
+        setting: Any = Setting()
+        asked: Any = at_variant(name, setting, recipe, Path("agents"))
+        fold = attack_fold(CORE, recipe)
+        assert asked.gates.policy == f"agents/{fold}_{POLICIES[name]}.safetensors"
 
 
 def test_the_summary_compares_on_the_cases_that_both_have() -> None:

@@ -9,10 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.ablations.setting import investigate, searched
 from bench.train_agent.fitting import FittingConfig, fit
+from bench.train_agent.lessons import Lesson
+from onp import demo
 from onp.agent.policy import PruningPolicy
 from onp.agent.state import State
+from onp.config import BUDGETS
 from onp.graph import NeuronGraph, build_graph
+from onp.suspect.load import load_suspect
 from onp.suspect.trace import trace
 from tests.agent.test_agent import CHANNELS, SIZE, toy
 
@@ -53,3 +58,23 @@ def test_what_holds_for_all_networks_carries_over(graph: NeuronGraph, rounds: in
     short = FittingConfig(steps=3)
     one, other = (fit(lessons[:2], rounds=rounds, config=short, seed=5) for _ in range(2))
     assert all(map(torch.equal, one.parameters(), other.parameters()))
+
+
+def test_a_lesson_is_told_by_one_look_and_judged_by_another() -> None:
+    """On the demo's network: a mask that gates find on one draw helps on the other's triggers."""
+    model = load_suspect(demo.CHECKPOINT, demo.ARCH).model.eval()
+    looks = [
+        searched(investigate(model, demo.clean_images(), BUDGETS["quick"], seed)) for seed in (0, 1)
+    ]
+    assert looks[0] is not None
+    assert looks[1] is not None
+    network: Any = None
+    lesson = Lesson(network, 0, *looks)
+    sites = looks[0].evaluator.trace.sites
+    policy = PruningPolicy(lesson.features.shape[1], 3, rounds=1, seed=0)
+    closed = lesson.closed(policy)
+    assert closed.shape == (sites,)
+    assert lesson.few(1 - closed, torch.Generator().manual_seed(0)).requires_grad
+    nothing = lesson.worth(torch.zeros(sites))
+    found = lesson.worth(lesson.adapted(torch.ones(sites), 12, 0.1))
+    assert found > nothing + 0.3
