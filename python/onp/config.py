@@ -72,13 +72,17 @@ class ReplayConfig:
     """Share of the images that such a trigger is judged on."""
 
 
+SHIPPED = "shipped"
+"""The policy that comes along."""
+
+
 @dataclass(frozen=True)
 class GatesConfig:
     """The relaxed mask, proposed by the policy and adapted by descent: see ``onp.agent.gates``."""
 
     policy: str | None = None
-    """File of a policy (``bench.train_agent`` makes such) that proposes the gates which descent
-    starts from; None: all are open."""
+    """What proposes the gates that descent starts from: the file of a policy
+    (``bench.train_agent`` makes such), or ``SHIPPED``; None: all are open."""
     seen: int = 64
     """Images on which the policy is told the effects of flips;"""
     adapted_steps: int = 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -78,9 +77,9 @@ class Search:
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
         return State.of(nothing, flip_effects(cost, nothing))
 
-    def proposal(self, counted: Sequence[Contender], path: Path) -> Tensor:
-        """How far the policy of a file closes each gate, float32 [S]: one pass."""
-        policy = load_policy(path)
+    def proposal(self, counted: Sequence[Contender], name: str) -> Tensor:
+        """How far a policy closes each gate, float32 [S]: one pass."""
+        policy = load_policy(name)
         features = self.features(counted, torch.zeros(self.evaluator.trace.sites))
         inputs = self.nothing_pruned(counted).inputs
         with torch.no_grad():
@@ -94,7 +93,7 @@ class Search:
         start = torch.ones(self.evaluator.trace.sites)
         steps, rate = config.steps, config.learning_rate
         if config.policy is not None:
-            start = start - self.proposal(counted, Path(config.policy))
+            start = start - self.proposal(counted, config.policy)
             steps, rate = config.adapted_steps, config.adapted_rate
         return learn_gates(
             self.relaxed(counted), start, steps=steps, learning_rate=rate,

@@ -9,14 +9,19 @@ from safetensors.torch import load_file, save_file
 
 from onp.agent.policy import PruningPolicy
 from onp.agent.state import State
+from onp.config import SHIPPED
 from onp.errors import UsageError
 from onp.features import NAMES
 from onp.files import write_atomically
 
+_OURS = Path(__file__).with_name("policy.safetensors")
+"""What comes along; its card (data, date, command, scores) lies beside it."""
 
-def load_policy(path: Path) -> PruningPolicy:
-    """A policy from its file. Raises UsageError for a missing file, another network's, or one that
-    was taught on other features."""
+
+def load_policy(name: str | Path) -> PruningPolicy:
+    """A policy from its file, or the ``SHIPPED`` one. Raises UsageError for a missing file, another
+    network's, or one that was taught on other features."""
+    path = _OURS if name == SHIPPED else Path(name)
     try:
         weights = load_file(path)
         hidden, columns = weights["embed.weight"].shape
