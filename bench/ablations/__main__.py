@@ -1,17 +1,19 @@
-"""``python -m bench.ablations``: what each part of the search adds, at equal image-forwards.
+"""``python -m bench.ablations``: what each part of the search adds.
 
 One JSON line per (network, variant, seed, budget), appended when it is done; lines that are there
 are not made again. Evidence is made once per network, seed and budget and kept in --work; gates are
 shared by the variants that do not change them; one search, without renewal. The true trigger only
-scores. A variant's forwards are those of its search and of the final choice; rivals get as many for
-their search as ``onp`` took. ``policy`` and ``policy-no-gnn`` let the gates start from what a
+scores. A variant's forwards are those of its gates (not in older rows), its search and the final
+choice, its seconds without the gates. Rivals get as many forwards for their search as ``onp`` took;
+its own variants as many rounds. ``policy`` and ``policy-no-gnn`` let the gates start from what a
 policy proposes that was taught without the network's attack (--agent: what ``bench.train_agent``
-wrote).
+wrote), and take fewer steps.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import sys
 import time
@@ -35,6 +37,7 @@ from bench.zoo.scoring import Exam
 from onp.agent.elite import Elite
 from onp.config import BUDGETS, Config
 from onp.data import draw_balanced
+from onp.errors import UsageError
 from onp.suspect.surgery import apply_mask
 
 TEST_SEED = 0
@@ -76,8 +79,14 @@ def at_variant(name: str, setting: Setting, recipe: Recipe, policies: Path) -> S
         return Setting.of(without(setting.search, name.removeprefix(WITHOUT)))
     if name in POLICIES:
         file = policies / f"{attack_fold(CORE, recipe)}_{POLICIES[name]}.safetensors"
+        if recipe.attack not in json.loads(file.with_suffix(".json").read_text())["kept_out"]:
+            raise UsageError(f"{file} was not taught without {recipe.attack}: teach it again")
         return setting.at(replace(config, gates=replace(config.gates, policy=str(file))))
     return setting.at(VARIANTS[name](config)) if name in VARIANTS else setting
+
+
+def digest_of(weights: Path) -> str:
+    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
 
 
 def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
@@ -124,8 +133,8 @@ def new_rows(
     for name in missing if limit is not None else ["onp", *(n for n in missing if n != "onp")]:
         if name.startswith(WITHOUT) and not has(search, name.removeprefix(WITHOUT)):
             continue
-        started = time.process_time()
         setting = at_variant(name, shared, network.recipe, args.agent)
+        started = time.process_time()
         found = run_variant(name, setting, seed, limit or 0)
         seconds = time.process_time() - started
         limit = found.search_forwards if name == "onp" else limit
@@ -138,6 +147,8 @@ def new_rows(
                 "variant": name,
                 "seed": seed,
                 "budget": args.budget,
+                "policy": setting.search.config.gates.policy
+                and digest_of(Path(setting.search.config.gates.policy)),
                 "clean_samples": args.clean_samples,
                 "worth": round(found.worth, 5),
                 "cost": round(found.cost, 5),
@@ -191,9 +202,14 @@ def summary(rows: list[dict[str, Any]]) -> str:
             f"| {fmean(_lost(r) for r in own):.2f} "
             f"| {100 * fmean(r['asr_after'] for r in own):.2f} "
             f"| {fmean(_shortfall(r) for r in own):.2f} | {shortfall} | {lost} "
-            f"| {fmean(r['search_forwards'] + r['choice_forwards'] for r in own):,.0f} |"
+            f"| {fmean(map(_forwards, own)):,.0f} |"
         )
     return "\n".join(lines)
+
+
+def _forwards(row: dict[str, Any]) -> int:
+    gates = row.get("gates_forwards", 0)
+    return int(gates + row["search_forwards"] + row["choice_forwards"])
 
 
 def _shortfall(row: dict[str, Any]) -> float:

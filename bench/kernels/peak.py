@@ -16,8 +16,6 @@ import torch
 _SOURCE = Path(__file__).with_name("peak.c")
 CHAINS = 12
 STEPS = 4_000_000
-LONG = 8.0
-"""Seconds from which on a run is repeated once only, so that the table is done in 20 minutes."""
 COPIED = 256 << 20
 """Bytes; well over any cache."""
 
@@ -36,15 +34,9 @@ class Ceilings:
 
 
 def best_time(run: Callable[[], object], repeats: int) -> float:
-    """Seconds of the fastest of ``repeats`` runs, one before them not counted; of two in all where
-    one takes ``LONG``."""
-    begin = time.perf_counter()
+    """Seconds of the fastest of ``repeats`` runs, one before them not counted."""
     run()
-    seconds = [time.perf_counter() - begin]
-    if seconds[0] < LONG:
-        seconds = []  # it may have been the first of its kind
-    else:
-        repeats = 1
+    seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         run()

@@ -89,6 +89,8 @@ def main() -> int:
     made = {**folds(recipes("core")), "all": set[str]()}
     if unknown := set(args.folds or ()) - made.keys():
         parser.error(f"unknown folds {', '.join(sorted(unknown))}; known are {', '.join(made)}")
+    if args.teaching_seed in args.seeds:
+        parser.error("--teaching-seed is one of --seeds: the same draw would tell and teach")
     for folder in (args.work, args.out):
         folder.mkdir(parents=True, exist_ok=True)
     core = backdoored(load_set("core", args.models_dir))
@@ -129,26 +131,31 @@ def main() -> int:
                 "seed": args.seed,
             }
             print(json.dumps(row), flush=True)
-            rows[name, rounds] = row | provenance()
+            rows[name, rounds, args.budget] = row | provenance()
             save_policy(policy, args.out / f"{name}_{rounds}.safetensors")
             card = {
                 "what": "weights of onp.agent.policy.PruningPolicy",
                 "date": datetime.now(UTC).date().isoformat(),
                 "command": f"python -m bench.train_agent --steps {config.steps} --folds {name} "
                 f"--messages {rounds} --seeds {' '.join(map(str, args.seeds))} "
-                f"--budget {args.budget} --data DATA",
+                f"--teaching-seed {args.teaching_seed} --clean-samples {args.clean_samples} "
+                f"--budget {args.budget} --seed {args.seed} --data DATA",
+                "judged_on": "networks that it was not taught on"
+                if fold
+                else "networks that it was taught on",
                 "taught_on_networks": sorted({one.network.name for one in taught}),
             }
-            write_json(args.out / f"{name}_{rounds}.json", card | rows[name, rounds])
+            write_json(args.out / f"{name}_{rounds}.json", card | rows[name, rounds, args.budget])
             text = "".join(json.dumps(one) + "\n" for one in rows.values())
             write_atomically(args.table, lambda temporary, text=text: temporary.write_text(text))
     return 0
 
 
-def table_of(path: Path) -> dict[tuple[str, int], dict[str, Any]]:
-    """The rows of a table by fold and messages; what is fitted again takes its row's place."""
+def table_of(path: Path) -> dict[tuple[str, int, str], dict[str, Any]]:
+    """The rows of a table by fold, messages and what tells; what is fitted again takes its row's
+    place."""
     lines = path.read_text().splitlines() if path.exists() else []
-    return {(row["fold"], row["messages"]): row for row in map(json.loads, lines)}
+    return {(row["fold"], row["messages"], row["told_by"]): row for row in map(json.loads, lines)}
 
 
 def backdoored(networks: list[ZooModel]) -> list[ZooModel]:

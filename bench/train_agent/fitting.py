@@ -38,8 +38,8 @@ def fit(
     random = torch.Generator().manual_seed(seed)
     for _ in range(config.steps):
         lesson = lessons[int(torch.randint(len(lessons), (), generator=random))]
-        told = torch.rand(columns, generator=random) >= config.untold
-        loss = lesson.few(1 - lesson.closed(policy, told), random)
+        known = torch.rand(columns, generator=random) >= config.untold
+        loss = lesson.teacher(1 - lesson.closed(policy, known), random)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(policy.parameters(), config.gradient_norm)

@@ -19,7 +19,7 @@ from onp.agent.relaxed import RelaxedCost
 from onp.search import Search
 
 IMAGES_PER_STEP = 16
-"""Clean ones, and as many triggered, in a step of fitting."""
+"""Clean ones, and as many triggered, in a step of teaching."""
 
 
 class Lesson:
@@ -40,16 +40,17 @@ class Lesson:
         """What gates cost in a repair that was told so much."""
         self.cost = told.cost(counted, slice(told.config.agent.images))
         taught = better.relaxed(better.evidence.counted)
-        self.few = RelaxedCost(
+        self.teacher = RelaxedCost(
             better.evaluator.network, better.clean, taught.probes, taught.response,
             replace(better.config.gates, images_per_step=IMAGES_PER_STEP),
         )  # fmt: skip
         """What teaches."""
         self.judge = better.cost(better.evidence.counted, slice(None))
 
-    def closed(self, policy: PruningPolicy, told: Tensor | None = None) -> Tensor:
-        """What a policy proposes, float32 [S]; ``told`` [F] is 0 for features that it is not."""
-        features = self.features if told is None else self.features * told
+    def closed(self, policy: PruningPolicy, known: Tensor | None = None) -> Tensor:
+        """What a policy proposes, float32 [S]; ``known`` [F] is 0 for features that it is not
+        told."""
+        features = self.features if known is None else self.features * known
         closed: Tensor = policy(self.search.graph, features, self.inputs)
         return closed
 
@@ -98,6 +99,8 @@ def lessons_of(networks: Sequence[ZooModel], looks: Looks) -> list[Lesson]:
             return search_of(network, own, looks.samples, seed, looks.work, budget)
 
         better = look(looks.teaching_seed, "standard")
+        if better is None:
+            print(f"{network.name}: no backdoor found, left out", file=sys.stderr, flush=True)
         for seed in looks.seeds if better is not None else ():
             told = look(seed, looks.budget)
             same = told is not None and (
@@ -105,6 +108,6 @@ def lessons_of(networks: Sequence[ZooModel], looks: Looks) -> list[Lesson]:
             )
             if same:
                 lessons.append(Lesson(network, seed, told, better))
-            print(f"{network.name} seed {seed}: {'ready' if same else 'another verdict, left out'}",
-                  file=sys.stderr, flush=True)  # fmt: skip
+            found = "ready" if same else "another class or none, left out"
+            print(f"{network.name} seed {seed}: {found}", file=sys.stderr, flush=True)
     return lessons

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -17,6 +18,7 @@ from bench.zoo.recipes import CORE
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.config import Config
+from onp.errors import UsageError
 
 SITES = 40
 
@@ -60,7 +62,7 @@ def test_every_variant_changes_one_thing() -> None:
 
 
 @pytest.mark.parametrize("name", list(POLICIES))
-def test_a_policy_was_taught_without_the_attack_that_it_repairs(name: str) -> None:
+def test_a_policy_was_taught_without_the_attack_that_it_repairs(name: str, tmp_path: Path) -> None:
     class Setting:
         """Says what it is asked for."""
 
@@ -69,11 +71,15 @@ def test_a_policy_was_taught_without_the_attack_that_it_repairs(name: str) -> No
         def at(self, config: Config) -> Config:
             return config
 
+    setting: Any = Setting()
     for recipe in (recipe for recipe in CORE if recipe.attack != "clean"):
-        setting: Any = Setting()
-        asked: Any = at_variant(name, setting, recipe, Path("agents"))
-        fold = attack_fold(CORE, recipe)
-        assert asked.gates.policy == f"agents/{fold}_{POLICIES[name]}.safetensors"
+        file = tmp_path / f"{attack_fold(CORE, recipe)}_{POLICIES[name]}.safetensors"
+        file.with_suffix(".json").write_text(json.dumps({"kept_out": [recipe.attack]}))
+        asked: Any = at_variant(name, setting, recipe, tmp_path)
+        assert asked.gates.policy == str(file)
+        file.with_suffix(".json").write_text(json.dumps({"kept_out": ["another"]}))
+        with pytest.raises(UsageError, match="was not taught without"):
+            at_variant(name, setting, recipe, tmp_path)
 
 
 def test_the_summary_compares_on_the_cases_that_both_have() -> None:

@@ -38,12 +38,12 @@ class ToyLesson:
         self.inputs = torch.randn(CHANNELS, State.INPUTS, generator=random)
         self.wanted = (self.features[:, 2] < 0).float()
 
-    def closed(self, policy: PruningPolicy, told: Tensor | None = None) -> Tensor:
-        features = self.features if told is None else self.features * told
+    def closed(self, policy: PruningPolicy, known: Tensor | None = None) -> Tensor:
+        features = self.features if known is None else self.features * known
         closed: Tensor = policy(self.search.graph, features, self.inputs)
         return closed
 
-    def few(self, gates: Tensor, random: torch.Generator) -> Tensor:
+    def teacher(self, gates: Tensor, random: torch.Generator) -> Tensor:
         return (gates - self.wanted).square().mean()
 
 
@@ -74,7 +74,7 @@ def test_a_lesson_is_told_by_one_look_and_judged_by_another() -> None:
     policy = PruningPolicy(lesson.features.shape[1], 3, rounds=1, seed=0)
     closed = lesson.closed(policy)
     assert closed.shape == (sites,)
-    assert lesson.few(1 - closed, torch.Generator().manual_seed(0)).requires_grad
+    assert lesson.teacher(1 - closed, torch.Generator().manual_seed(0)).requires_grad
     nothing = lesson.worth(torch.zeros(sites))
     found = lesson.worth(lesson.adapted(torch.ones(sites), 12, 0.1))
     assert found > nothing + 0.3
