@@ -1,4 +1,4 @@
-"""What the agent is compared with: searches from the same first masks, with the same cost.
+"""What the agent is compared with: searches with the same cost, rivals from the same first masks.
 
 Variants of the agent change its configuration, or leave a probe family out. The others take the
 agent's place and stop when they have spent the image-forwards that it took on the same network with

@@ -1,4 +1,7 @@
-"""Parts of the zoo that are kept out of what is fitted: some attacks, or an architecture."""
+"""Parts of the zoo that are kept out of what is fitted: some attacks, or an architecture.
+
+``badnets-all`` and ``badnets`` share a patch, and count as two attacks, in two folds.
+"""
 
 from __future__ import annotations
 
