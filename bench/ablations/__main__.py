@@ -13,7 +13,6 @@ wrote), and take fewer steps.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -26,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.ablations.searches import POLICIES, RIVALS, VARIANTS, has, without
-from bench.ablations.setting import Setting, search_of
+from bench.ablations.setting import Setting, digest_of, search_of
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
 from bench.zoo.checkpoints import ZooModel, load_set
@@ -83,10 +82,6 @@ def at_variant(name: str, setting: Setting, recipe: Recipe, policies: Path) -> S
             raise UsageError(f"{file} was not taught without {recipe.attack}: teach it again")
         return setting.at(replace(config, gates=replace(config.gates, policy=str(file))))
     return setting.at(VARIANTS[name](config)) if name in VARIANTS else setting
-
-
-def digest_of(weights: Path) -> str:
-    return hashlib.sha256(weights.read_bytes()).hexdigest()[:12]
 
 
 def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:

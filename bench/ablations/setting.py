@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -76,8 +77,7 @@ class Setting:
             graph = build_graph(search.evaluator.trace, search.scene.model, config.graph)
         scene = replace(search.scene, config=config)
         own = Search(scene, graph, search.norm_shift, search.evidence)
-        same = (config.gates, config.graph) == (before.gates, before.graph)
-        return replace(self, search=own) if same else Setting.of(own)
+        return replace(self, search=own) if config.gates == before.gates else Setting.of(own)
 
     @property
     def counted(self) -> list[Contender]:
@@ -133,3 +133,8 @@ def search_of(
     of_budget = "" if budget == "standard" else f"_{budget}"
     name = f"{network.name}_{network.digest}_{samples}_seed{seed}{of_budget}_{__version__}.pt"
     return searched(investigate(network.model.eval(), clean, BUDGETS[budget], seed, work / name))
+
+
+def digest_of(policy: Path) -> str:
+    """By which rows name a policy's weights."""
+    return hashlib.sha256(policy.read_bytes()).hexdigest()[:12]

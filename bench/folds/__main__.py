@@ -12,7 +12,6 @@ is made once and kept in --work.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from bench.ablations.searches import has, without
-from bench.ablations.setting import search_of
+from bench.ablations.setting import digest_of, search_of
 from bench.folds.constants import SHIPPED, Setting, configured, fitted, settings
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
@@ -118,7 +117,7 @@ def named(policy: Path | None) -> str:
     """``none``, or a policy's fold and digest."""
     if policy is None:
         return "none"
-    return f"{policy.stem}_{hashlib.sha256(policy.read_bytes()).hexdigest()[:12]}"
+    return f"{policy.stem}_{digest_of(policy)}"
 
 
 class Rows:

@@ -1,4 +1,4 @@
-"""Weights of the policy as safetensors: what ``bench.train_agent`` makes."""
+"""Weights of the policy as safetensors: what ``bench.train_agent`` makes, and what comes along."""
 
 from __future__ import annotations
 
