@@ -23,7 +23,7 @@ class Clean:
     def seen_by(cls, evaluator: MaskEvaluator, images: Tensor, labels: Tensor) -> Clean:
         """Ask the network, once for a whole repair. Costs an image-forward an image."""
         nothing = torch.zeros(1, evaluator.trace.sites, dtype=torch.bool)
-        return cls(images, labels, evaluator.run(nothing, images)[0].log_softmax(1))
+        return cls(images, labels, evaluator.run(nothing, images, exact=True)[0].log_softmax(1))
 
     @property
     def answers(self) -> Tensor:

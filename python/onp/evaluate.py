@@ -7,11 +7,13 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.backends import cudnn
 
 from onp import masks
-from onp.errors import ResourceError, UnsupportedOperation, UsageError
+from onp.errors import NotBuiltError, ResourceError, UnsupportedOperation, UsageError
 from onp.ledger import Ledger
-from onp.ops.masked_forward import MaskedForwardPlan, lower
+from onp.ops import masked_forward, masked_forward_gpu
+from onp.ops.masked_forward_gpu import GpuMaskedForwardPlan
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace
 
@@ -20,8 +22,12 @@ log = logging.getLogger("onp")
 Backend = Literal["auto", "native", "torch"]
 
 
+SEARCH_PRECISION: masked_forward_gpu.Precision = "tf32"
+"""Of masks on a GPU, unless they are wanted exactly."""
+
+
 class MaskEvaluator:
-    """Logits of B masks on N images in one call, by the native engine or by torch."""
+    """Logits of B masks on N images in one call, by our kernels or by torch."""
 
     def __init__(
         self,
@@ -34,9 +40,8 @@ class MaskEvaluator:
         ledger: Ledger | None = None,
         batch: int = 256,
     ) -> None:
-        """``auto`` takes the native engine on the CPU and torch elsewhere; a network that the
-        engine cannot run is sent to torch with one log line. ``batch``: images torch sees at once.
-        """
+        """``auto`` takes our kernels, those of the CPU or of the GPU; a network that they cannot
+        run is sent to torch with one log line. ``batch``: images torch sees at once."""
         if backend not in ("auto", "native", "torch"):
             raise UsageError(f"backend must be auto, native or torch, got {backend!r}")
         self.trace = trace
@@ -44,39 +49,69 @@ class MaskEvaluator:
         self.threads = threads
         self.ledger = ledger or Ledger()
         self.batch = batch
-        self.plan: MaskedForwardPlan | None = None
-        on_cpu = torch.device(device).type == "cpu"
-        if backend == "native" or (backend == "auto" and on_cpu):
-            try:
-                self.plan = lower(trace, model)
-            except UnsupportedOperation as error:
-                if backend == "native":
-                    raise
-                log.warning("masks are evaluated by torch: %s", error)
+        self.plan: masked_forward.MaskedForwardPlan | None = None
+        self.gpu_plans: dict[masked_forward_gpu.Precision, GpuMaskedForwardPlan] = {}
+        """By precision; the one for the search, and another once masks were wanted exactly."""
+        self._model = model
+        if backend == "torch":
+            return
+        try:
+            if self.network.device.type == "cpu":
+                self.plan = masked_forward.lower(trace, model)
+            else:
+                self._gpu_plan(SEARCH_PRECISION)
+        except (UnsupportedOperation, NotBuiltError) as error:
+            if backend == "native":
+                raise
+            log.warning("masks are evaluated by torch: %s", error)
+
+    def _gpu_plan(self, precision: masked_forward_gpu.Precision) -> GpuMaskedForwardPlan:
+        if precision not in self.gpu_plans:
+            self.gpu_plans[precision] = masked_forward_gpu.lower(
+                self.trace, self._model, self.network.device, precision
+            )
+        return self.gpu_plans[precision]
 
     @property
     def backend(self) -> str:
-        return "native" if self.plan is not None else "torch"
+        return "torch" if self.plan is None and not self.gpu_plans else "native"
 
-    def run(self, pruned: Tensor, images: Tensor, *, share: bool = True) -> Tensor:
-        """Logits float32 [B, N, K] of masks bool [B, S] on images float32 [N, C, H, W].
+    @property
+    def precision(self) -> masked_forward_gpu.Precision:
+        """In which convolutions are multiplied during the search."""
+        return "fp32" if self.network.device.type == "cpu" else SEARCH_PRECISION
 
-        ``share``: compute what neighbouring masks have in common once (native engine).
+    def run(
+        self, pruned: Tensor, images: Tensor, *, share: bool = True, exact: bool = False
+    ) -> Tensor:
+        """Logits float32 [B, N, K], on the CPU, of masks bool [B, S] on images float32
+        [N, C, H, W].
+
+        ``share``: compute what neighbouring masks have in common once (on the CPU). ``exact``: in
+        fp32 throughout, on a GPU too.
         """
         self.ledger.count(len(pruned) * len(images))
-        if self.plan is not None:
-            packed = masks.pack(pruned)
-            try:
+        try:
+            if self.gpu_plans:
+                plan = self._gpu_plan("fp32" if exact else SEARCH_PRECISION)
+                return plan.run(pruned, images).cpu()
+            if self.plan is not None:
+                packed = masks.pack(pruned)
                 return self.plan.run(packed, images, share=share, threads=self.threads)
-            except ResourceError as error:  # large images: sharing keeps every value
-                log.warning("masks are evaluated by torch: %s", error)
-                self.plan = None
-        with torch.no_grad():
-            gates = (~pruned).float().to(self.network.device)
+        except ResourceError as error:  # large images: sharing keeps every value
+            log.warning("masks are evaluated by torch: %s", error)
+            self.plan = None
+            self.gpu_plans.clear()
+        return self._by_torch(pruned, images, exact=exact)
+
+    @torch.no_grad()
+    def _by_torch(self, pruned: Tensor, images: Tensor, *, exact: bool) -> Tensor:
+        if not len(pruned):
+            return torch.empty(0, len(images), self.trace.num_classes)
+        gates = (~pruned).float().to(self.network.device)
+        with cudnn.flags(enabled=True, allow_tf32=not exact):
             rows = [
                 torch.cat([self.network(part, gate) for part in images.split(self.batch)])
                 for gate in gates
             ]
-        if not rows:
-            return torch.empty(0, len(images), self.trace.num_classes)
         return torch.stack(rows).cpu()

@@ -1,4 +1,4 @@
-"""From a traced network to the native program of a masked forward: steps over buffers.
+"""From a traced network to the program of a masked forward: steps over buffers.
 
 A step is one convolution (a linear layer is one too), pool or copy, and as many of the elementwise
 operations behind it as its epilogue holds, in this order:
@@ -30,8 +30,8 @@ Pair = tuple[int, int]
 Copy = tuple[int, int | None]
 """A value as its readers see it: op index, and the site layer that masks it (None: unmasked)."""
 
-_NONE = -1
-_CONVOLUTION, _MAX_POOL, _AVERAGE_POOL = range(3)
+NONE = -1
+CONVOLUTION, MAX_POOL, AVERAGE_POOL = range(3)
 _ACTIVATIONS = {"relu": 1, "relu6": 2}
 _ELEMENTWISE = ("norm", "affine", "relu", "relu6", "add")
 
@@ -40,8 +40,8 @@ _RESULT, _RESIDUAL, _FIRST, _PLAIN, _SCALE, _SECOND = range(6)
 
 
 @dataclass
-class _Step:
-    """A step in the making; arrays are float64 until the native step is built."""
+class Step:
+    """One step; its arrays are float64, and folded into each other as far as they go."""
 
     kind: int
     input: int
@@ -53,18 +53,18 @@ class _Step:
     count_include_pad: bool = True
     weight: Tensor | None = None
     bias: Tensor | None = None
-    residual: int = _NONE
+    residual: int = NONE
     first: int = 0
-    plain: int = _NONE
+    plain: int = NONE
     scale: Tensor | None = None
     shift: Tensor | None = None
     second: int = 0
-    site_start: int = _NONE
-    final: int = _NONE
+    site_start: int = NONE
+    final: int = NONE
     stage: int = _RESULT
-    result_norm: int = _NONE
+    result_norm: int = NONE
     """Op index of the norm whose output the operation itself yields,"""
-    scaled_norm: int = _NONE
+    scaled_norm: int = NONE
     """and of the one whose output is ``t * scale + shift``."""
 
     def absorb_affine(self, scale: Tensor, shift: Tensor, norm: int) -> bool:
@@ -110,7 +110,7 @@ class _Step:
         def address(values: Tensor | None) -> int:
             if values is None:
                 return 0
-            arrays.append(values.to(torch.float32).contiguous())
+            arrays.append(values.to("cpu", torch.float32).contiguous())
             return arrays[-1].data_ptr()
 
         step = _C.MaskedForwardStep(
@@ -137,16 +137,23 @@ class _Step:
 
 @dataclass(frozen=True)
 class Program:
-    """What a native plan is built from; ``arrays`` must live until it is."""
+    """What a plan is built from."""
 
     buffers: list[tuple[int, int, int]]
     """(C, H, W) of each; buffer 0 holds the images."""
-    steps: list[_C.MaskedForwardStep]
-    norms: list[Pair]
-    """Of each step, the op indices of the norms whose outputs are its operation's result and its
-    scaled value; -1: none."""
+    steps: list[Step]
     output: int
-    arrays: list[Tensor]
+
+    def native(self) -> tuple[list[_C.MaskedForwardStep], list[Tensor]]:
+        """The native steps, and the arrays that must live until the native plan is built."""
+        pairs = [step.native() for step in self.steps]
+        return [step for step, _ in pairs], [array for _, arrays in pairs for array in arrays]
+
+    @property
+    def norms(self) -> list[Pair]:
+        """Of each step, the op indices of the norms whose outputs are its operation's result and
+        its scaled value; -1: none."""
+        return [(step.result_norm, step.scaled_norm) for step in self.steps]
 
 
 @dataclass
@@ -156,12 +163,13 @@ class Lowering:
     trace: Trace
     model: nn.Module
     buffers: list[tuple[int, int, int]] = field(default_factory=list)
-    steps: list[_Step] = field(default_factory=list)
+    steps: list[Step] = field(default_factory=list)
     buffer_of: dict[Copy, int] = field(default_factory=dict)
     absorbed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
+        self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.layer_of_edge = {
             edge: index
             for index, layer in enumerate(self.trace.layers)
@@ -186,14 +194,7 @@ class Lowering:
                 self._finish(*self._extend(self._open(index, op), index))
         if output is None or self.buffers[output][1:] != (1, 1):
             raise UnsupportedOperation("masked_forward: the network must end in logits [N, K]")
-        native: list[_C.MaskedForwardStep] = []
-        arrays: list[Tensor] = []
-        for step in self.steps:
-            native_step, step_arrays = step.native()
-            native.append(native_step)
-            arrays += step_arrays
-        norms = [(step.result_norm, step.scaled_norm) for step in self.steps]
-        return Program(self.buffers, native, norms, output, arrays)
+        return Program(self.buffers, self.steps, output)
 
     def _unflattened_shapes(self) -> list[tuple[int, int, int]]:
         """(C, H, W) of every value; a flattened one keeps the shape that it was flattened from."""
@@ -235,8 +236,8 @@ class Lowering:
         for layer in self._wanted(index) - {None}:
             self._emit_copy(index, layer)
 
-    def _open(self, index: int, op: Op) -> _Step:
-        step = _Step(_MAX_POOL, self._buffer(index, 0), self.shapes[index][0])
+    def _open(self, index: int, op: Op) -> Step:
+        step = Step(MAX_POOL, self._buffer(index, 0), self.shapes[index][0])
         if op.kind == "conv":
             self._open_conv(step, op)
         elif op.kind == "linear":
@@ -251,7 +252,7 @@ class Lowering:
             )
         return step
 
-    def _open_conv(self, step: _Step, op: Op) -> None:
+    def _open_conv(self, step: Step, op: Op) -> None:
         conv = self.modules[op.module or ""]
         if not isinstance(conv, nn.Conv2d) or conv.dilation != (1, 1):
             raise UnsupportedOperation(
@@ -259,7 +260,7 @@ class Lowering:
             )
         if conv.padding_mode != "zeros" and conv.padding not in ((0, 0), "valid"):
             raise UnsupportedOperation(f"masked_forward: {op.name} must pad with zeros, got {conv}")
-        step.kind = _CONVOLUTION
+        step.kind = CONVOLUTION
         step.kernel = _pair(conv.kernel_size)
         step.stride = _pair(conv.stride)
         step.groups = conv.groups
@@ -271,24 +272,24 @@ class Lowering:
             step.padding = (step.kernel[0] // 2, step.kernel[1] // 2)
         elif not isinstance(conv.padding, str):
             step.padding = _pair(conv.padding)
-        step.weight = _double(conv.weight)
-        step.bias = None if conv.bias is None else _double(conv.bias)
+        step.weight = self._double(conv.weight)
+        step.bias = None if conv.bias is None else self._double(conv.bias)
 
-    def _open_linear(self, step: _Step, index: int, op: Op) -> None:
+    def _open_linear(self, step: Step, index: int, op: Op) -> None:
         linear = self.modules[op.module or ""]
         channels, height, width = self.shapes[self._copy(index, 0)[0]]
         if not isinstance(linear, nn.Linear) or linear.in_features != channels * height * width:
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must be a Linear over all features, got {linear}"
             )
-        step.kind = _CONVOLUTION
+        step.kind = CONVOLUTION
         step.kernel = (height, width)
-        step.weight = _double(linear.weight).view(-1, channels, height, width)
-        step.bias = None if linear.bias is None else _double(linear.bias)
+        step.weight = self._double(linear.weight).view(-1, channels, height, width)
+        step.bias = None if linear.bias is None else self._double(linear.bias)
 
-    def _open_pool(self, step: _Step, index: int, op: Op) -> None:
+    def _open_pool(self, step: Step, index: int, op: Op) -> None:
         size = self.shapes[self._copy(index, 0)[0]][1:]
-        step.kind = _MAX_POOL if op.kind == "maxpool" else _AVERAGE_POOL
+        step.kind = MAX_POOL if op.kind == "maxpool" else AVERAGE_POOL
         if op.kind == "globalpool":
             step.kernel = size
             return
@@ -305,17 +306,18 @@ class Lowering:
                 f"got {self.shapes[index][1:]}"
             )
 
-    def _open_subsample(self, step: _Step, op: Op) -> None:
+    def _open_subsample(self, step: Step, op: Op) -> None:
         """A strided 1x1 convolution that moves channel i to ``positions[i]``."""
-        step.kind = _CONVOLUTION
+        step.kind = CONVOLUTION
         step.stride = _pair(op.attrs["stride"])
         positions = torch.as_tensor(op.attrs["positions"], dtype=torch.int64)
-        step.weight = torch.zeros(step.channels, len(positions), 1, 1, dtype=torch.float64)
-        step.weight[positions, torch.arange(len(positions))] = 1
+        weight = torch.zeros(step.channels, len(positions), 1, 1, dtype=torch.float64)
+        weight[positions, torch.arange(len(positions))] = 1
+        step.weight = weight.to(self.device)
 
     # ---- filling its epilogue
 
-    def _extend(self, step: _Step, value: int) -> tuple[_Step, int]:
+    def _extend(self, step: Step, value: int) -> tuple[Step, int]:
         """Absorb the elementwise operations behind ``value``: the step and the value it ends at."""
         while True:
             readers = sorted({reader for reader, _ in self.readers[value]})
@@ -325,7 +327,7 @@ class Lowering:
             self.absorbed.add(following)
             value = following
 
-    def _continue(self, step: _Step, value: int, reader: int) -> bool:
+    def _continue(self, step: Step, value: int, reader: int) -> bool:
         """Absorb ``reader``, writing ``value`` to ``plain`` if others read it too."""
         op = self.trace.ops[reader]
         if op.kind not in _ELEMENTWISE or self._wanted(value, but=reader) - {None}:
@@ -336,7 +338,7 @@ class Lowering:
         if not self._wanted(value, but=reader):
             return self._absorb(step, reader, value)
         stage = step.stage
-        if stage > _PLAIN or step.plain != _NONE:
+        if stage > _PLAIN or step.plain != NONE:
             return False
         step.stage = _PLAIN
         if not self._absorb(step, reader, value):
@@ -345,7 +347,7 @@ class Lowering:
         step.plain = self._new_buffer((value, None))
         return True
 
-    def _absorb(self, step: _Step, index: int, value: int) -> bool:
+    def _absorb(self, step: Step, index: int, value: int) -> bool:
         """Absorb elementwise operation ``index``, whose other operand than ``value`` (for a sum)
         must lie in a buffer already. ``value == index`` absorbs it behind a copy of input 0."""
         op = self.trace.ops[index]
@@ -355,13 +357,16 @@ class Lowering:
             copies = [self._copy(index, position) for position in (0, 1)]
             other = copies[0] if copies[1] == (value, None) else copies[1]
             return other in self.buffer_of and step.absorb_residual(self.buffer_of[other])
-        return step.absorb_affine(*self._affine(index, op), index if op.kind == "norm" else _NONE)
+        return step.absorb_affine(*self._affine(index, op), index if op.kind == "norm" else NONE)
+
+    def _double(self, values: Tensor) -> Tensor:
+        return values.detach().to(self.device, torch.float64)
 
     def _affine(self, index: int, op: Op) -> tuple[Tensor, Tensor]:
         """Scale and shift float64 ``[C]`` of a norm or affine."""
         channels = self.shapes[index][0]
         if op.kind == "affine":
-            scale, shift = _double(op.attrs["scale"]), _double(op.attrs["shift"])
+            scale, shift = self._double(op.attrs["scale"]), self._double(op.attrs["shift"])
         else:
             norm = self.modules[op.module or ""]
             if (
@@ -372,12 +377,12 @@ class Lowering:
                 raise UnsupportedOperation(
                     f"masked_forward: {op.name} must be a BatchNorm with statistics, got {norm}"
                 )
-            scale = (_double(norm.running_var) + norm.eps).rsqrt()
+            scale = (self._double(norm.running_var) + norm.eps).rsqrt()
             if norm.weight is not None:
-                scale = scale * _double(norm.weight)
-            shift = -_double(norm.running_mean) * scale
+                scale = scale * self._double(norm.weight)
+            shift = -self._double(norm.running_mean) * scale
             if norm.bias is not None:
-                shift = shift + _double(norm.bias)
+                shift = shift + self._double(norm.bias)
         if scale.shape != (channels,) or shift.shape != (channels,):
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must have one scale and shift for each of the "
@@ -387,12 +392,12 @@ class Lowering:
 
     # ---- closing it
 
-    def _finish(self, step: _Step, value: int) -> None:
+    def _finish(self, step: Step, value: int) -> None:
         """Write the copies of ``value`` that are read, with steps of their own if need be."""
         wanted = self._wanted(value)
         layers = sorted(layer for layer in wanted if layer is not None)
         if None in wanted or len(layers) > 1:
-            if layers and step.stage <= _PLAIN and step.plain == _NONE:
+            if layers and step.stage <= _PLAIN and step.plain == NONE:
                 step.plain = self._new_buffer((value, None))
                 self._mask(step, value, layers.pop(0))
             else:
@@ -404,11 +409,11 @@ class Lowering:
             self._emit_copy(value, layer)
 
     def _emit_copy(self, value: int, layer: int | None) -> None:
-        step = _Step(_MAX_POOL, self.buffer_of[value, None], self.shapes[value][0])
+        step = Step(MAX_POOL, self.buffer_of[value, None], self.shapes[value][0])
         self._mask(step, value, layer)
         self.steps.append(step)
 
-    def _mask(self, step: _Step, value: int, layer: int | None) -> None:
+    def _mask(self, step: Step, value: int, layer: int | None) -> None:
         assert layer is not None
         site = self.trace.layers[layer]
         if site.channels != step.channels:
@@ -418,10 +423,6 @@ class Lowering:
             )
         step.site_start = site.start
         step.final = self._new_buffer((value, layer))
-
-
-def _double(values: Tensor) -> Tensor:
-    return values.detach().to("cpu", torch.float64)
 
 
 def _pair(values: int | Sequence[int]) -> Pair:

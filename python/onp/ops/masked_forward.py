@@ -145,5 +145,6 @@ def lower(trace: Trace, model: nn.Module) -> MaskedForwardPlan:
         UnsupportedOperation: the engine lacks an operation of the network; the message names it.
     """
     program = Lowering(trace, model).run()
-    native = _C.MaskedForwardPlan(program.buffers, program.steps, program.output, trace.sites)
+    steps, _arrays = program.native()
+    native = _C.MaskedForwardPlan(program.buffers, steps, program.output, trace.sites)
     return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes)

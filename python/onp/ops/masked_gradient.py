@@ -202,8 +202,9 @@ class MaskedGradientPlan:
                 return self.norms[norm].units.start if self.tells_moments and norm >= 0 else -1
 
             norms = [(first(result), first(scaled)) for result, scaled in program.norms]
+            steps, _arrays = program.native()
             self._plan = _C.MaskedGradientPlan(
-                program.buffers, program.steps, norms, program.output, self.sites, self.units
+                program.buffers, steps, norms, program.output, self.sites, self.units
             )
             self._program = None
         return self._plan

@@ -1,0 +1,294 @@
+"""Triton kernels of the masked forward on a GPU: convolution by tensor cores with everything behind
+it in the epilogue, and that epilogue alone behind what cuDNN computes.
+
+Maps are ``[I, H, W, C]``, channels a multiple of 16 (further ones are zero); sums are fp32. A
+convolution is an implicit GEMM whose tiles are loaded by the tensor memory accelerator: a tile of
+pixels is a box of the map, moved by the tap, and what lies outside of the map reads as zero. A map
+that is read at stride 2 is described with its rows and columns split by parity, so that each tap
+reads a box, too. The product is computed transposed, weights times pixels: of the operands of
+Hopper's matrix instruction the second alone may be a reshaped box in shared memory.
+
+Imported when a call needs it. Under ``TRITON_INTERPRET=1``, set before this module is imported, the
+kernels run on CPU tensors without a driver.
+"""
+
+# mypy: disable-error-code="untyped-decorator, no-untyped-def"
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+ALIGNMENT = 16
+"""Channels of a map, and images of a mask in one call, are multiples of this."""
+MOST_OUTPUTS = 128
+"""Per-channel arrays and gates can be read this far beyond their end."""
+
+
+@dataclass(frozen=True)
+class Tile:
+    """How a convolution is cut: output pixels and channels of one program, warps, stages."""
+
+    pixels: int
+    outputs: int
+    warps: int
+    stages: int
+
+
+TILES = (
+    Tile(128, 128, 4, 3),
+    Tile(256, 128, 8, 3),
+    Tile(128, 64, 4, 4),
+    Tile(256, 64, 4, 3),
+)
+"""The set that launches choose from; the first two for at least 128 output channels."""
+
+
+@dataclass(frozen=True)
+class Epilogue:
+    """What becomes of an operation's result t, per channel: see ``_masked_forward_lowering``."""
+
+    bias: Tensor | None
+    """float32 [C + MOST_OUTPUTS], as are scale and shift."""
+    residual: Tensor | None
+    """[I, H, W, C]"""
+    first: int
+    """Activation: 0 none, 1 ReLU, 2 ReLU6."""
+    plain: Tensor | None
+    """Where t is written, [I, H, W, C];"""
+    scale: Tensor | None
+    shift: Tensor | None
+    second: int
+    gates: Tensor | None
+    """float32 [B, S + MOST_OUTPUTS]: factors on the sites, a row a mask."""
+    site_start: int
+    per_mask: int
+    """Images of a mask."""
+    final: Tensor
+    """and where the gated value is written, [I, H, W, C]."""
+
+
+@triton.jit
+def _activated(t, KIND: tl.constexpr):
+    if KIND >= 1:
+        t = tl.maximum(t, 0.0, propagate_nan=tl.PropagateNan.ALL)
+    if KIND == 2:
+        t = tl.minimum(t, 6.0, propagate_nan=tl.PropagateNan.ALL)
+    return t
+
+
+@triton.jit
+def conv_kernel(
+    x_desc,  # stride 1: [I, H, W, C]; stride 2: [I, H / 2, 2, W / 2, 2 * C]
+    w_desc,  # [O, taps * C]
+    residual_desc,  # [I * height * width, O], as plain and final
+    plain_desc,
+    final_desc,
+    bias,  # [O + ...] fp32
+    scale,
+    shift,
+    gates,  # [B, gate_stride] fp32
+    gate_stride,
+    site_start,
+    per_mask,
+    height,  # of the output
+    output_tiles,
+    channels,
+    TAPS_X: tl.constexpr,
+    TAPS: tl.constexpr,
+    CHUNKS: tl.constexpr,  # channels / BLOCK_C
+    STRIDE: tl.constexpr,
+    PAD: tl.constexpr,
+    IMAGES: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    WIDEN: tl.constexpr,  # the interpreter multiplies fp32 alone
+):
+    """One program: a box of IMAGES x ROWS x COLS output pixels, BLOCK_O of their channels."""
+    BLOCK_M: tl.constexpr = IMAGES * ROWS * COLS
+    o0 = tl.program_id(0) % output_tiles * BLOCK_O
+    tile = tl.program_id(0) // output_tiles
+    boxes = height // ROWS
+    image = tile // boxes * IMAGES
+    top = tile % boxes * ROWS
+    acc = tl.zeros([BLOCK_O, BLOCK_M], dtype=tl.float32)
+    for k in tl.range(0, TAPS * CHUNKS):
+        tap = k // CHUNKS
+        channel = k % CHUNKS * BLOCK_C
+        dy = tap // TAPS_X - PAD
+        dx = tap % TAPS_X - PAD
+        if STRIDE == 1:
+            box = x_desc.load([image, top + dy, dx, channel])
+        else:
+            place = (dx & 1) * channels + channel
+            box = x_desc.load([image, top + (dy >> 1), dy & 1, dx >> 1, place])
+        pixels = box.reshape([BLOCK_M, BLOCK_C])
+        weights = w_desc.load([o0, k * BLOCK_C])
+        if WIDEN:
+            pixels = pixels.to(tl.float32)
+            weights = weights.to(tl.float32)
+        acc = tl.dot(weights, pixels.T, acc)
+    t = acc.T
+    row = tile * BLOCK_M
+    o = o0 + tl.arange(0, BLOCK_O)
+    if bias is not None:
+        t += tl.load(bias + o)[None, :]
+    if residual_desc is not None:
+        t += residual_desc.load([row, o0]).to(tl.float32)
+    t = _activated(t, FIRST)
+    if plain_desc is not None:
+        plain_desc.store([row, o0], t.to(plain_desc.dtype))
+    if scale is not None:
+        t = t * tl.load(scale + o)[None, :] + tl.load(shift + o)[None, :]
+    t = _activated(t, SECOND)
+    if gates is not None:
+        mask = (image // per_mask).to(tl.int64)
+        t *= tl.load(gates + mask * gate_stride + site_start + o)[None, :]
+    final_desc.store([row, o0], t.to(final_desc.dtype))
+
+
+@triton.jit
+def epilogue_kernel(
+    x,  # [rows, given]
+    residual,  # [rows, channels], as plain and final
+    plain,
+    final,
+    bias,
+    scale,
+    shift,
+    gates,
+    gate_stride,
+    site_start,
+    images_pixels,  # pixels of all images of a mask
+    rows,
+    given,
+    channels,
+    FIRST: tl.constexpr,
+    SECOND: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """One program: BLOCK_R pixels, BLOCK_C channels."""
+    row = tl.program_id(0).to(tl.int64) * BLOCK_R + tl.arange(0, BLOCK_R)
+    c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    inside = (row < rows)[:, None] & (c < channels)[None, :]
+    in_given = (row < rows)[:, None] & (c < given)[None, :]
+    t = tl.load(x + row[:, None] * given + c[None, :], mask=in_given, other=0.0).to(tl.float32)
+    place = row[:, None] * channels + c[None, :]
+    in_channels = c < channels
+    if bias is not None:
+        t += tl.load(bias + c, mask=in_channels, other=0.0)[None, :]
+    if residual is not None:
+        t += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
+    t = _activated(t, FIRST)
+    if plain is not None:
+        tl.store(plain + place, t.to(plain.dtype.element_ty), mask=inside)
+    if scale is not None:
+        factor = tl.load(scale + c, mask=in_channels, other=0.0)
+        t = t * factor[None, :] + tl.load(shift + c, mask=in_channels, other=0.0)[None, :]
+    t = _activated(t, SECOND)
+    if gates is not None:
+        own = row // images_pixels * gate_stride + site_start
+        t *= tl.load(gates + own[:, None] + c[None, :], mask=inside, other=0.0)
+    tl.store(final + place, t.to(final.dtype.element_ty), mask=inside)
+
+
+def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int] | None:
+    """Images, rows and columns of a box of ``pixels`` that tiles maps of height x width; None if
+    there is none: maps whose sides are no powers of 2, or of fewer than 16 pixels."""
+    sides_fit = height & (height - 1) == 0 and width & (width - 1) == 0
+    if not sides_fit or width > pixels or height * width < pixels // ALIGNMENT:
+        return None
+    rows = min(height, pixels // width)
+    return pixels // (rows * width), rows, width
+
+
+def tile_for(outputs: int, height: int, width: int) -> Tile | None:
+    """The tile for maps of height x width; None where ``launch_conv`` cannot run."""
+    tile = TILES[0] if outputs > 64 else TILES[2]
+    return None if box_of(tile.pixels, height, width) is None else tile
+
+
+def launch_conv(
+    x: Tensor, weight: Tensor, kernel: int, stride: int, epilogue: Epilogue, tile: Tile
+) -> None:
+    """Convolve ``x [I, H, W, C]`` with ``weight [O, kernel * kernel * C]`` (taps outermost), padded
+    by ``kernel // 2``; all contiguous, C and O multiples of ALIGNMENT, kernel 1 or 3, stride 1 or
+    2, I * height * width a multiple of the tile's pixels. float32 is rounded to TF32."""
+    check_device(x)
+    images, rows_in, columns_in, channels = x.shape
+    final = epilogue.final
+    outputs, height, width = final.shape[3], final.shape[1], final.shape[2]
+    box = box_of(tile.pixels, height, width)
+    assert box is not None
+    most = 64 if x.element_size() == 2 else 32  # a row of shared memory is 128 bytes
+    block_c = next(size for size in (64, 32, 16) if size <= most and channels % size == 0)
+    if stride == 1:
+        x_desc = TensorDescriptor.from_tensor(x, [*box, block_c])
+    else:
+        split = x.view(images, rows_in // 2, 2, columns_in // 2, 2 * channels)
+        x_desc = TensorDescriptor.from_tensor(split, [box[0], box[1], 1, box[2], block_c])
+
+    def flat(values: Tensor | None) -> TensorDescriptor | None:
+        if values is None:
+            return None
+        rows = values.view(-1, outputs)
+        return TensorDescriptor.from_tensor(rows, [tile.pixels, tile.outputs])
+
+    output_tiles = triton.cdiv(outputs, tile.outputs)
+    gates = epilogue.gates
+    conv_kernel[(images * height * width // tile.pixels * output_tiles,)](
+        x_desc, TensorDescriptor.from_tensor(weight, [tile.outputs, block_c]),
+        flat(epilogue.residual), flat(epilogue.plain), flat(final),
+        epilogue.bias, epilogue.scale, epilogue.shift,
+        gates, 0 if gates is None else gates.stride(0), epilogue.site_start, epilogue.per_mask,
+        height, output_tiles, channels,
+        TAPS_X=kernel, TAPS=kernel * kernel, CHUNKS=channels // block_c, STRIDE=stride,
+        PAD=kernel // 2, IMAGES=box[0], ROWS=box[1], COLS=box[2], BLOCK_C=block_c,
+        BLOCK_O=tile.outputs, FIRST=epilogue.first, SECOND=epilogue.second, WIDEN=INTERPRETED,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def launch_epilogue(x: Tensor, epilogue: Epilogue) -> None:
+    """Behind an operation's result ``x [I, H, W, given]``, contiguous; channels from ``given`` on
+    are zero."""
+    check_device(x)
+    final, gates = epilogue.final, epilogue.gates
+    channels = final.shape[3]
+    rows = x.numel() // x.shape[3]
+    block_c = min(128, triton.next_power_of_2(channels))
+    block_r = 4096 // block_c
+    epilogue_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
+        x, epilogue.residual, epilogue.plain, final, epilogue.bias, epilogue.scale, epilogue.shift,
+        gates, 0 if gates is None else gates.stride(0), epilogue.site_start,
+        epilogue.per_mask * x.shape[1] * x.shape[2], rows, x.shape[3], channels,
+        FIRST=epilogue.first, SECOND=epilogue.second, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
+    )  # fmt: skip
+
+
+def padded(values: Tensor, channels: int) -> Tensor:
+    """Per-channel values [C] as the kernels read them: float32, zero up to ``channels`` and
+    MOST_OUTPUTS beyond."""
+    out = torch.zeros(channels + MOST_OUTPUTS, device=values.device)
+    out[: len(values)] = values
+    return out
+
+
+def check_device(x: Tensor) -> None:
+    """Raise ValueError for a tensor that the kernels cannot run on."""
+    if not x.is_cuda and not INTERPRETED:
+        raise ValueError(
+            "masked_forward: Triton kernels need CUDA tensors "
+            f"(or TRITON_INTERPRET=1 before the first call), got {x.device}"
+        )
