@@ -1,9 +1,9 @@
 // The core's only exception, and the macro that throws it with a readable message.
 #pragma once
 
-#include <sstream>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 namespace onp {
 
@@ -12,11 +12,20 @@ struct Error : std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
+// Text of a number or a string. No streams: they read the process's locale, which other libraries
+// in it may have set up with a C++ runtime of their own.
+template <typename Part>
+std::string text_of(const Part& part) {
+  if constexpr (std::is_arithmetic_v<Part>) {
+    return std::to_string(part);
+  } else {
+    return std::string(part);
+  }
+}
+
 template <typename... Parts>
 std::string concat(const Parts&... parts) {
-  std::ostringstream text;
-  (text << ... << parts);
-  return text.str();
+  return (std::string() + ... + text_of(parts));
 }
 
 }  // namespace onp

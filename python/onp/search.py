@@ -55,19 +55,14 @@ class Search:
         )  # fmt: skip
 
     def cost(
-        self,
-        counted: Sequence[Contender],
-        images: slice,
-        success_weight: float | None = None,
-        *,
-        exact: bool = False,
+        self, counted: Sequence[Contender], images: slice, success_weight: float | None = None
     ) -> Cost:
         """The cost on a part of the clean images."""
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
         probes = [contender.probe for contender in counted]
-        return Cost(self.evaluator, self.clean[images], probes, config, exact=exact)
+        return Cost(self.evaluator, self.clean[images], probes, config)
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
         """The cost of gates."""
@@ -145,4 +140,4 @@ class Search:
         if len(self.clean) - seen >= config.least:
             fresh = self.cost(counted, slice(seen, seen + config.images), weight)
             finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
-        return choose(finalists, self.cost(counted, slice(config.judged), weight, exact=True))
+        return choose(finalists, self.cost(counted, slice(config.judged), weight))

@@ -63,44 +63,51 @@ def epilogue_of(
         return torch.full((images, *size, channels), torch.nan, dtype=dtype, device=DEVICE)
 
     def values(shift: int) -> Tensor:
-        return kernels.padded(drawn(channels + shift)[:channels].to(DEVICE), channels)
+        return drawn(channels + shift)[:channels].to(DEVICE)
 
     if not full:
         nothing = (None, None, 2, None, None, None, 0, None, 0, images)
         return kernels.Epilogue(*nothing, new())
     residual = drawn(images, *size, channels).to(DEVICE, dtype)
-    gates = F.pad((torch.rand(2, channels + 3) < 0.7).float(), (0, kernels.MOST_OUTPUTS))
+    gates = F.pad((torch.rand(2, channels + 3) < 0.7).float(), (0, kernels.ALIGNMENT))
     return kernels.Epilogue(
         values(0), residual, 1, new(), values(1), values(2), 2, gates.to(DEVICE), 3,
         images // 2, new(),
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("tile", kernels.TILES, ids=str)
 @pytest.mark.parametrize(
-    ("kernel", "stride", "channels", "outputs", "size"),
+    ("kernel", "stride", "channels", "outputs", "size", "columns"),
     [
-        (3, 1, 64, 64, (4, 8)),
-        (3, 2, 16, 144, (4, 4)),
-        (1, 2, 48, 16, (8, 4)),
-        (1, 1, 32, 80, (4, 4)),
+        (3, 1, 64, 64, (4, 8), None),
+        (3, 1, 64, 64, (8, 4), 1),
+        (3, 1, 16, 16, (8, 16), None),
+        (3, 1, 32, 32, (8, 8), None),
+        (3, 1, 48, 48, (4, 4), None),
+        (3, 1, 256, 128, (4, 4), None),
+        (3, 2, 16, 144, (4, 4), None),
+        (3, 2, 32, 64, (4, 8), None),
+        (1, 2, 48, 16, (8, 4), None),
+        (1, 1, 32, 80, (4, 4), None),
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["tf32", "bf16"])
 def test_convolution_with_its_epilogue(
-    tile: kernels.Tile, kernel: int, stride: int, channels: int, outputs: int,
-    size: tuple[int, int], dtype: torch.dtype,
+    kernel: int, stride: int, channels: int, outputs: int, size: tuple[int, int],
+    columns: int | None, dtype: torch.dtype,
 ) -> None:  # fmt: skip
     images = 32
     x = drawn(images, size[0] * stride, size[1] * stride, channels).to(DEVICE, dtype)
     weight = (drawn(outputs, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(dtype)
-    taps = weight.permute(0, 2, 3, 1).reshape(outputs, -1).contiguous().to(DEVICE)
+    prepared = kernels.prepare(weight.to(DEVICE), stride, *size, dtype, columns)
+    assert prepared is not None
+    assert prepared.columns == (columns or {16: 4, 32: 2, 64: 2}.get(outputs, 1)) or stride == 2
     result = F.conv2d(
         x.cpu().double().permute(0, 3, 1, 2), weight.double(), None, stride, kernel // 2
     ).float()
     for full in (True, False):
         epilogue = epilogue_of(images, size, outputs, dtype, full=full)
-        kernels.launch_conv(x, taps, kernel, stride, epilogue, tile)
+        kernels.launch_conv(x, prepared, epilogue)
         rows = torch.arange(images) // (images // 2)
         plain, final = apply(result.permute(0, 2, 3, 1), epilogue, rows)
         precision = "tf32" if dtype == torch.float32 else "bf16"
@@ -264,12 +271,12 @@ from triton.compiler import ASTSource
 from onp.ops import masked_forward_triton as kernels
 
 kernel, dtype = kernels.conv_kernel, sys.argv[1]
-for tile, stride in zip(kernels.TILES, (1, 2, 1, 2)):
+for tile, stride in [(tile, stride) for tile in kernels.TILES for stride in (1, 2)]:
     box = kernels.box_of(tile.pixels, 16, 16)
     block = [*box, 32] if stride == 1 else [box[0], box[1], 1, box[2], 32]
     constants = dict(
-        TAPS_X=3, TAPS=9, CHUNKS=2, STRIDE=stride, PAD=1, IMAGES=box[0], ROWS=box[1], COLS=box[2],
-        BLOCK_C=32, BLOCK_O=tile.outputs, FIRST=0, SECOND=1, WIDEN=False,
+        STEPS=6, START=-64, POSITION=64 * stride, ROWS_K=3, STRIDE=stride, IMAGES=box[0],
+        ROWS=box[1], COLS=box[2], BLOCK_C=32, BLOCK_O=tile.outputs, FIRST=0, SECOND=1, WIDEN=False,
     )
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= {"x_desc": f"tensordesc<{dtype}{block}>"}

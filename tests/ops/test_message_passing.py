@@ -106,41 +106,45 @@ def test_triton_matches_reference(shape: tuple[int, int, int, int], dtype: torch
     assert_matches_reference(x, weight, graph, "triton", rtol, atol)
 
 
-@pytest.mark.parametrize("config", message_passing_triton.CONFIGS, ids=str)
-def test_every_triton_config(config: object) -> None:
+@pytest.mark.parametrize("config", message_passing_triton.SUM_CONFIGS, ids=str)
+def test_every_triton_config_of_sums(config: object) -> None:
     kernels = message_passing_triton
     assert isinstance(config, kernels.triton.Config)
     x, weight, graph = random_inputs((19, 90, 2, 130), device=TRITON_DEVICE)
     batch, nodes, features = x.shape
     out = torch.full_like(x, torch.nan)
-    grid = (batch * nodes, -(-features // config.kwargs["FEATURES"]))
-    launch = dict(config.kwargs, num_warps=config.num_warps)
-    kernels.sum_kernel.fn[grid](
-        x.detach(), weight.detach(), graph.indptr, graph.indices, out, nodes, features, **launch
-    )
+    kernels.sum_kernel.fn[(batch * -(-nodes // config.kwargs["ROWS"]), -(-features // 64))](
+        x.detach(), weight.detach(), graph.indptr, graph.indices, out, nodes, features,
+        FEATURES=64, **config.kwargs, num_warps=config.num_warps,
+    )  # fmt: skip
     expected = reference.message_passing(x, weight, graph.indptr, graph.indices)
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-4)
 
+
+@pytest.mark.parametrize("config", message_passing_triton.CONFIGS, ids=str)
+def test_every_triton_config_of_weight_gradients(config: object) -> None:
+    kernels = message_passing_triton
+    assert isinstance(config, kernels.triton.Config)
+    x, weight, graph = random_inputs((19, 90, 2, 130), device=TRITON_DEVICE)
+    batch, nodes, features = x.shape
+    expected = reference.message_passing(x, weight, graph.indptr, graph.indices)
+    grad = torch.randn_like(expected)
     weight_grad = torch.full_like(weight, torch.nan)
     kernels.weight_grad_kernel.fn[(nodes,)](
-        out.detach(),
-        x.detach(),
-        graph.indptr,
-        graph.indices,
-        weight_grad,
-        batch,
-        nodes * features,
-        features,
-        **launch,
-    )
-    expected_grad = torch.autograd.grad(expected, weight, out.detach())[0]
+        grad, x.detach(), graph.indptr, graph.indices, weight_grad, batch, nodes * features,
+        features, **config.kwargs, num_warps=config.num_warps,
+    )  # fmt: skip
+    expected_grad = torch.autograd.grad(expected, weight, grad)[0]
     torch.testing.assert_close(weight_grad, expected_grad, rtol=1e-4, atol=1e-3)
 
 
 def test_interpreter_gets_one_config() -> None:
     kernels = message_passing_triton
-    expected = 1 if kernels.INTERPRETED else len(kernels.CONFIGS)
-    assert len(kernels.sum_kernel.configs) == expected
+    for kernel, configs in (
+        (kernels.sum_kernel, kernels.SUM_CONFIGS),
+        (kernels.weight_grad_kernel, kernels.CONFIGS),
+    ):
+        assert len(kernel.configs) == (1 if kernels.INTERPRETED else len(configs))
 
 
 @pytest.mark.parametrize("backend", ["native", "torch"])
@@ -246,16 +250,19 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from onp.ops import message_passing_triton as kernels
 
-for kernel in (kernels.sum_kernel.fn, kernels.weight_grad_kernel.fn):
-    for config in kernels.CONFIGS:
+for kernel, configs in (
+    (kernels.sum_kernel.fn, kernels.SUM_CONFIGS), (kernels.weight_grad_kernel.fn, kernels.CONFIGS)
+):
+    for config in configs:
+        chosen = config.kwargs | ({"FEATURES": 64} if "ROWS" in config.kwargs else {})
         types = {name: sys.argv[1] for name in kernel.arg_names}
         types |= dict.fromkeys(("indptr", "indices"), "*i64")
         types |= dict.fromkeys(("batch", "batch_stride", "nodes", "features"), "i64")
-        types |= dict.fromkeys(config.kwargs, "constexpr")
+        types |= dict.fromkeys(chosen, "constexpr")
         source = ASTSource(
             kernel,
             {name: types[name] for name in kernel.arg_names},
-            {(kernel.arg_names.index(name),): value for name, value in config.kwargs.items()},
+            {(kernel.arg_names.index(name),): value for name, value in chosen.items()},
         )
         options = {"num_warps": config.num_warps}
         target = GPUTarget("cuda", 90, 32)

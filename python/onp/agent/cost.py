@@ -63,12 +63,8 @@ class Cost:
         clean: Clean,
         probes: Sequence[Trigger],
         config: CostConfig,
-        *,
-        exact: bool = False,
     ) -> None:
-        """exact: masks are evaluated in fp32, on a GPU too."""
         images, labels = clean.images, clean.labels
-        self.exact = exact
         self.evaluator = evaluator
         self.config = config
         self.sites = evaluator.trace.sites
@@ -84,7 +80,7 @@ class Cost:
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call."""
-        logits = self.evaluator.run(pruned, self.both, exact=self.exact)
+        logits = self.evaluator.run(pruned, self.both)
         clean, hit = logits.split(len(self.images), 1)
         masks = len(pruned)
         labels = self.labels.expand(masks, -1)[..., None]

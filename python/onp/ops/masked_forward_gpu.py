@@ -38,8 +38,10 @@ Precision = Literal["fp32", "tf32", "bf16"]
 """What convolutions multiply; sums, epilogues and the last layer are fp32 in all."""
 MAX_BYTES = 6 << 30
 """Of activations at once."""
+REPLAYED_FROM = 6
+"""Calls of one shape after which they are replayed from a CUDA graph, which costs several calls."""
 MOST_GRAPHS = 8
-"""Shapes of calls whose CUDA graph is kept."""
+"""Shapes of calls that are remembered."""
 
 
 def triton_kernels() -> ModuleType:
@@ -76,8 +78,8 @@ class GpuMaskedForwardPlan:
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._program = program
         self._stages = [self._stage(step) for step in program.steps]
-        self._graphs: OrderedDict[tuple[int, int], _Graph | None] = OrderedDict()
-        """By masks and images of a call; None: seen once, not captured yet."""
+        self._graphs: OrderedDict[tuple[int, int], _Graph | int] = OrderedDict()
+        """By masks and images of a call; or how often it came, not captured yet."""
 
     def run(self, pruned: Tensor, images: Tensor) -> Tensor:
         """Logits float32 ``[B, N, K]`` on the plan's device of masks bool ``[B, S]`` on images
@@ -88,7 +90,7 @@ class GpuMaskedForwardPlan:
             ResourceError: the device has no room for the fewest images.
         """
         self._validate(pruned, images)
-        gates = torch.zeros(len(pruned), self.sites + self._kernels.MOST_OUTPUTS)
+        gates = torch.zeros(len(pruned), self.sites + self._align)
         gates = gates.to(self.device)
         gates[:, : self.sites] = (~pruned).to(self.device)
         images = images.detach().to(self.device)
@@ -147,17 +149,18 @@ class GpuMaskedForwardPlan:
                 logits[first : first + count, start : start + per_mask] = found
 
     def _call(self, gates: Tensor, images: Tensor) -> Tensor:
-        """Logits [B, N, K]; the second call of a shape is captured, later ones are replayed."""
+        """Logits [B, N, K]; calls of a shape that came often are replayed."""
         key = (len(gates), len(images))
-        if self.device.type != "cuda" or key not in self._graphs:
-            self._graphs[key] = None
-            if len(self._graphs) > MOST_GRAPHS:
-                self._graphs.popitem(last=False)
+        graph = self._graphs.pop(key, 0)
+        if isinstance(graph, int):
+            graph += 1
+            if self.device.type == "cuda" and graph >= REPLAYED_FROM:
+                graph = _Graph.of(self._forward, gates, images)
+        self._graphs[key] = graph  # the latest last
+        if len(self._graphs) > MOST_GRAPHS:
+            self._graphs.popitem(last=False)
+        if isinstance(graph, int):
             return self._forward(gates, images)
-        self._graphs.move_to_end(key)
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = _Graph.of(self._forward, gates, images)
         return graph.replay(gates, images)
 
     @torch.no_grad()
@@ -228,7 +231,9 @@ class GpuMaskedForwardPlan:
         stored = self._width(step.final)
 
         def prepared(values: Tensor | None) -> Tensor | None:
-            return None if values is None else self._kernels.padded(values.to(self.device), stored)
+            if values is None:
+                return None
+            return F.pad(values.to(self.device, torch.float32), (0, stored - channels))
 
         def make(values: dict[int, Tensor], gates: Tensor, per_mask: int) -> Any:
             """The epilogue of a call, its outputs not written yet."""
@@ -289,10 +294,9 @@ class GpuMaskedForwardPlan:
         stored_in, stored = self._width(step.input), self._width(step.final)
         if step.groups == 1:
             weight = F.pad(weight, (0, 0, 0, 0, 0, stored_in - given[0], 0, stored - channels))
-            taps = weight.permute(0, 2, 3, 1).reshape(stored, -1).contiguous()
             if (height, width) == (1, 1) and step.kernel == given[1:] and step.padding == (0, 0):
+                taps = weight.permute(0, 2, 3, 1).reshape(stored, -1).contiguous()
                 return lambda x: F.linear(x.flatten(1).float(), taps)[:, None, None]
-            tile = self._kernels.tile_for(stored, height, width)
             fits = (
                 self.precision != "fp32"
                 and step.kernel in ((1, 1), (3, 3))
@@ -300,11 +304,11 @@ class GpuMaskedForwardPlan:
                 and step.stride in ((1, 1), (2, 2))
                 and (height * step.stride[0], width * step.stride[1]) == given[1:]
             )
-            if fits and tile is not None:
-                return _Convolution(
-                    self._kernels.launch_conv, taps.to(self._dtype), step.kernel[0], step.stride[0],
-                    tile,
-                )  # fmt: skip
+            prepared = fits and self._kernels.prepare(
+                weight, step.stride[0], height, width, self._dtype
+            )
+            if prepared:
+                return _Convolution(self._kernels.launch_conv, prepared)
         groups = step.groups
         if groups == given[0] == channels:  # depthwise
             weight, groups = F.pad(weight, (0,) * 7 + (stored - channels,)), stored
@@ -323,16 +327,13 @@ class GpuMaskedForwardPlan:
 
 @dataclass(frozen=True)
 class _Convolution:
-    """Our kernel with its weights [O, kernel * kernel * C]."""
+    """Our kernel with its weights."""
 
     launch: Callable[..., None]
-    weight: Tensor
-    kernel: int
-    stride: int
-    tile: Any
+    prepared: Any
 
     def __call__(self, x: Tensor, epilogue: Any) -> None:
-        self.launch(x, self.weight, self.kernel, self.stride, epilogue, self.tile)
+        self.launch(x, self.prepared, epilogue)
 
 
 @dataclass(frozen=True)

@@ -3,10 +3,12 @@ it in the epilogue, and that epilogue alone behind what cuDNN computes.
 
 Maps are ``[I, H, W, C]``, channels a multiple of 16 (further ones are zero); sums are fp32. A
 convolution is an implicit GEMM whose tiles are loaded by the tensor memory accelerator: a tile of
-pixels is a box of the map, moved by the tap, and what lies outside of the map reads as zero. A map
-that is read at stride 2 is described with its rows and columns split by parity, so that each tap
-reads a box, too. The product is computed transposed, weights times pixels: of the operands of
-Hopper's matrix instruction the second alone may be a reshaped box in shared memory.
+pixels is a box of the map, moved by the tap, and what lies outside of the map reads as zero. At
+stride 2 rows are split by parity and two columns are one position of the box. In narrow layers,
+too, some columns are one position, of as many times the channels: the matrix units want no fewer
+than 64 outputs, and the loads lines of 128 bytes. Their weights are zero where a column is no
+neighbour. The product is computed transposed, weights times pixels: of the operands of Hopper's
+matrix instruction the second alone may be a reshaped box in shared memory.
 
 Imported when a call needs it. Under ``TRITON_INTERPRET=1``, set before this module is imported, the
 kernels run on CPU tensors without a driver.
@@ -26,9 +28,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 ALIGNMENT = 16
-"""Channels of a map, and images of a mask in one call, are multiples of this."""
-MOST_OUTPUTS = 128
-"""Per-channel arrays and gates can be read this far beyond their end."""
+"""Channels of a map, and images of a mask in one call, are multiples of this; gates are read this
+far beyond their end."""
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,12 @@ class Tile:
     stages: int
 
 
-TILES = (
-    Tile(128, 128, 4, 3),
-    Tile(256, 128, 8, 3),
-    Tile(128, 64, 4, 4),
-    Tile(256, 64, 4, 3),
-)
-"""The set that launches choose from; the first two for at least 128 output channels."""
+TILES = (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(256, 128, 8, 3))
+"""Below 128 outputs; above; and above with sums of at least DEEP products."""
+DEEP = 2304
+COLUMNS = {16: 4, 32: 2, 64: 2}
+"""Columns that are one position in layers of as many channels as outputs, by their number. Below 64
+this needs no more products than idle outputs would; at 64 a third more, in faster tiles."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Epilogue:
     """What becomes of an operation's result t, per channel: see ``_masked_forward_lowering``."""
 
     bias: Tensor | None
-    """float32 [C + MOST_OUTPUTS], as are scale and shift."""
+    """float32 [C], as are scale and shift."""
     residual: Tensor | None
     """[I, H, W, C]"""
     first: int
@@ -66,7 +66,7 @@ class Epilogue:
     shift: Tensor | None
     second: int
     gates: Tensor | None
-    """float32 [B, S + MOST_OUTPUTS]: factors on the sites, a row a mask."""
+    """float32 [B, S + ALIGNMENT]: factors on the sites, a row a mask."""
     site_start: int
     per_mask: int
     """Images of a mask."""
@@ -85,12 +85,12 @@ def _activated(t, KIND: tl.constexpr):
 
 @triton.jit
 def conv_kernel(
-    x_desc,  # stride 1: [I, H, W, C]; stride 2: [I, H / 2, 2, W / 2, 2 * C]
-    w_desc,  # [O, taps * C]
-    residual_desc,  # [I * height * width, O], as plain and final
+    x_desc,  # stride 1: [I, H, W / G, G * C]; stride 2: [I, H / 2, 2, W / 2, 2 * C]
+    w_desc,  # [G * O, ROWS_K * STEPS * BLOCK_C]
+    residual_desc,  # [I * height * width, G * O], as plain and final
     plain_desc,
     final_desc,
-    bias,  # [O + ...] fp32
+    bias,  # [O] fp32
     scale,
     shift,
     gates,  # [B, gate_stride] fp32
@@ -99,12 +99,12 @@ def conv_kernel(
     per_mask,
     height,  # of the output
     output_tiles,
-    channels,
-    TAPS_X: tl.constexpr,
-    TAPS: tl.constexpr,
-    CHUNKS: tl.constexpr,  # channels / BLOCK_C
+    outputs,  # O
+    STEPS: tl.constexpr,  # blocks of channels that a row of the kernel reads,
+    START: tl.constexpr,  # from this channel on, seen from the output's position
+    POSITION: tl.constexpr,  # channels of a position of x
+    ROWS_K: tl.constexpr,  # of the kernel
     STRIDE: tl.constexpr,
-    PAD: tl.constexpr,
     IMAGES: tl.constexpr,
     ROWS: tl.constexpr,
     COLS: tl.constexpr,
@@ -114,7 +114,8 @@ def conv_kernel(
     SECOND: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies fp32 alone
 ):
-    """One program: a box of IMAGES x ROWS x COLS output pixels, BLOCK_O of their channels."""
+    """One program: a box of IMAGES x ROWS x COLS positions of the output, BLOCK_O of their
+    channels; G columns are one position."""
     BLOCK_M: tl.constexpr = IMAGES * ROWS * COLS
     o0 = tl.program_id(0) % output_tiles * BLOCK_O
     tile = tl.program_id(0) // output_tiles
@@ -122,16 +123,14 @@ def conv_kernel(
     image = tile // boxes * IMAGES
     top = tile % boxes * ROWS
     acc = tl.zeros([BLOCK_O, BLOCK_M], dtype=tl.float32)
-    for k in tl.range(0, TAPS * CHUNKS):
-        tap = k // CHUNKS
-        channel = k % CHUNKS * BLOCK_C
-        dy = tap // TAPS_X - PAD
-        dx = tap % TAPS_X - PAD
+    for k in tl.range(0, ROWS_K * STEPS):
+        dy = k // STEPS - ROWS_K // 2
+        channel = k % STEPS * BLOCK_C + (START + POSITION)  # not negative
+        left = channel // POSITION - 1
         if STRIDE == 1:
-            box = x_desc.load([image, top + dy, dx, channel])
+            box = x_desc.load([image, top + dy, left, channel % POSITION])
         else:
-            place = (dx & 1) * channels + channel
-            box = x_desc.load([image, top + (dy >> 1), dy & 1, dx >> 1, place])
+            box = x_desc.load([image, top + (dy >> 1), dy & 1, left, channel % POSITION])
         pixels = box.reshape([BLOCK_M, BLOCK_C])
         weights = w_desc.load([o0, k * BLOCK_C])
         if WIDEN:
@@ -140,7 +139,7 @@ def conv_kernel(
         acc = tl.dot(weights, pixels.T, acc)
     t = acc.T
     row = tile * BLOCK_M
-    o = o0 + tl.arange(0, BLOCK_O)
+    o = (o0 + tl.arange(0, BLOCK_O)) % outputs
     if bias is not None:
         t += tl.load(bias + o)[None, :]
     if residual_desc is not None:
@@ -205,7 +204,7 @@ def epilogue_kernel(
 
 def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int] | None:
     """Images, rows and columns of a box of ``pixels`` that tiles maps of height x width; None if
-    there is none: maps whose sides are no powers of 2, or of fewer than 16 pixels."""
+    there is none: maps whose sides are no powers of 2, or too small."""
     sides_fit = height & (height - 1) == 0 and width & (width - 1) == 0
     if not sides_fit or width > pixels or height * width < pixels // ALIGNMENT:
         return None
@@ -213,48 +212,102 @@ def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int] | None:
     return pixels // (rows * width), rows, width
 
 
-def tile_for(outputs: int, height: int, width: int) -> Tile | None:
-    """The tile for maps of height x width; None where ``launch_conv`` cannot run."""
-    tile = TILES[0] if outputs > 64 else TILES[2]
-    return None if box_of(tile.pixels, height, width) is None else tile
+@dataclass(frozen=True)
+class Convolution:
+    """A convolution prepared for ``launch_conv``."""
+
+    weight: Tensor
+    """[G * O, kernel rows * steps * block]"""
+    outputs: int
+    """O"""
+    columns: int
+    """G: columns of the output that are one position of its box."""
+    stride: int
+    kernel: int
+    start: int
+    position: int
+    """Channels of a position of the input."""
+    block: int
+    """Channels that are loaded at a time."""
+    box: tuple[int, int, int]
+    tile: Tile
+
+    @property
+    def steps(self) -> int:
+        """Blocks of channels that a row of the kernel reads."""
+        return self.weight.shape[1] // (self.kernel * self.block)
 
 
-def launch_conv(
-    x: Tensor, weight: Tensor, kernel: int, stride: int, epilogue: Epilogue, tile: Tile
-) -> None:
-    """Convolve ``x [I, H, W, C]`` with ``weight [O, kernel * kernel * C]`` (taps outermost), padded
-    by ``kernel // 2``; all contiguous, C and O multiples of ALIGNMENT, kernel 1 or 3, stride 1 or
-    2, I * height * width a multiple of the tile's pixels. float32 is rounded to TF32."""
+def prepare(
+    weight: Tensor,
+    stride: int,
+    height: int,
+    width: int,
+    dtype: torch.dtype,
+    columns: int | None = None,
+) -> Convolution | None:
+    """A convolution with ``weight [O, C, k, k]`` (O and C multiples of ALIGNMENT, k 1 or 3, padded
+    by k // 2) at stride 1 or 2 to maps of height x width; None where there is no tile for these.
+    float32 will be rounded to TF32. ``columns``: of a position, at stride 1; default: what is
+    fastest."""
+    outputs, channels, kernel, _ = weight.shape
+    if columns is None:
+        narrow = stride == 1 and kernel == 3 and channels == outputs and outputs in COLUMNS
+        columns = COLUMNS[outputs] if narrow and width % COLUMNS[outputs] == 0 else 1
+    position = channels * max(columns, stride)
+    line = 64 if dtype.itemsize == 2 else 32  # of shared memory: 128 bytes
+    block = next(size for size in (64, 32, 16) if size <= line and position % size == 0)
+    pad = kernel // 2
+    start = -channels * pad // block * block  # rounded down
+    length = -(-((columns + pad) * channels - start) // block) * block  # rounded up
+    spread = weight.new_zeros(columns, outputs, kernel, length)
+    for column in range(columns):
+        for dx in range(kernel):
+            first = (column + dx - pad) * channels - start
+            taps = weight[:, :, :, dx].transpose(1, 2)  # [O, k, C]
+            spread[column, :, :, first : first + channels] = taps
+    total = columns * outputs
+    tile = TILES[0] if total < 128 else TILES[1 + (kernel * length >= DEEP)]
+    box = box_of(tile.pixels, height, width // columns)
+    if box is None:
+        return None
+    return Convolution(
+        spread.reshape(total, kernel * length).to(dtype), outputs, columns, stride, kernel, start,
+        position, block, box, tile,
+    )  # fmt: skip
+
+
+def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
+    """Convolve ``x [I, H, W, C]``, contiguous; I * height * width of the output a multiple of the
+    tile's pixels times columns."""
     check_device(x)
-    images, rows_in, columns_in, channels = x.shape
-    final = epilogue.final
-    outputs, height, width = final.shape[3], final.shape[1], final.shape[2]
-    box = box_of(tile.pixels, height, width)
-    assert box is not None
-    most = 64 if x.element_size() == 2 else 32  # a row of shared memory is 128 bytes
-    block_c = next(size for size in (64, 32, 16) if size <= most and channels % size == 0)
-    if stride == 1:
-        x_desc = TensorDescriptor.from_tensor(x, [*box, block_c])
+    images, rows_in, columns_in, _ = x.shape
+    final, tile, box, block = epilogue.final, conv.tile, conv.box, conv.block
+    height, width = final.shape[1], final.shape[2]
+    if conv.stride == 1:
+        positions = x.view(images, rows_in, columns_in // conv.columns, conv.position)
+        x_desc = TensorDescriptor.from_tensor(positions, [*box, block])
     else:
-        split = x.view(images, rows_in // 2, 2, columns_in // 2, 2 * channels)
-        x_desc = TensorDescriptor.from_tensor(split, [box[0], box[1], 1, box[2], block_c])
+        split = x.view(images, rows_in // 2, 2, columns_in // 2, conv.position)
+        x_desc = TensorDescriptor.from_tensor(split, [box[0], box[1], 1, box[2], block])
+    total = conv.columns * conv.outputs
 
     def flat(values: Tensor | None) -> TensorDescriptor | None:
         if values is None:
             return None
-        rows = values.view(-1, outputs)
-        return TensorDescriptor.from_tensor(rows, [tile.pixels, tile.outputs])
+        return TensorDescriptor.from_tensor(values.view(-1, total), [tile.pixels, tile.outputs])
 
-    output_tiles = triton.cdiv(outputs, tile.outputs)
+    output_tiles = triton.cdiv(total, tile.outputs)
+    tiles = images * height * (width // conv.columns) // tile.pixels
     gates = epilogue.gates
-    conv_kernel[(images * height * width // tile.pixels * output_tiles,)](
-        x_desc, TensorDescriptor.from_tensor(weight, [tile.outputs, block_c]),
+    conv_kernel[(tiles * output_tiles,)](
+        x_desc, TensorDescriptor.from_tensor(conv.weight, [tile.outputs, block]),
         flat(epilogue.residual), flat(epilogue.plain), flat(final),
         epilogue.bias, epilogue.scale, epilogue.shift,
         gates, 0 if gates is None else gates.stride(0), epilogue.site_start, epilogue.per_mask,
-        height, output_tiles, channels,
-        TAPS_X=kernel, TAPS=kernel * kernel, CHUNKS=channels // block_c, STRIDE=stride,
-        PAD=kernel // 2, IMAGES=box[0], ROWS=box[1], COLS=box[2], BLOCK_C=block_c,
+        height, output_tiles, conv.outputs,
+        STEPS=conv.steps, START=conv.start, POSITION=conv.position, ROWS_K=conv.kernel,
+        STRIDE=conv.stride, IMAGES=box[0], ROWS=box[1], COLS=box[2], BLOCK_C=block,
         BLOCK_O=tile.outputs, FIRST=epilogue.first, SECOND=epilogue.second, WIDEN=INTERPRETED,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -275,14 +328,6 @@ def launch_epilogue(x: Tensor, epilogue: Epilogue) -> None:
         epilogue.per_mask * x.shape[1] * x.shape[2], rows, x.shape[3], channels,
         FIRST=epilogue.first, SECOND=epilogue.second, BLOCK_R=block_r, BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
-
-
-def padded(values: Tensor, channels: int) -> Tensor:
-    """Per-channel values [C] as the kernels read them: float32, zero up to ``channels`` and
-    MOST_OUTPUTS beyond."""
-    out = torch.zeros(channels + MOST_OUTPUTS, device=values.device)
-    out[: len(values)] = values
-    return out
 
 
 def check_device(x: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 Imported when a call needs it, never for native work. Under ``TRITON_INTERPRET=1``, which must be
 set before this module is imported, the kernels run on CPU tensors without a driver; the autotuner
-would ask for one, so the list of configurations is then cut to its first.
+would ask for one, so each list of configurations is then cut to its first.
 """
 
 # mypy: disable-error-code="untyped-decorator, no-untyped-def"
@@ -16,6 +16,16 @@ from torch import Tensor
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
+# ROWS nodes are summed side by side; EDGES neighbours of each are loaded before they are used.
+SUM_CONFIGS = [
+    triton.Config({"ROWS": 8, "EDGES": 4}, num_warps=2),
+    triton.Config({"ROWS": 8, "EDGES": 4}, num_warps=1),
+    triton.Config({"ROWS": 4, "EDGES": 8}, num_warps=1),
+    triton.Config({"ROWS": 4, "EDGES": 4}, num_warps=1),
+]
+MOST_FEATURES = 64
+"""Of one program of a sum."""
+
 # EDGES is the number of neighbours gathered at a time, FEATURES the width of a tile.
 CONFIGS = [
     triton.Config({"EDGES": 8, "FEATURES": 64}, num_warps=2),
@@ -23,10 +33,13 @@ CONFIGS = [
     triton.Config({"EDGES": 16, "FEATURES": 32}, num_warps=2),
     triton.Config({"EDGES": 16, "FEATURES": 128}, num_warps=4),
 ]
-_TUNED = CONFIGS[:1] if INTERPRETED else CONFIGS
 
 
-@triton.autotune(configs=_TUNED, key=["features"])
+def _tuned(configs: list[triton.Config]) -> list[triton.Config]:
+    return configs[:1] if INTERPRETED else configs
+
+
+@triton.autotune(configs=_tuned(SUM_CONFIGS), key=["features"])
 @triton.jit
 def sum_kernel(
     x,  # [B, N, D]
@@ -36,37 +49,40 @@ def sum_kernel(
     out,  # [B, N, D]
     nodes,
     features,
-    EDGES: tl.constexpr,
     FEATURES: tl.constexpr,
+    ROWS: tl.constexpr,
+    EDGES: tl.constexpr,
 ):
-    """One program: FEATURES features of one node of one batch entry."""
-    item = tl.program_id(0).to(tl.int64)
-    row = item % nodes
-    batch_start = (item - row) * features
+    """One program: FEATURES features of ROWS nodes of one batch entry. No thread needs another's
+    sum; rows that have fewer neighbours than others of the program load nothing for the rest."""
+    groups = tl.cdiv(nodes, ROWS)
+    entry = (tl.program_id(0) // groups).to(tl.int64) * nodes
+    row = tl.program_id(0) % groups * ROWS + tl.arange(0, ROWS)
     feature = tl.program_id(1) * FEATURES + tl.arange(0, FEATURES)
     in_features = feature < features
-    begin = tl.load(indptr + row)
-    end = tl.load(indptr + row + 1)
-    total = tl.zeros([FEATURES], dtype=tl.float32)
-    for first in range(begin, end, EDGES):
-        edge = first + tl.arange(0, EDGES)
-        in_row = edge < end
-        neighbour = tl.load(indices + edge, mask=in_row, other=0)
-        scale = tl.load(weight + edge, mask=in_row, other=0.0).to(tl.float32)
-        tile = tl.load(
-            x + batch_start + neighbour[:, None] * features + feature[None, :],
-            mask=in_row[:, None] & in_features[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        total += tl.sum(tile * scale[:, None], axis=0)
+    begin = tl.load(indptr + row, mask=row < nodes, other=0)
+    end = tl.load(indptr + row + 1, mask=row < nodes, other=0)
+    total = tl.zeros([ROWS, FEATURES], dtype=tl.float32)
+    for first in range(0, tl.max(end - begin, axis=0), EDGES):
+        for ahead in tl.static_range(EDGES):
+            edge = begin + (first + ahead)
+            in_row = edge < end
+            neighbour = tl.load(indices + edge, mask=in_row, other=0)
+            scale = tl.load(weight + edge, mask=in_row, other=0.0).to(tl.float32)
+            tile = tl.load(
+                x + (entry + neighbour)[:, None] * features + feature[None, :],
+                mask=in_row[:, None] & in_features[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            total += tile * scale[:, None]
     tl.store(
-        out + batch_start + row * features + feature,
+        out + (entry + row)[:, None] * features + feature[None, :],
         total.to(out.dtype.element_ty),
-        mask=in_features,
+        mask=(row < nodes)[:, None] & in_features[None, :],
     )
 
 
-@triton.autotune(configs=_TUNED, key=["features", "batch"])
+@triton.autotune(configs=_tuned(CONFIGS), key=["features", "batch"])
 @triton.jit
 def weight_grad_kernel(
     grad,  # [B, N, D]
@@ -112,9 +128,10 @@ def launch_sum(x: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor, out: 
     _check_device(x)
     batch, nodes, features = x.shape
     if out.numel():
-        sum_kernel[lambda meta: (batch * nodes, triton.cdiv(features, meta["FEATURES"]))](
-            x, weight, indptr, indices, out, nodes, features
-        )
+        tile = min(MOST_FEATURES, triton.next_power_of_2(features))
+        sum_kernel[
+            lambda meta: (batch * triton.cdiv(nodes, meta["ROWS"]), triton.cdiv(features, tile))
+        ](x, weight, indptr, indices, out, nodes, features, FEATURES=tile)
 
 
 def launch_weight_grad(

@@ -5,13 +5,14 @@ channels-last layout, tokens [N, C, T] are transposed views of [N, T, C].
 
 One executor serves the torch backend of mask evaluation, the probes (gradients with respect to
 the images) and the activation statistics. It holds its own copy of the weights. On the CPU, what
-the native engine has is left to it.
+the native engine has is left to it; on a GPU, calls that repeat are replayed from CUDA graphs.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import torch
@@ -22,7 +23,14 @@ from onp.errors import UnsupportedOperation
 from onp.ops import masked_gradient
 from onp.suspect.movement import in_order
 from onp.suspect.operations import Op, tensor_of
+from onp.suspect.replayed import Replayed
 from onp.suspect.trace import SiteLayer, Trace
+
+log = logging.getLogger("onp")
+
+REPLAYED_FROM = 3
+"""Calls of one shape after which gradients on a GPU are replayed from a CUDA graph."""
+MOST_GRAPHS = 4
 
 
 @dataclass
@@ -78,6 +86,8 @@ class FrozenNetwork:
         self.trace = trace
         self.device = torch.device(device)
         self._plan: masked_gradient.MaskedGradientPlan | None = None
+        self._calls: dict[Hashable, int] = {}
+        self._graphs: dict[Hashable, Replayed] = {}
         if native and self.device.type == "cpu":
             with contextlib.suppress(UnsupportedOperation):
                 self._plan = masked_gradient.lower(trace, model)
@@ -91,6 +101,7 @@ class FrozenNetwork:
         self._affines: dict[int, _Affine] = {}
         self._alias: dict[int, int] = {}  # folded norms: their value is their input's
         self._convs: dict[int, nn.Conv2d] = {}
+        self._places: dict[int, Tensor] = {}  # where a shortcut's channels go
         self._constants: dict[int, Tensor] = {}  # the model's own tensors, [C] or [C, *space]
         with torch.no_grad():
             for index, op in enumerate(trace.ops):
@@ -116,6 +127,8 @@ class FrozenNetwork:
                     )
                 elif op.kind == "layernorm" and op.module is not None:
                     self._read_weights(index, model.get_submodule(op.module))
+                elif op.kind == "subsample_pad":
+                    self._places[index] = torch.as_tensor(op.attrs["positions"]).to(self.device)
                 elif op.kind in ("parameter", "extend"):
                     tensor = tensor_of(model, op.attrs["name"]).detach().float().flatten()
                     place = op.attrs["index"].to(tensor.device)
@@ -157,6 +170,23 @@ class FrozenNetwork:
         watched = observe is not None or observe_norm is not None
         if self._plan is not None and not watched and self._plan.accepts(images, gates):
             return self._plan(images, gates)
+        if not watched:
+            replayed = self._replayed(self._logits, images, gates)
+            if replayed is not None:
+                return replayed[0]
+        return self._run(images, gates, observe, observe_norm)
+
+    def _logits(self, images: Tensor, gates: Tensor | None) -> tuple[Tensor]:
+        return (self._run(images, gates, None, None),)
+
+    def _run(
+        self,
+        images: Tensor,
+        gates: Tensor | None,
+        observe: Callable[[SiteLayer, Tensor], None] | None,
+        observe_norm: Callable[[int, Tensor], None] | None,
+    ) -> Tensor:
+        """As a call, operation by operation in torch."""
         values: dict[int, Tensor] = {}
         masked: dict[int, Tensor] = {}
         ops = self.trace.ops
@@ -190,15 +220,45 @@ class FrozenNetwork:
         plan = self._plan
         if plan is not None and plan.tells_moments and plan.accepts(images):
             return plan.with_moments(images)
+        logits, mean, variance = self._replayed(self._moments, images) or self._moments(images)
+        return logits, mean, variance
+
+    def _moments(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         seen: list[tuple[Tensor, Tensor]] = []
 
         def keep(_: int, values: Tensor) -> None:
             flat = values.flatten(2) if values.ndim > 2 else values[:, :, None]
             seen.append(torch.var_mean(flat, 2, correction=0))
 
-        logits = self(images, observe_norm=keep)
+        logits = self._run(images, None, None, keep)
         variance, mean = (torch.cat(part, 1) for part in zip(*seen, strict=True))
         return logits, mean, variance
+
+    def _replayed(
+        self, function: Callable[..., tuple[Tensor, ...]], *inputs: Tensor | None
+    ) -> tuple[Tensor, ...] | None:
+        """``function(*inputs)`` from a CUDA graph, where gradients are wanted on a GPU of inputs of
+        a shape that has come before; else None."""
+        given = [None if one is None else one.to(self.device) for one in inputs]
+        wanted = [one is not None and one.requires_grad for one in given]
+        if self.device.type != "cuda" or not torch.is_grad_enabled() or not any(wanted):
+            return None
+        shapes = [None if one is None else one.shape for one in given]
+        key = (function.__name__, *zip(shapes, wanted, strict=True))
+        self._calls[key] = self._calls.get(key, 0) + 1
+        if key not in self._graphs:
+            if self._calls[key] < REPLAYED_FROM:
+                return None
+            if len(self._graphs) == MOST_GRAPHS:  # the activations of each stay where they are
+                self._graphs.pop(next(iter(self._graphs)))
+            try:
+                self._graphs[key] = Replayed(function, given)
+            except torch.OutOfMemoryError:
+                log.warning("no room on %s to keep activations: steps take longer", self.device)
+                self._graphs.clear()
+                self._calls[key] = -(10**9)
+                return None
+        return self._graphs[key](*given)
 
     def _step(self, index: int, kind: str, inputs: list[Tensor], images: Tensor) -> Tensor:
         op = self.trace.ops[index]
@@ -250,7 +310,7 @@ class FrozenNetwork:
         if kind == "subsample_pad":
             s = attrs["stride"]
             out = x.new_zeros(x.shape[0], attrs["channels"], *x[:, :, ::s, ::s].shape[2:])
-            out[:, attrs["positions"]] = x[:, :, ::s, ::s]
+            out[:, self._places[index]] = x[:, :, ::s, ::s]
             return out
         if kind == "pick":
             positions = attrs["positions"]

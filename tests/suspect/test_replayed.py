@@ -1,0 +1,95 @@
+"""Passes captured as CUDA graphs against the same in torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from onp.suspect.network import MOST_GRAPHS, REPLAYED_FROM, FrozenNetwork
+from onp.suspect.trace import trace
+from tests.networks import network
+
+pytestmark = pytest.mark.gpu
+NETWORKS = ["preactresnet18", "resnet20-option-a", "vit", "densenet"]
+
+
+def frozen(name: str) -> FrozenNetwork:
+    model = network(name)
+    return FrozenNetwork(trace(model, (3, 32, 32)), model, "cuda")
+
+
+def close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4 + 1e-3 * float(want.abs().max()))
+
+
+@pytest.fixture(autouse=True)
+def exact() -> Iterator[None]:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_by_images_and_gates(name: str) -> None:
+    net = frozen(name)
+    generator = torch.Generator().manual_seed(0)
+    for call in range(REPLAYED_FROM + 2):
+        images = torch.rand(5, 3, 32, 32, generator=generator)
+        gates = torch.rand(5, net.trace.sites, generator=generator)
+        pull = torch.randn(5, net.trace.num_classes, generator=generator).cuda()
+        leaves = (
+            images.cuda().requires_grad_(True), gates.cuda().requires_grad_(True)
+        )  # fmt: skip
+        logits = net(*leaves)
+        found = torch.autograd.grad(logits, leaves, pull)
+        want = net._run(*leaves, None, None)
+        close(logits, want)
+        for got, expected in zip(found, torch.autograd.grad(want, leaves, pull), strict=True):
+            close(got, expected)
+        assert bool(net._graphs) == (call + 1 >= REPLAYED_FROM)
+
+
+def test_moments() -> None:
+    net = frozen("preactresnet18")
+    for _ in range(REPLAYED_FROM + 1):
+        images = torch.rand(4, 3, 32, 32).cuda().requires_grad_(True)
+        outputs = net.with_moments(images)
+        want = net._moments(images)
+        for got, expected in zip(outputs, want, strict=True):
+            close(got, expected)
+        loss = outputs[0].square().sum() + outputs[1].sum() - outputs[2].sum()
+        expected_loss = want[0].square().sum() + want[1].sum() - want[2].sum()
+        close(torch.autograd.grad(loss, images)[0], torch.autograd.grad(expected_loss, images)[0])
+    assert net._graphs
+
+
+def test_two_calls_before_their_backward_passes() -> None:
+    net = frozen("preactresnet18")
+    batches = [torch.rand(3, 3, 32, 32).cuda().requires_grad_(True) for _ in range(2)]
+    for _ in range(REPLAYED_FROM):
+        net(batches[0])
+    first, second = net(batches[0]), net(batches[1])
+    assert net._graphs
+    for images, logits in ((batches[0], first), (batches[1], second)):
+        want = net._run(images, None, None, None)
+        close(logits, want)
+        (got,) = torch.autograd.grad(logits.square().sum(), images)
+        close(got, torch.autograd.grad(want.square().sum(), images)[0])
+
+
+def test_few_graphs_are_kept() -> None:
+    net = frozen("resnet20-option-a")
+    for count in range(1, MOST_GRAPHS + 3):
+        images = torch.rand(count, 3, 32, 32).cuda().requires_grad_(True)
+        for _ in range(REPLAYED_FROM):
+            net(images).sum().backward()
+    assert len(net._graphs) == MOST_GRAPHS
+
+
+def test_without_gradients_nothing_is_captured() -> None:
+    net = frozen("resnet20-option-a")
+    for _ in range(REPLAYED_FROM + 1):
+        net(torch.rand(2, 3, 32, 32))
+    assert not net._graphs
