@@ -15,7 +15,11 @@ TOLERANCE = 1e-4
 
 
 def timed(
-    row: Row, run: Callable[[], Sequence[Tensor]], expected: Sequence[Tensor], repeats: int
+    row: Row,
+    run: Callable[[], Sequence[Tensor]],
+    expected: Sequence[Tensor],
+    repeats: int,
+    tolerance: float = TOLERANCE,
 ) -> Row:
     """The row with its seconds, if ``run`` gives what is expected."""
     try:
@@ -28,6 +32,6 @@ def timed(
         if want.numel() == 0:
             continue
         off = float((got.double() - want.double()).abs().max())
-        if not off <= TOLERANCE * float(want.abs().max()):
+        if not off <= tolerance * float(want.abs().max()):
             return replace(row, note=f"off by {off:.2g}")
     return replace(row, seconds=best_time(run, repeats), correct=True)

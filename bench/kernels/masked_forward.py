@@ -46,10 +46,8 @@ LARGE = 2000.0
 """GFLOP of a case from which on ours, too, is timed on a few masks, all ways are repeated once, and
 emulated precisions are left out: so that the table is done within the hour."""
 SHARES = (0.01, 0.05, 0.3)
-TOLERANCE = 1e-3
-"""Of fp32 logits, relative to the largest;"""
-REDUCED_TOLERANCE = 0.05
-"""of logits in reduced precision."""
+TOLERANCES = {"fp32": 1e-3, "tf32": 1e-2, "reduced": 0.05}
+"""Of logits in each precision, relative to the largest."""
 FEW = 4
 """Masks that are timed where not all are."""
 CLASSES = 10
@@ -174,7 +172,9 @@ def edited(layout: torch.memory_format) -> Callable[[Case], Run]:
 
         def run(pruned: Tensor) -> Tensor:
             with torch.inference_mode():
-                return torch.stack([apply_mask(model, case.trace, mask)(images) for mask in pruned])
+                return torch.stack(
+                    [apply_mask(model, case.trace, mask)(images) for mask in pruned.cpu()]
+                )
 
         return run
 
@@ -278,8 +278,9 @@ WAYS = [
 ]
 
 
-def measure(case: Case, way: Way, repeats: int, peak: float) -> Row:
-    """One row: the correctness gate first; seconds of all masks on all images."""
+def measure(case: Case, way: Way, repeats: int, peak: float | None) -> Row:
+    """One row: the correctness gate first; seconds of all masks on all images. ``peak``: GFLOP/s in
+    the way's precision."""
     row = Row(KERNEL, case.name, way.name, way.precision, None, False)
     if way.emulated and case.gflop >= LARGE:
         return replace(row, note="left out: this processor has no instructions for it")
@@ -292,7 +293,7 @@ def measure(case: Case, way: Way, repeats: int, peak: float) -> Row:
         return replace(row, note=f"did not run: {type(error).__name__}: {error}"[:200])
     scale = float(case.expected.abs().max())
     off = float((found - case.expected).abs().max()) / scale
-    tolerance = TOLERANCE if way.precision == "fp32" else REDUCED_TOLERANCE
+    tolerance = TOLERANCES[way.precision]
     if not off < tolerance:
         return replace(row, note=f"off by {off:.2g} of the largest logit")
     whole = way.every_mask and case.gflop < LARGE
@@ -304,7 +305,7 @@ def measure(case: Case, way: Way, repeats: int, peak: float) -> Row:
         row,
         seconds=seconds,
         correct=True,
-        share_of_peak=round(case.gflop / seconds / peak, 3) if way.precision == "fp32" else None,
+        share_of_peak=None if peak is None else round(case.gflop / seconds / peak, 3),
         target=case.target if main else None,
         forced=way.name.startswith("onp, "),
         note="" if whole else f"timed on {len(some)} masks",
@@ -326,7 +327,7 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
                 if way.name in known:
                     yield replace(known[way.name], case=case.name)
                     continue
-                row = measure(case, way, repeats, ceilings.fp32_gflops)
+                row = measure(case, way, repeats, ceilings.gflops(way.precision))
                 if not way.depends:
                     known[way.name] = replace(row, note=f"{row.note}, of {case.name}")
                 yield row

@@ -1,4 +1,4 @@
-"""Message passing on the CPU, forward and with both gradients, against torch's own ways."""
+"""Message passing, forward and with both gradients, against torch's own ways."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from bench.kernels.gate import timed
+from bench.kernels.gate import TOLERANCE, timed
 from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row
 from onp.ops.csr import CsrGraph
 from onp.ops.message_passing import message_passing
+from onp.ops.reference import csr_rows
 
 KERNEL = "message_passing"
 
@@ -29,12 +30,11 @@ class Shape:
     target: float
     """Ratio to the best baseline that is aimed at in fp32."""
 
-    @property
-    def gbytes(self) -> float:
-        """Gathered and written by a forward in fp32, with edges of 12 bytes; where gathers hit the
-        cache, this can pass what memory gives."""
-        each = (self.edges + self.nodes) * self.features * 4
-        return (self.batch * each + 12 * self.edges) / 1e9
+    def gbytes(self, dtype: torch.dtype) -> float:
+        """Gathered and written by a forward, with edges of an 8-byte column and a weight; where
+        gathers hit the cache, this can pass what memory gives."""
+        each = (self.edges + self.nodes) * self.features * dtype.itemsize
+        return (self.batch * each + (8 + dtype.itemsize) * self.edges) / 1e9
 
 
 SHAPES = {
@@ -42,20 +42,27 @@ SHAPES = {
     "200k nodes, 3.2M edges, 64": Shape(200_000, 3_200_000, 1, 64, 1.5),
 }
 QUICK = "5k nodes, 80k edges, 32 x 64"
+GPU_SHAPES = {
+    "200k nodes, 3.2M edges, 64": Shape(200_000, 3_200_000, 1, 64, 1.5),
+    "1M nodes, 16M edges, 64": Shape(1_000_000, 16_000_000, 1, 64, 1.5),
+    "5k nodes, 80k edges, 256 x 64": Shape(5_000, 80_000, 256, 64, 1.5),
+}
 
 
-def inputs(shape: Shape) -> tuple[Tensor, Tensor, CsrGraph]:
+def inputs(shape: Shape, device: str = "cpu") -> tuple[Tensor, Tensor, CsrGraph]:
     """Features, weights and a graph without double edges, which torch.sparse would merge."""
-    random = torch.Generator().manual_seed(0)
-    drawn = torch.randint(shape.nodes**2, (shape.edges + shape.edges // 8,), generator=random)
+    random = torch.Generator(device).manual_seed(0)
+    more = shape.edges + shape.edges // 8
+    drawn = torch.randint(shape.nodes**2, (more,), generator=random, device=device)
     drawn = drawn.unique()
     drawn = drawn[torch.randperm(len(drawn), generator=random)[: shape.edges]].sort().values
     assert len(drawn) == shape.edges
     indptr = torch.zeros(shape.nodes + 1, dtype=torch.int64)
     indptr[1:] = torch.bincount(drawn // shape.nodes, minlength=shape.nodes).cumsum(0)
-    graph = CsrGraph.from_csr(indptr, drawn % shape.nodes)
-    x = torch.randn(shape.batch, shape.nodes, shape.features, generator=random)
-    return x, torch.randn(shape.edges, generator=random), graph
+    graph = CsrGraph.from_csr(indptr, drawn.cpu() % shape.nodes).to(device)
+    size = (shape.batch, shape.nodes, shape.features)
+    x = torch.randn(size, generator=random, device=device)
+    return x, torch.randn(shape.edges, generator=random, device=device), graph
 
 
 def sparse(x: Tensor, weight: Tensor, graph: CsrGraph) -> Tensor:
@@ -75,14 +82,24 @@ def scatter(x: Tensor, weight: Tensor, graph: CsrGraph) -> Tensor:
     return out
 
 
+def pyg_scatter(x: Tensor, weight: Tensor, graph: CsrGraph) -> Tensor:
+    """PyTorch Geometric's scatter, which needs no torch_scatter."""
+    from torch_geometric.utils import scatter as scatter_sum
+
+    rows, messages = csr_rows(graph.indptr), weight[:, None] * x[:, graph.indices]
+    out: Tensor = scatter_sum(messages, rows, dim=1, dim_size=graph.nodes, reduce="sum")
+    return out
+
+
 Way = Callable[[Tensor, Tensor, CsrGraph], Tensor]
 WAYS: dict[str, Way] = {
-    "onp": lambda x, weight, graph: message_passing(x, weight, graph, "native"),
+    "onp": lambda x, weight, graph: message_passing(x, weight, graph),
     "torch index_add": lambda x, weight, graph: message_passing(x, weight, graph, "torch"),
     "torch.sparse": sparse,
 }
-if importlib.util.find_spec("torch_scatter") is not None:
-    WAYS["torch_scatter"] = scatter
+for package, way in (("torch_scatter", scatter), ("torch_geometric", pyg_scatter)):
+    if importlib.util.find_spec(package) is not None:
+        WAYS[package] = way
 
 
 def both(call: Way, x: Tensor, weight: Tensor, graph: CsrGraph) -> Sequence[Tensor]:
@@ -92,23 +109,29 @@ def both(call: Way, x: Tensor, weight: Tensor, graph: CsrGraph) -> Sequence[Tens
     return torch.autograd.grad(out, leaves, torch.ones_like(out))
 
 
-def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
-    """Both directions of every shape."""
+def rows(quick: bool, repeats: int, ceilings: Ceilings, device: str = "cpu") -> Iterator[Row]:
+    """Both directions of every shape; on a GPU in bf16, too, which no baseline is timed in."""
     warnings.filterwarnings("ignore", message="Sparse CSR")
-    for name, shape in SHAPES.items():
-        if quick and name != QUICK:
+    for name, shape in (SHAPES if device == "cpu" else GPU_SHAPES).items():
+        if quick and device == "cpu" and name != QUICK:
             continue
-        given = inputs(shape)
-        for direction, does in (
-            ("forward", lambda call, *args: [call(*args)]),
-            ("forward and backward", both),
-        ):
-            expected = does(WAYS["torch index_add"], *given)
-            for way, call in WAYS.items():
-                row = Row(KERNEL, f"{name}, {direction}", way, "fp32", None, False)
-                row = replace(row, target=shape.target if way == "onp" else None)
-                row = timed(row, partial(does, call, *given), expected, repeats)
-                if direction == "forward" and row.seconds is not None:
-                    share = shape.gbytes / row.seconds / ceilings.copy_gbytes
-                    row = replace(row, share_of_peak=round(share, 3), note="of copy bandwidth")
-                yield row
+        x, weight, graph = inputs(shape, device)
+        for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
+            exact = dtype == torch.float32
+            given = x.to(dtype), weight.to(dtype), graph
+            for direction, does in (
+                ("forward", lambda call, *args: [call(*args)]),
+                ("forward and backward", both),
+            ):
+                wide = (part.float() for part in given[:2])
+                expected = does(WAYS["torch index_add"], *wide, graph)
+                for way, call in WAYS.items() if exact else [("onp", WAYS["onp"])]:
+                    precision = "fp32" if exact else "reduced"
+                    row = Row(KERNEL, f"{name}, {direction}", way, precision, None, False)
+                    row = replace(row, target=shape.target if way == "onp" and exact else None)
+                    run, tolerance = partial(does, call, *given), TOLERANCE if exact else 2e-2
+                    row = timed(row, run, expected, repeats, tolerance)
+                    if direction == "forward" and row.seconds is not None:
+                        share = shape.gbytes(dtype) / row.seconds / ceilings.copy_gbytes
+                        row = replace(row, share_of_peak=round(share, 3), note="of copy bandwidth")
+                    yield row

@@ -17,7 +17,7 @@ _SOURCE = Path(__file__).with_name("peak.c")
 CHAINS = 12
 STEPS = 4_000_000
 COPIED = 256 << 20
-"""Bytes; well over any cache."""
+"""Bytes; well over any cache, eight times as many on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -27,19 +27,42 @@ class Ceilings:
     fp32_gflops: float
     copy_gbytes: float
     """Read and written, a second."""
+    tf32_gflops: float | None = None
+    """On a GPU; of a matrix product there, as the others are."""
+    bf16_gflops: float | None = None
 
     @classmethod
     def measured(cls, threads: int) -> Ceilings:
         return cls(round(fp32_gflops(threads), 1), round(copy_gbytes(threads), 1))
 
+    @classmethod
+    def measured_on_gpu(cls) -> Ceilings:
+        return cls(
+            round(product_gflops(torch.float32)),
+            round(copy_gbytes(1, "cuda"), 1),
+            round(product_gflops(torch.float32, tf32=True)),
+            round(product_gflops(torch.bfloat16)),
+        )
+
+    def gflops(self, precision: str) -> float | None:
+        """Of a row's precision, where it was measured."""
+        return {"fp32": self.fp32_gflops, "tf32": self.tf32_gflops}.get(precision, self.bf16_gflops)
+
 
 def best_time(run: Callable[[], object], repeats: int) -> float:
     """Seconds of the fastest of ``repeats`` runs, one before them not counted."""
+
+    def finished() -> None:
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+
     run()
+    finished()
     seconds = []
     for _ in range(repeats):
         begin = time.perf_counter()
         run()
+        finished()
         seconds.append(time.perf_counter() - begin)
     return min(seconds)
 
@@ -67,12 +90,24 @@ def fp32_gflops(threads: int) -> float:
     return 2 * CHAINS * lanes * STEPS * threads / seconds / 1e9
 
 
-def copy_gbytes(threads: int) -> float:
+def copy_gbytes(threads: int, device: str = "cpu") -> float:
     """Bytes read and written by a copy, in GB/s."""
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    source = torch.ones(COPIED // 4)
+    size = COPIED if device == "cpu" else 8 * COPIED
+    source = torch.ones(size // 4, device=device)
     target = torch.empty_like(source)
     seconds = best_time(lambda: target.copy_(source), 5)
     torch.set_num_threads(before)
-    return 2 * COPIED / seconds / 1e9
+    return 2 * size / seconds / 1e9
+
+
+def product_gflops(dtype: torch.dtype, *, tf32: bool = False) -> float:
+    """Of a square matrix product of random numbers on the GPU, in GFLOP/s."""
+    side = 8192
+    one, other = torch.randn(2, side, side, device="cuda").to(dtype)
+    before = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = tf32
+    seconds = best_time(lambda: one @ other, 10)
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * side**3 / seconds / 1e9

@@ -18,7 +18,7 @@ class Row:
     implementation: str
     """``onp`` and its forms begin with ``onp``; all others are baselines."""
     precision: str
-    """``fp32`` or ``reduced``: only the same are compared."""
+    """``fp32``, ``tf32`` or ``reduced``: only the same are compared."""
     seconds: float | None
     """None where the result was wrong: no speed is told of those."""
     correct: bool
@@ -27,7 +27,7 @@ class Row:
     """Smallest ratio that is aimed at."""
     ratio_to_best_baseline: float | None = None
     forced: bool = False
-    """An instruction set was forced: not compared."""
+    """Not compared: an instruction set was forced, or it does less than the others."""
     note: str = ""
 
     @property
@@ -40,7 +40,7 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     each of ours."""
     best: dict[tuple[str, str, str], float] = {}
     for row in rows:
-        if not row.ours and row.correct and row.seconds is not None:
+        if not row.ours and not row.forced and row.correct and row.seconds is not None:
             key = (row.kernel, row.case, row.precision)
             best[key] = min(row.seconds, best.get(key, row.seconds))
     done = []

@@ -7,6 +7,7 @@ progress goes to stderr. Exit code 1 if a model is unfair or failed, 2 for wrong
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import sys
 import time
@@ -71,10 +72,10 @@ def make(recipe: Recipe, splits: Splits, folder: Path, device: torch.device) -> 
     seconds = time.perf_counter() - started
 
     network = network.cpu().half().float()  # scored as it is stored
-    whole = with_normalisation(network, recipe.dataset).eval()
+    whole = with_normalisation(copy.deepcopy(network), recipe.dataset).eval().to(device)
     exam = Exam.of(test_set, attack)
     scores = exam.score(whole)
-    twin_asr = None if twin is None else exam.attack_success(twin.model.cpu())
+    twin_asr = None if twin is None else exam.attack_success(twin.model)
     reason = unfair(recipe.dataset, attack, scores, twin.card["ca"] if twin else None)
     card = {
         "name": recipe.name,
