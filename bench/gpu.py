@@ -107,12 +107,12 @@ def repairs() -> tuple[str, ...]:
 
 
 STAGES = {
-    "build": Stage(build, 120),
-    "tests": Stage(tests, 120),
-    "memcheck": Stage(memcheck, 40),
-    "kernels": Stage(kernels, 150),
-    "zoo": Stage(zoo, 90),
-    "repairs": Stage(repairs, 80),
+    "build": Stage(build, 100),
+    "tests": Stage(tests, 90),
+    "memcheck": Stage(memcheck, 30),
+    "kernels": Stage(kernels, 190),
+    "zoo": Stage(zoo, 70),
+    "repairs": Stage(repairs, 60),
 }
 NEED_DATA = {"zoo", "repairs"}
 

@@ -1,7 +1,7 @@
 """``python -m bench.kernels``: one table of kernels, each against what users have, in one run.
 
 A row is printed when it is made; a wrong result has no speed. All rows, with the machine's measured
-ceilings, go to --out, after every suite. ``--quick`` has fewer masks, images and repeats.
+ceilings, go to --out, after every row. ``--quick`` has fewer masks, images and repeats.
 """
 
 from __future__ import annotations
@@ -75,11 +75,11 @@ def main() -> int:
         for row in suites[suite](args.quick, repeats, ceilings):
             print(json.dumps(as_json([row])[0]), flush=True)
             rows.append(row)
-        facts = {"device": name, "ceilings": asdict(ceilings), "quick": args.quick}
-        facts |= {"repeats": repeats, "seconds": round(time.perf_counter() - started)}
-        if out is not None:
-            rows_so_far = as_json(compared(rows))
-            write_json(out, {"environment": facts | provenance(), "rows": rows_so_far})
+            facts = {"device": name, "ceilings": asdict(ceilings), "quick": args.quick}
+            facts |= {"repeats": repeats, "seconds": round(time.perf_counter() - started)}
+            if out is not None:
+                rows_so_far = as_json(compared(rows))
+                write_json(out, {"environment": facts | provenance(), "rows": rows_so_far})
     print(table(compared(rows)))
     return 0
 
