@@ -19,6 +19,7 @@ OUT=folder                     where results go (default: bench/results)
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -42,6 +43,7 @@ DATA = os.environ.get("DATA")
 
 _PIP = (sys.executable, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps")
 _PYTEST = (sys.executable, "-m", "pytest", "-p", "no:cacheprovider")
+_WORKERS = ("-n", "8") if importlib.util.find_spec("xdist") else ()
 _CHECKED = ("tests/ops/test_neuron_graph.py", "tests/ops/test_message_passing.py")
 """What memcheck runs: it makes kernels many times slower."""
 
@@ -76,7 +78,7 @@ def build() -> tuple[str, ...]:
 def tests() -> tuple[str, ...]:
     """The tests that need a GPU, and those of the kernels."""
     ops = ("csr", "masked_forward_gpu", "message_passing", "neuron_graph")
-    return (*_PYTEST, *(f"tests/ops/test_{name}.py" for name in ops),
+    return (*_PYTEST, *_WORKERS, *(f"tests/ops/test_{name}.py" for name in ops),
             "tests/suspect/test_replayed.py", "tests/test_evaluate.py",
             "tests/test_sanitize.py::test_the_whole_path_on_cuda")  # fmt: skip
 
@@ -102,7 +104,7 @@ def zoo() -> tuple[str, ...]:
 def repairs() -> tuple[str, ...]:
     """Repair it."""
     return (sys.executable, "-m", "bench.end_to_end", "--set", "gpu", "--device", "cuda", "--data",
-            str(DATA), "--models-dir", str(ZOO),
+            str(DATA), "--models-dir", str(ZOO), "--repeats", "2",
             "--out", str(OUT / f"end_to_end_{gpu_name()}.jsonl"))  # fmt: skip
 
 

@@ -35,6 +35,8 @@ def poisoned_empty(monkeypatch: pytest.MonkeyPatch) -> None:
 def _poisoned(make: Callable[..., Tensor]) -> Callable[..., Tensor]:
     def poisoned(*args: Any, **options: Any) -> Tensor:
         tensor = make(*args, **options)
-        return tensor.fill_(torch.nan) if tensor.is_floating_point() else tensor.fill_(-(2**40))
+        if tensor.is_floating_point():
+            return tensor.fill_(torch.nan)
+        return tensor.fill_(True if tensor.dtype == torch.bool else torch.iinfo(tensor.dtype).min)
 
     return poisoned

@@ -21,6 +21,7 @@ from bench.kernels import (
     convolution_gpu,
     masked_forward,
     masked_forward_gpu,
+    masked_gradient_gpu,
     message_passing,
     neuron_graph,
 )
@@ -36,10 +37,12 @@ SUITES = {
     "message_passing": message_passing.rows,
 }
 GPU_SUITES = {
-    "message_passing": partial(message_passing.rows, device="cuda"),
-    "neuron_graph": partial(neuron_graph.rows, device="cuda"),
-    "convolution": convolution_gpu.rows,
     "masked_forward": masked_forward_gpu.rows,
+    "message_passing": partial(message_passing.rows, device="cuda"),
+    "convolution": convolution_gpu.rows,
+    "neuron_graph": partial(neuron_graph.rows, device="cuda"),
+    "masked_gradient": masked_gradient_gpu.rows,
+    "masked_forward_others": masked_forward_gpu.others,
 }
 
 

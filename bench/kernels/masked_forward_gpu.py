@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -30,7 +30,9 @@ from onp.ops import masked_forward_gpu
 LARGEST = "preactresnet18-64"
 TARGETS = {LARGEST: 1.5}
 """Ratio to the best baseline that is aimed at in reduced precision."""
-NETWORKS = (LARGEST, "preactresnet18-16", "resnet20-16", "vgg16_bn-64", "mobilenetv2-1")
+OTHERS = ("preactresnet18-16", "mobilenetv2-1", "resnet20-16", "vgg16_bn-64")
+SIZES = {False: (256, 512), True: (64, 512)}
+"""Masks and images; if quick."""
 
 
 def on_gpu(case: Case) -> Case:
@@ -98,15 +100,25 @@ AUTOTUNED = Way("torch.compile, max-autotune, bf16", "reduced", autotuned)
 
 
 def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
-    """Every implementation on every case."""
-    count, images = (64, 512) if quick else (256, 512)
-    for network in NETWORKS[: 1 if quick else None]:
-        for case in cases(network, count, images, SHARES[:1]):
-            case = replace(on_gpu(case), target=TARGETS.get(network))
-            autotuned_too = (AUTOTUNED,) if network == LARGEST and not quick else ()
-            for way in (*WAYS, *autotuned_too):
-                print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
-                exact = way.precision == "fp32"
-                with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=not exact):
-                    row = measure(case, way, repeats, ceilings.gflops(way.precision))
-                yield row if way.precision == "reduced" else replace(row, target=None)
+    """Every implementation on the largest network; what takes minutes to compile last."""
+    ways = WAYS if quick else (*WAYS, AUTOTUNED)
+    for case in cases(LARGEST, *SIZES[quick], SHARES[:1]):
+        yield from measured(case, ways, repeats, ceilings)
+
+
+def others(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
+    """Every implementation on the other networks; none of them if quick."""
+    for network in () if quick else OTHERS:
+        for case in cases(network, *SIZES[quick], SHARES[:1]):
+            yield from measured(case, WAYS, repeats, ceilings)
+
+
+def measured(case: Case, ways: Sequence[Way], repeats: int, ceilings: Ceilings) -> Iterator[Row]:
+    """A row for each way."""
+    case = replace(on_gpu(case), target=TARGETS.get(case.name.partition(",")[0]))
+    for way in ways:
+        print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
+        exact = way.precision == "fp32"
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=not exact):
+            row = measure(case, way, repeats, ceilings.gflops(way.precision))
+        yield row if way.precision == "reduced" else replace(row, target=None)

@@ -55,7 +55,11 @@ def inputs(shape: Shape, device: str = "cpu") -> tuple[Tensor, Tensor, CsrGraph]
     more = shape.edges + shape.edges // 8
     drawn = torch.randint(shape.nodes**2, (more,), generator=random, device=device)
     drawn = drawn.unique()
-    drawn = drawn[torch.randperm(len(drawn), generator=random)[: shape.edges]].sort().values
+    drawn = (
+        drawn[torch.randperm(len(drawn), generator=random, device=device)[: shape.edges]]
+        .sort()
+        .values
+    )
     assert len(drawn) == shape.edges
     indptr = torch.zeros(shape.nodes + 1, dtype=torch.int64)
     indptr[1:] = torch.bincount(drawn // shape.nodes, minlength=shape.nodes).cumsum(0)

@@ -20,7 +20,7 @@ from onp.suspect.trace import Trace, trace
 from tests.networks import network
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-TOLERANCE = {"fp32": 1e-5, "tf32": 2e-3, "bf16": 3e-2}
+TOLERANCE = {"fp32": 1e-5, "tf32": 1e-2, "bf16": 3e-2}
 """Relative to the largest value."""
 
 
@@ -83,6 +83,7 @@ def epilogue_of(
         (3, 1, 64, 64, (8, 4), 1),
         (3, 1, 16, 16, (8, 16), None),
         (3, 1, 32, 32, (8, 8), None),
+        (3, 1, 16, 64, (4, 8), None),
         (3, 1, 48, 48, (4, 4), None),
         (3, 1, 256, 128, (4, 4), None),
         (3, 2, 16, 144, (4, 4), None),
@@ -99,9 +100,10 @@ def test_convolution_with_its_epilogue(
     images = 32
     x = drawn(images, size[0] * stride, size[1] * stride, channels).to(DEVICE, dtype)
     weight = (drawn(outputs, channels, kernel, kernel) / (channels * kernel**2) ** 0.5).to(dtype)
-    prepared = kernels.prepare(weight.to(DEVICE), stride, *size, dtype, columns)
+    prepared = kernels.prepare(weight.to(DEVICE), stride, *size, dtype, columns=columns)
     assert prepared is not None
-    assert prepared.columns == (columns or {16: 4, 32: 2, 64: 2}.get(outputs, 1)) or stride == 2
+    narrow = {16: 4, 32: 2, 64: 2} if kernel == 3 and stride == 1 else {}
+    assert prepared.columns == (columns or narrow.get(outputs, 1))
     result = F.conv2d(
         x.cpu().double().permute(0, 3, 1, 2), weight.double(), None, stride, kernel // 2
     ).float()

@@ -167,11 +167,11 @@ class GpuMaskedForwardPlan:
     def _forward(self, gates: Tensor, images: Tensor) -> Tensor:
         channels, height, width = self.image_shape
         masks, count = len(gates), len(images)
-        shape = (masks, count, height, width, self._width(0))
-        first = torch.zeros(shape, dtype=self._dtype, device=self.device)
-        first[..., :channels] = images.permute(0, 2, 3, 1)
-        values = {0: first.view(masks * count, *shape[2:])}
-        del first
+        shape = (count, height, width, self._width(0))
+        pixels = torch.zeros(shape, dtype=self._dtype, device=self.device)
+        pixels[..., :channels] = images.permute(0, 2, 3, 1)
+        values = {0: pixels.expand(masks, *shape).reshape(masks * count, *shape[1:])}
+        del pixels
         exact = self.precision == "fp32"
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=not exact
@@ -305,8 +305,9 @@ class GpuMaskedForwardPlan:
                 and (height * step.stride[0], width * step.stride[1]) == given[1:]
             )
             prepared = fits and self._kernels.prepare(
-                weight, step.stride[0], height, width, self._dtype
-            )
+                weight, step.stride[0], height, width, self._dtype,
+                residual=step.residual != NONE,
+            )  # fmt: skip
             if prepared:
                 return _Convolution(self._kernels.launch_conv, prepared)
         groups = step.groups
