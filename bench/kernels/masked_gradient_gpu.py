@@ -1,5 +1,5 @@
-"""Gradients by the images on a GPU, a step of a probe: ours, replayed from a CUDA graph, against the
-network in torch, eager and compiled."""
+"""Gradients by the images on a GPU, a step of a probe: ours, replayed from a CUDA graph, against
+the network in torch, eager and compiled."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gradients(network: Callable[[Tensor], Tensor], images: Tensor, pull: Tensor)
     return list(torch.autograd.grad(network(leaf), leaf, pull))
 
 
-def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
+def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:  # noqa: ARG001
     """Every network."""
     for name in CASES[: 1 if quick else None]:
         arch, width, _ = NETWORKS[name]
