@@ -1,7 +1,7 @@
 """One call on a GPU machine: build with CUDA, run the GPU tests, time kernels and whole repairs.
 
 ``python -m bench.gpu`` needs nvcc, a CUDA build of torch and the packages of ``[test]``; it
-downloads nothing. Each stage is a process of its own with a time limit, nine minutes together, and
+downloads nothing. Each stage is a process of its own with a time limit, ten minutes together, and
 its result is written at once, so that a machine taken away costs the rest alone. Compiled kernels
 are kept under build/ from one stage, and call, to the next.
 
@@ -109,12 +109,12 @@ def repairs() -> tuple[str, ...]:
 
 
 STAGES = {
-    "build": Stage(build, 100),
+    "build": Stage(build, 60),
     "tests": Stage(tests, 90),
     "memcheck": Stage(memcheck, 30),
-    "kernels": Stage(kernels, 190),
-    "zoo": Stage(zoo, 70),
-    "repairs": Stage(repairs, 60),
+    "kernels": Stage(kernels, 240),
+    "zoo": Stage(zoo, 110),
+    "repairs": Stage(repairs, 90),
 }
 NEED_DATA = {"zoo", "repairs"}
 

@@ -6,6 +6,7 @@ import logging
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,32 @@ def test_epilogue_alone(given: int, dtype: torch.dtype, full: bool) -> None:
     close(epilogue.final, final, precision)
     if epilogue.plain is not None:
         close(epilogue.plain, plain, precision)
+
+
+def test_outputs_are_rounded_to_tf32() -> None:
+    """To the nearest: what is left over cancels out, where cutting would add up."""
+    x, weight = drawn(16, 4, 4, 16).to(DEVICE), drawn(16, 16, 1, 1).to(DEVICE)
+    exact = drawn(16, 4, 4, 16).to(DEVICE)
+    finals = []
+    for launch in ("conv", "epilogue"):
+        wide, narrow = (
+            replace(epilogue_of(16, (4, 4), 16, torch.float32, full=False), tf32=flag, first=0)
+            for flag in (False, True)
+        )
+        for epilogue in (wide, narrow):
+            if launch == "conv":
+                prepared = kernels.prepare(weight, 1, 4, 4, torch.float32)
+                assert prepared is not None
+                kernels.launch_conv(x, prepared, epilogue)
+            else:
+                kernels.launch_epilogue(exact, epilogue)
+        finals.append((wide.final, narrow.final))
+    finals.append((exact, kernels.rounded_to_tf32(exact)))
+    for before, after in finals:
+        assert not bool((after.view(torch.int32) & 0x1FFF).any())
+        off = (after - before).double() / before.double()
+        assert 2**-13 < float(off.abs().max()) <= 2**-11
+        assert abs(float(off.mean())) < 2**-15
 
 
 @pytest.mark.parametrize(
@@ -278,7 +305,8 @@ for tile, stride in [(tile, stride) for tile in kernels.TILES for stride in (1, 
     block = [*box, 32] if stride == 1 else [box[0], box[1], 1, box[2], 32]
     constants = dict(
         STEPS=6, START=-64, POSITION=64 * stride, ROWS_K=3, STRIDE=stride, IMAGES=box[0],
-        ROWS=box[1], COLS=box[2], BLOCK_C=32, BLOCK_O=tile.outputs, FIRST=0, SECOND=1, WIDEN=False,
+        ROWS=box[1], COLS=box[2], BLOCK_C=32, BLOCK_O=tile.outputs, FIRST=0, SECOND=1,
+        TF32=dtype == "fp32", WIDEN=False,
     )
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= {"x_desc": f"tensordesc<{dtype}{block}>"}

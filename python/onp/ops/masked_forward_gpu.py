@@ -170,6 +170,8 @@ class GpuMaskedForwardPlan:
         shape = (count, height, width, self._width(0))
         pixels = torch.zeros(shape, dtype=self._dtype, device=self.device)
         pixels[..., :channels] = images.permute(0, 2, 3, 1)
+        if self.precision == "tf32":
+            pixels = self._kernels.rounded_to_tf32(pixels)
         values = {0: pixels.expand(masks, *shape).reshape(masks * count, *shape[1:])}
         del pixels
         exact = self.precision == "fp32"
@@ -259,6 +261,7 @@ class GpuMaskedForwardPlan:
                 site_start=max(step.site_start, 0),
                 per_mask=per_mask,
                 final=new(step.final),
+                tf32=self.precision == "tf32" and step.final != self._program.output,
             )
 
         bias, scale, shift = map(prepared, (step.bias, step.scale, step.shift))
