@@ -298,8 +298,8 @@ def prepare(
 
 
 def rounded_to_tf32(values: Tensor) -> Tensor:
-    """float32 to the nearest TF32. The matrix units cut what they are given, which makes every
-    layer's output a little smaller: in MobileNetV2's 52 layers 3% (measured on an H200)."""
+    """float32 to the nearest TF32: errors half as large as by cutting the lower 13 bits, which the
+    matrix units do not read, and in both directions, so that layers do not add them up."""
     return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
 
 
