@@ -61,6 +61,7 @@ Mean = Annotated[
 ]
 Std = Annotated[str | None, typer.Option(help="Goes with --mean: a deviation a channel.")]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same threads, same result.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
 Trust = Annotated[bool, typer.Option("--trust", help="Allow code named by --arch or --trigger.")]
@@ -99,7 +100,7 @@ def sanitize(
     std: Std = None,
     budget: Annotated[Budget, typer.Option(help="How much work to spend.")] = Budget.standard,
     seed: Seed = 0,
-    device: Annotated[str, typer.Option(help="Where torch computes: cpu, cuda, cuda:1.")] = "cpu",
+    device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
     fail_on: Annotated[
@@ -195,6 +196,7 @@ def evaluate(
     preset: PresetOption = None,
     mean: Mean = None,
     std: Std = None,
+    device: Device = "cpu",
     threads: Threads = None,
     as_json: AsJson = False,
     trust: Trust = False,
@@ -207,29 +209,35 @@ def evaluate(
 
     from onp.data import load_dataset
     from onp.metrics import score
+    from onp.prepare import checked_device
     from onp.report import console
     from onp.suspect.load import load_suspect
     from onp.triggers import load_trigger
 
     if threads is not None:
         torch.set_num_threads(threads)
+    place = checked_device(device)
     preprocess = _preprocess(preset, mean, std)
     put_trigger = None if trigger is None else load_trigger(trigger, trust)
     suspect = load_suspect(model, arch, trust)
     dataset = load_dataset(str(data), split)
-    scores = score(suspect.model, dataset, put_trigger, target, preprocess)
+    scores = score(suspect.model.to(place), dataset, put_trigger, target, preprocess)
     _show(scores | {"sha256": suspect.file.sha256}, console.scores_text, as_json)
 
 
 @app.command()
-def demo(seed: Seed = 0, as_json: AsJson = False, quiet: Quiet = False) -> None:
+def demo(
+    seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False, quiet: Quiet = False
+) -> None:
     """Repair a small backdoored network that comes with onp, and score it before and after."""
     from onp.demo import run
+    from onp.prepare import checked_device
     from onp.report import console
     from onp.report.progress import progress_on_stderr
 
+    place = checked_device(device)
     with progress_on_stderr(quiet) as progress:
-        outcome = run(seed=seed, progress=progress)
+        outcome = run(seed=seed, device=place, progress=progress)
     _show(outcome, console.demo_text, as_json)
 
 

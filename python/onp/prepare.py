@@ -65,6 +65,23 @@ def check_class_names(clean: ImageSet, classes: int) -> None:
         )
 
 
+def checked_device(device: str | torch.device) -> torch.device:
+    """The device of that name. Raises UsageError where there is none."""
+    try:
+        chosen = torch.device(device)
+    except RuntimeError as error:
+        raise UsageError(f"unknown device {device!r}: {error}") from error
+    if chosen.type == "cuda":
+        if not torch.cuda.is_available():
+            raise UsageError(f"device {chosen} was asked for, but torch sees no CUDA device here")
+        if (chosen.index or 0) >= torch.cuda.device_count():
+            raise UsageError(
+                f"device {chosen} was asked for, but torch sees {torch.cuda.device_count()} here, "
+                "numbered from 0"
+            )
+    return chosen
+
+
 def frozen_copy(
     model: nn.Module, preprocess: Preprocess | None, device: str | torch.device | None
 ) -> tuple[nn.Module, torch.device]:
@@ -72,12 +89,7 @@ def frozen_copy(
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsafeOrCorruptModel("the model has no parameters")
-    try:
-        chosen = torch.device(device) if device is not None else parameter.device
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {device!r}: {error}") from error
-    if chosen.type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device {chosen} was asked for, but torch sees no CUDA device here")
+    chosen = parameter.device if device is None else checked_device(device)
     suspect = copy.deepcopy(model).float()
     if preprocess is not None:
         suspect = nn.Sequential(preprocess.module(), suspect)

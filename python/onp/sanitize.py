@@ -144,7 +144,10 @@ def sanitize(
             )  # fmt: skip
             pruned = cared.model
     prefix = "" if preprocess is None else "1."
-    run = RunFacts(config, seed, input_range, evaluator.backend, str(device), prefix, ledger)
+    run = RunFacts(
+        config, seed, input_range, evaluator.backend, evaluator.precision, str(device), prefix,
+        ledger,
+    )  # fmt: skip
     report = repair_report(
         run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right, cared
     )

@@ -8,6 +8,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.ledger import Progress
@@ -37,7 +39,9 @@ def scoring_images() -> ImageSet:
     return draw(TEST_IMAGES, TEST_SEED)
 
 
-def run(*, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
+def run(
+    *, seed: int = 0, device: torch.device | str = "cpu", progress: Progress | None = None
+) -> dict[str, Any]:
     """Score the suspect with the true trigger, repair it from clean images, score it again.
 
     Returns ``{"before", "after": metrics.score(...), "report": Result.report}``.
@@ -45,7 +49,8 @@ def run(*, seed: int = 0, progress: Progress | None = None) -> dict[str, Any]:
     suspect = load_suspect(CHECKPOINT, ARCH)
     trigger = load_trigger(str(TRIGGER), trust=False)
     test = scoring_images()
-    before = score(suspect.model, test, trigger, TARGET)
-    result = sanitize(suspect.model, clean_images(seed), seed=seed, progress=progress)
+    model = suspect.model.to(device)
+    before = score(model, test, trigger, TARGET)
+    result = sanitize(model, clean_images(seed), seed=seed, progress=progress)
     after = score(result.model, test, trigger, TARGET)
     return {"before": before, "after": after, "report": result.report}

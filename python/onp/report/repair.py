@@ -32,6 +32,8 @@ class RunFacts:
     seed: int
     input_range: tuple[float, float]
     backend: str
+    precision: str
+    """Of convolutions during the search: fp32, or on a GPU tf32."""
     device: str
     prefix: str
     """What the names of the suspect's modules begin with in the trace."""
@@ -98,6 +100,7 @@ def repair_report(
         "seed": run.seed,
         "input_range": list(run.input_range),
         "backend": run.backend,
+        "precision": run.precision,
         "device": run.device,
         "config": asdict(run.config),
         "environment": describe(),
