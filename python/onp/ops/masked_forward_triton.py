@@ -45,6 +45,8 @@ class Tile:
 TILES = (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(256, 128, 8, 4))
 """Below 128 outputs; above; and above with sums of at least DEEP products."""
 DEEP = 2304
+EPILOGUE_BLOCK = 2048
+"""Values of one program of an epilogue alone; twice as many spill registers."""
 COLUMNS = {16: 4, 32: 2, 64: 2}
 """Columns that are one position where a 3x3 convolution has so few outputs. Below 64 this needs no
 more products than idle outputs would; at 64 a third more in faster tiles, which pays without a
@@ -347,7 +349,7 @@ def launch_epilogue(x: Tensor, epilogue: Epilogue) -> None:
     channels = final.shape[3]
     rows = x.numel() // x.shape[3]
     block_c = min(128, triton.next_power_of_2(channels))
-    block_r = 4096 // block_c
+    block_r = EPILOGUE_BLOCK // block_c
     epilogue_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
         x, epilogue.residual, epilogue.plain, final, epilogue.bias, epilogue.scale, epilogue.shift,
         gates, 0 if gates is None else gates.stride(0), epilogue.site_start,
