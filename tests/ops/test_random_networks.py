@@ -1,0 +1,193 @@
+"""Five hundred random small networks: engine, its gradients, and torch's executor against hooks;
+the GPU plan on a few of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from onp import masks
+from onp.errors import UnsupportedOperation
+from onp.ops import masked_forward, masked_forward_gpu, masked_gradient, reference
+from onp.suspect.network import FrozenNetwork
+from onp.suspect.trace import Trace, trace
+
+NETWORKS, PART = 500, 50
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+class RandomNetwork(nn.Module):
+    """Convolutions of every kind, norms, activations, residual sums, concatenations and pools, in a
+    random order; one or two linear layers at the end."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        torch.manual_seed(seed)
+        self.size = self.side = self.random.choice((7, 8, 12))
+        self.channels = 3
+        self.kinds: list[str] = []
+        self.parts = nn.ModuleList()
+        self._add("conv")
+        for _ in range(self.random.randint(0, 5)):
+            self._add(self.random.choice(list(BLOCKS)))
+        self.flat = self.side <= 4 and self.random.random() < 0.3
+        width = self.channels * (self.side**2 if self.flat else 1)
+        hidden = self.random.choice((None, 5, 9))
+        self.hidden = None if hidden is None else nn.Linear(width, hidden)
+        self.head = nn.Linear(hidden or width, 4)
+        del self.random
+
+    def _add(self, kind: str) -> None:
+        self.kinds.append(kind)
+        self.parts.append(BLOCKS[kind](self))
+
+    def conv(self, outputs: int, *, strided: bool = True, depthwise: bool = False) -> nn.Sequential:
+        """A convolution, with or without a norm and an activation; keeps track of the sizes."""
+        kernel = self.random.choice((1, 3, 3, 5))
+        stride = self.random.choice((1, 2)) if strided and self.side > 3 else 1
+        shared = [g for g in (1, 2, 3) if self.channels % g == 0 and outputs % g == 0]
+        groups = self.channels if depthwise else self.random.choice(shared)
+        conv = nn.Conv2d(
+            self.channels, outputs, kernel, stride, kernel // 2, groups=groups,
+            bias=self.random.random() < 0.5,
+        )  # fmt: skip
+        layers: list[nn.Module] = [conv]
+        if self.random.random() < 0.7:
+            layers.append(norm(outputs))
+        activation = self.random.choice((nn.ReLU, nn.ReLU, nn.ReLU6, None))
+        if activation is not None:
+            layers.append(activation())
+        self.side = (self.side - 1) // stride + 1
+        self.channels = outputs
+        return nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for kind, part in zip(self.kinds, self.parts, strict=True):
+            if kind in ("residual", "preact"):
+                x = x + part(x)
+            elif kind == "concat":
+                x = torch.cat([x, part(x)], 1)
+            else:
+                x = part(x)
+        x = x.flatten(1) if self.flat else x.mean((2, 3))
+        if self.hidden is not None:
+            x = torch.relu(self.hidden(x))
+        return self.head(x)
+
+
+def norm(channels: int) -> nn.BatchNorm2d:
+    made = nn.BatchNorm2d(channels)
+    with torch.no_grad():
+        made.weight.uniform_(0.5, 1.5)
+        made.bias.uniform_(-0.3, 0.3)
+        made.running_mean.uniform_(-0.3, 0.3)  # type: ignore[union-attr]
+        made.running_var.uniform_(0.3, 1.5)  # type: ignore[union-attr]
+    return made
+
+
+def residual(net: RandomNetwork) -> nn.Module:
+    width = net.channels
+    first = net.conv(net.random.choice((4, 6)), strided=False)
+    return nn.Sequential(first, net.conv(width, strided=False))
+
+
+def preact(net: RandomNetwork) -> nn.Module:
+    width = net.channels
+    return nn.Sequential(norm(width), nn.ReLU(), net.conv(width, strided=False))
+
+
+def concat(net: RandomNetwork) -> nn.Module:
+    width = net.channels
+    part = net.conv(net.random.choice((2, 4)), strided=False)
+    net.channels += width
+    return part
+
+
+def pool(net: RandomNetwork) -> nn.Module:
+    if net.side < 4:
+        return nn.Identity()
+    made = net.random.choice((nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1)))
+    net.side = (net.side + 2 - 3) // 2 + 1 if made.kernel_size == 3 else net.side // 2
+    return made
+
+
+BLOCKS: dict[str, Callable[[RandomNetwork], nn.Module]] = {
+    "conv": lambda net: net.conv(net.random.choice((4, 6, 9, 16))),
+    "conv, same": lambda net: net.conv(net.channels),
+    "depthwise": lambda net: net.conv(net.channels, depthwise=True),
+    "residual": residual,
+    "preact": preact,
+    "concat": concat,
+    "pool": pool,
+}
+
+
+def close(got: Tensor, want: Tensor, what: str) -> None:
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4, msg=lambda text: f"{what}: {text}")
+
+
+@dataclass(frozen=True)
+class Case:
+    net: RandomNetwork
+    traced: Trace
+    pruned: Tensor
+    images: Tensor
+    want: Tensor
+    """Logits [B, N, K], by hooks."""
+
+
+def case(seed: int) -> Case:
+    net = RandomNetwork(seed).eval()
+    traced = trace(net, (3, net.size, net.size))
+    images = torch.rand(3, 3, net.size, net.size)
+    pruned = torch.rand(3, traced.sites) < 0.3
+    layers = [
+        (layer.sites, [str(traced.ops[c].module) for c in layer.consumers])
+        for layer in traced.layers
+    ]
+    want = reference.masked_forward(net, layers, pruned, images)
+    return Case(net, traced, pruned, images, want)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_gpu_plan(seed: int) -> None:
+    one = case(seed)
+    try:
+        plan = masked_forward_gpu.lower(one.traced, one.net, DEVICE, "fp32")
+    except UnsupportedOperation:
+        assert "concat" in one.net.kinds
+        return
+    close(plan.run(one.pruned, one.images).cpu(), one.want, f"seed {seed}, {one.net.kinds}")
+
+
+@pytest.mark.parametrize("first", range(0, NETWORKS, PART))
+def test_random_networks(first: int) -> None:
+    native = 0
+    for seed in range(first, first + PART):
+        one = case(seed)
+        net, traced, pruned, images, want = one.net, one.traced, one.pruned, one.images, one.want
+        what = f"seed {seed}, {net.kinds}"
+        plain = FrozenNetwork(traced, net, native=False)
+        gates = (~pruned).float()
+        with torch.no_grad():
+            close(torch.stack([plain(images, gate) for gate in gates]), want, f"torch, {what}")
+        try:
+            plan = masked_forward.lower(traced, net)
+        except UnsupportedOperation:
+            assert "concat" in net.kinds, what  # the one thing here that the engine has not
+            continue
+        native += 1
+        close(plan.run(masks.pack(pruned), images), want, f"native, {what}")
+        leaves = images.requires_grad_(True), torch.rand(3, traced.sites).requires_grad_(True)
+        pull = torch.randn(3, 4)
+        got = torch.autograd.grad(masked_gradient.lower(traced, net)(*leaves), leaves, pull)
+        expected = torch.autograd.grad(plain(*leaves), leaves, pull, allow_unused=True)
+        for one, other in zip(got, expected, strict=True):
+            close(one, torch.zeros_like(one) if other is None else other, f"gradient, {what}")
+    assert native > PART // 3
