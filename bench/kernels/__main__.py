@@ -24,6 +24,7 @@ from bench.kernels import (
     masked_gradient_gpu,
     message_passing,
     neuron_graph,
+    recorded,
 )
 from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row, as_json, compared, table
@@ -33,6 +34,7 @@ from onp.files import write_json
 _BENCH = Path(__file__).parents[1]
 SUITES = {
     "masked_forward": masked_forward.rows,
+    "recorded": recorded.rows,
     "neuron_graph": neuron_graph.rows,
     "message_passing": message_passing.rows,
 }
