@@ -112,7 +112,7 @@ STAGES = {
     "build": Stage(build, 60),
     "tests": Stage(tests, 90),
     "memcheck": Stage(memcheck, 30),
-    "kernels": Stage(kernels, 240),
+    "kernels": Stage(kernels, 210),
     "zoo": Stage(zoo, 110),
     "repairs": Stage(repairs, 90),
 }

@@ -110,7 +110,7 @@ def convolutions() -> Iterator[Usage]:
                     "STEPS": conv.steps, "START": conv.start, "POSITION": conv.position,
                     "ROWS_K": size, "STRIDE": stride, "IMAGES": images, "ROWS": rows,
                     "COLS": columns, "BLOCK_C": block, "BLOCK_O": tile.outputs, "FIRST": 0,
-                    "SECOND": 1, "TF32": dtype == "fp32", "WIDEN": False,
+                    "SECOND": 1, "TF32": dtype == "fp32", "PLAIN_TF32": False, "WIDEN": False,
                 }  # fmt: skip
                 if not full:
                     absent = ("residual_desc", "plain_desc", "scale", "shift")

@@ -55,6 +55,7 @@ class Case:
             return torch.randn(*shape, device="cuda", generator=random)
 
         weight = normal(outputs, channels, kernel, kernel) / (channels * kernel**2) ** 0.5
+        weight = weight.contiguous(memory_format=torch.channels_last)
         return cls(
             normal(IMAGES, side * stride, side * stride, channels).to(dtype), weight.to(dtype),
             normal(outputs), (normal(MASKS, outputs + 16) > -1).float(), stride, side,
@@ -66,9 +67,8 @@ class Case:
 
     def cudnn(self) -> Tensor:
         """The convolution alone, [I, H, W, O]."""
-        weight = self.weight.contiguous(memory_format=torch.channels_last)
-        pad = weight.shape[2] // 2
-        out = F.conv2d(self.maps.permute(0, 3, 1, 2), weight, None, self.stride, pad)
+        pad = self.weight.shape[2] // 2
+        out = F.conv2d(self.maps.permute(0, 3, 1, 2), self.weight, None, self.stride, pad)
         return out.permute(0, 2, 3, 1)
 
     def expected(self) -> Tensor:

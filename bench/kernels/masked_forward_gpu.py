@@ -92,6 +92,8 @@ WAYS = (
     Way("torch eager, channels last, bf16", "reduced", eager(LAST, BF16)),
     Way("torch.compile, bf16", "reduced", eager(LAST, BF16, compiled=True)),
     Way("torch eager, channels last", "fp32", eager(LAST)),
+    Way("torch.compile", "fp32", eager(LAST, compiled=True)),
+    tf32(Way("torch.compile", "tf32", eager(LAST, compiled=True))),
     tf32(Way("torch eager, channels last", "tf32", eager(LAST))),
     tf32(Way("weights edited, channels last", "tf32", edited(LAST))),
 )

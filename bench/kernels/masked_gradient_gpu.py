@@ -50,6 +50,7 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:  # noq
             "onp": ours,
             "torch eager, channels last": plain,
             "torch.compile": torch.compile(plain),
+            "torch.compile, CUDA graphs": torch.compile(plain, mode="reduce-overhead"),
         }
         for way, network in ways.items():
             row = Row("masked_gradient", f"{name}, {IMAGES} images", way, "tf32", None, False)

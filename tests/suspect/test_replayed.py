@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onp.suspect.network import MOST_GRAPHS, REPLAYED_FROM, FrozenNetwork
 from onp.suspect.trace import trace
@@ -82,6 +82,38 @@ def test_two_calls_before_their_backward_passes() -> None:
         close(logits, want)
         (got,) = torch.autograd.grad(logits.square().sum(), images)
         close(got, torch.autograd.grad(want.square().sum(), images)[0])
+
+
+def test_two_backward_passes_of_one_call() -> None:
+    net = frozen("resnet20-option-a")
+    images = torch.rand(3, 3, 32, 32).cuda().requires_grad_(True)
+    for _ in range(REPLAYED_FROM):
+        logits = net(images)
+    assert net._graphs
+    for pull in (torch.ones_like(logits), torch.randn_like(logits)):
+        want = net._run(images, None, None, None)
+        (got,) = torch.autograd.grad(logits, images, pull, retain_graph=True)
+        close(got, torch.autograd.grad(want, images, pull)[0])
+
+
+class Picking(nn.Module):
+    """Reads every other row and column."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.head = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.conv(x)[:, :, ::2, ::2].relu().mean((2, 3)))
+
+
+def test_places_are_picked_on_the_device() -> None:
+    model = Picking().eval()
+    net = FrozenNetwork(trace(model, (3, 8, 8)), model, "cuda")
+    for _ in range(REPLAYED_FROM + 1):
+        images = torch.rand(3, 3, 8, 8).cuda().requires_grad_(True)
+        close(net(images), net._run(images, None, None, None))
+    assert net._graphs
 
 
 def test_few_graphs_are_kept() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -75,6 +76,10 @@ class GpuMaskedForwardPlan:
         self.precision = precision
         self.max_bytes = MAX_BYTES
         self._kernels = triton_kernels()
+        self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+        """Shared by all graphs: they run one after the other, and what they give is copied."""
+        with self._current():
+            self._try_kernels()
         self._dtype = torch.bfloat16 if precision == "bf16" else torch.float32
         self._program = program
         self._stages = [self._stage(step) for step in program.steps]
@@ -90,19 +95,10 @@ class GpuMaskedForwardPlan:
             ResourceError: the device has no room for the fewest images.
         """
         self._validate(pruned, images)
-        gates = torch.zeros(len(pruned), self.sites + self._align)
-        gates = gates.to(self.device)
-        gates[:, : self.sites] = (~pruned).to(self.device)
-        images = images.detach().to(self.device)
-        logits = torch.empty(
-            len(pruned), len(images), self.num_classes, dtype=torch.float32, device=self.device
-        )
-        if logits.numel() == 0:
-            return logits
         while True:
             try:
-                self._run(gates, images, logits)
-                return logits
+                with self._current():
+                    return self._run(pruned, images.detach())
             except torch.OutOfMemoryError as error:
                 self._graphs.clear()
                 torch.cuda.empty_cache()
@@ -116,6 +112,10 @@ class GpuMaskedForwardPlan:
                     self.device, self.max_bytes >> 20,
                 )  # fmt: skip
 
+    def _current(self) -> AbstractContextManager[Any]:
+        """The plan's device as the current one: that is where Triton launches."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
     def _validate(self, pruned: Tensor, images: Tensor) -> None:
         if pruned.dtype != torch.bool or pruned.ndim != 2 or pruned.shape[1] != self.sites:
             raise ValueError(
@@ -128,13 +128,20 @@ class GpuMaskedForwardPlan:
                 f"got {images.dtype} {tuple(images.shape)}"
             )
 
-    def _run(self, gates: Tensor, images: Tensor, logits: Tensor) -> None:
+    def _run(self, pruned: Tensor, images: Tensor) -> Tensor:
         """Call by call, each of about as many images as the bound on memory allows."""
         align = self._align
+        gates = torch.zeros(len(pruned), self.sites + align, device=self.device)
+        gates[:, : self.sites] = (~pruned).to(self.device)
+        logits = torch.empty(
+            len(pruned), len(images), self.num_classes, dtype=torch.float32, device=self.device
+        )
+        if logits.numel() == 0:
+            return logits
+        if images.numel() * images.element_size() <= self.max_bytes // 8:
+            images = images.to(self.device)  # else part by part, again for other masks
         most = max(self.max_bytes // self.bytes_per_image // align * align, align)
-        per_mask = -(-len(images) // align) * align
-        if per_mask > most:
-            per_mask = most
+        per_mask = min(-(-len(images) // align) * align, most)
         together = max(most // per_mask, 1)
         together = -(-len(gates) // -(-len(gates) // together))  # as even as can be
         for first in range(0, len(gates), together):
@@ -143,10 +150,11 @@ class GpuMaskedForwardPlan:
             if count < together:  # one shape of calls: masks that nobody asked for
                 some_gates = F.pad(some_gates, (0, 0, 0, together - count))
             for start in range(0, len(images), per_mask):
-                part = images[start : start + per_mask]
+                part = images[start : start + per_mask].to(self.device)
                 whole = F.pad(part, (0,) * 7 + (per_mask - len(part),))
                 found = self._call(some_gates, whole)[:count, : len(part)]
                 logits[first : first + count, start : start + per_mask] = found
+        return logits
 
     def _call(self, gates: Tensor, images: Tensor) -> Tensor:
         """Logits [B, N, K]; calls of a shape that came often are replayed."""
@@ -155,7 +163,7 @@ class GpuMaskedForwardPlan:
         if isinstance(graph, int):
             graph += 1
             if self.device.type == "cuda" and graph >= REPLAYED_FROM:
-                graph = _Graph.of(self._forward, gates, images)
+                graph = _Graph.of(self._forward, gates, images, self._pool)
         self._graphs[key] = graph  # the latest last
         if len(self._graphs) > MOST_GRAPHS:
             self._graphs.popitem(last=False)
@@ -184,6 +192,20 @@ class GpuMaskedForwardPlan:
                     del values[buffer]
         logits = values[self._program.output]
         return logits.view(masks, count, -1)[..., : self.num_classes]
+
+    def _try_kernels(self) -> None:
+        """Raise NotBuiltError where Triton cannot compile for the device, or not at all."""
+        try:
+            x = torch.zeros(1, 1, 1, self._align, device=self.device)
+            nothing = (None, None, 0, None, None, None, 0, None, 0, 1)
+            self._kernels.launch_epilogue(x, self._kernels.Epilogue(*nothing, torch.empty_like(x)))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # a driver, a C compiler, or the GPU's kind is not there
+            raise NotBuiltError(
+                f"masked_forward: Triton cannot compile for {self.device}: "
+                f"{type(error).__name__}: {error}"[:300]
+            ) from error
 
     # ---- memory
 
@@ -262,8 +284,10 @@ class GpuMaskedForwardPlan:
                 per_mask=per_mask,
                 final=new(step.final),
                 tf32=self.precision == "tf32" and step.final != self._program.output,
+                plain_tf32=self.precision == "tf32" and step.plain in multiplied,
             )
 
+        multiplied = {one.input for one in self._program.steps if one.kind == CONVOLUTION}
         bias, scale, shift = map(prepared, (step.bias, step.scale, step.shift))
         result = self._operation(step, channels)
         if not isinstance(result, _Convolution):
@@ -278,7 +302,7 @@ class GpuMaskedForwardPlan:
             return lambda x: x
 
         def pool(x: Tensor) -> Tensor:
-            x = x.permute(0, 3, 1, 2)
+            x = (x.float() if step.final == self._program.output else x).permute(0, 3, 1, 2)
             if step.kind == MAX_POOL:
                 out = F.max_pool2d(x, step.kernel, step.stride, step.padding)
             else:
@@ -366,10 +390,12 @@ class _Graph:
     logits: Tensor
 
     @classmethod
-    def of(cls, call: Callable[[Tensor, Tensor], Tensor], gates: Tensor, images: Tensor) -> _Graph:
+    def of(
+        cls, call: Callable[[Tensor, Tensor], Tensor], gates: Tensor, images: Tensor, pool: Any
+    ) -> _Graph:
         gates, images = gates.clone(), images.clone()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream(gates.device)
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             logits = call(gates, images)
         return cls(graph, gates, images, logits)
 

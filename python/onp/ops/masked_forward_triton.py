@@ -41,10 +41,15 @@ class Tile:
     warps: int
     stages: int
 
+    def shared(self, line: int) -> int:
+        """Bytes of shared memory, of lines of that many bytes, barriers left out."""
+        return self.stages * (self.pixels + self.outputs) * line
+
 
 TILES = (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(256, 128, 8, 4))
 """Below 128 outputs; above; and above with sums of at least DEEP products."""
 DEEP = 2304
+HOPPER = 226 << 10
 EPILOGUE_BLOCK = 2048
 """Values of one program of an epilogue alone; twice as many spill registers."""
 COLUMNS = {16: 4, 32: 2, 64: 2}
@@ -76,7 +81,9 @@ class Epilogue:
     final: Tensor
     """and where the gated value is written, [I, H, W, C],"""
     tf32: bool = False
-    """rounded to TF32, which the matrix units would else cut it to."""
+    """rounded to TF32, which the matrix units would else cut it to;"""
+    plain_tf32: bool = False
+    """and whether ``plain`` is."""
 
 
 @triton.jit
@@ -92,7 +99,7 @@ def _activated(t, KIND: tl.constexpr):
 def _rounded(t):
     """fp32 to the nearest TF32, ties away from zero."""
     bits = t.to(tl.int32, bitcast=True)
-    return ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(t == t, ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True), t)  # NaN
 
 
 @triton.jit
@@ -125,6 +132,7 @@ def conv_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     TF32: tl.constexpr,
+    PLAIN_TF32: tl.constexpr,
     WIDEN: tl.constexpr,  # the interpreter multiplies fp32 alone
 ):
     """One program: a box of IMAGES x ROWS x COLS positions of the output, BLOCK_O of their
@@ -159,7 +167,8 @@ def conv_kernel(
         t += residual_desc.load([row, o0]).to(tl.float32)
     t = _activated(t, FIRST)
     if plain_desc is not None:
-        plain_desc.store([row, o0], t.to(plain_desc.dtype))
+        plain = _rounded(t) if PLAIN_TF32 else t
+        plain_desc.store([row, o0], plain.to(plain_desc.dtype))
     if scale is not None:
         t = t * tl.load(scale + o)[None, :] + tl.load(shift + o)[None, :]
     t = _activated(t, SECOND)
@@ -190,6 +199,7 @@ def epilogue_kernel(
     FIRST: tl.constexpr,
     SECOND: tl.constexpr,
     TF32: tl.constexpr,
+    PLAIN_TF32: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
@@ -207,7 +217,8 @@ def epilogue_kernel(
         t += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     t = _activated(t, FIRST)
     if plain is not None:
-        tl.store(plain + place, t.to(plain.dtype.element_ty), mask=inside)
+        written = _rounded(t) if PLAIN_TF32 else t
+        tl.store(plain + place, written.to(plain.dtype.element_ty), mask=inside)
     if scale is not None:
         factor = tl.load(scale + c, mask=in_channels, other=0.0)
         t = t * factor[None, :] + tl.load(shift + c, mask=in_channels, other=0.0)[None, :]
@@ -228,6 +239,15 @@ def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int] | None:
         return None
     rows = min(height, pixels // width)
     return pixels // (rows * width), rows, width
+
+
+def shared_memory(device: torch.device) -> int:
+    """Bytes that a program can have, some left for barriers: of the GPU; off one Hopper's."""
+    if device.type != "cuda":
+        return HOPPER
+    index = torch.cuda.current_device() if device.index is None else device.index
+    properties = triton.runtime.driver.active.utils.get_device_properties(index)
+    return int(properties["max_shared_mem"]) - 1024
 
 
 @dataclass(frozen=True)
@@ -289,9 +309,13 @@ def prepare(
             spread[column, :, :, first : first + channels] = taps
     spread = rounded_to_tf32(spread) if dtype == torch.float32 else spread.to(dtype)
     total = columns * outputs
-    tile = TILES[0] if total < 128 else TILES[1 + (kernel * length >= DEEP)]
-    box = box_of(tile.pixels, height, width // columns)
-    if box is None:
+    least = 0 if total < 128 else 1
+    most = 2 if least and kernel * length >= DEEP else least
+    room = shared_memory(weight.device)
+    tiles = (TILES[number] for number in range(most, -1, -1))
+    tile = next((tile for tile in tiles if tile.shared(block * dtype.itemsize) <= room), None)
+    box = None if tile is None else box_of(tile.pixels, height, width // columns)
+    if tile is None or box is None:
         return None
     return Convolution(
         spread.reshape(total, kernel * length), outputs, columns, stride, kernel, start,
@@ -302,7 +326,8 @@ def prepare(
 def rounded_to_tf32(values: Tensor) -> Tensor:
     """float32 to the nearest TF32: errors half as large as by cutting the lower 13 bits, which the
     matrix units do not read, and in both directions, so that layers do not add them up."""
-    return ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    rounded = ((values.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return torch.where(values.isnan(), values, rounded)
 
 
 def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
@@ -337,7 +362,8 @@ def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
         STEPS=conv.steps, START=conv.start, POSITION=conv.position, ROWS_K=conv.kernel,
         STRIDE=conv.stride, IMAGES=box[0], ROWS=box[1], COLS=box[2], BLOCK_C=block,
         BLOCK_O=tile.outputs, FIRST=epilogue.first, SECOND=epilogue.second, TF32=epilogue.tf32,
-        WIDEN=INTERPRETED, num_warps=tile.warps, num_stages=tile.stages,
+        PLAIN_TF32=epilogue.plain_tf32, WIDEN=INTERPRETED,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -354,7 +380,8 @@ def launch_epilogue(x: Tensor, epilogue: Epilogue) -> None:
         x, epilogue.residual, epilogue.plain, final, epilogue.bias, epilogue.scale, epilogue.shift,
         gates, 0 if gates is None else gates.stride(0), epilogue.site_start,
         epilogue.per_mask * x.shape[1] * x.shape[2], rows, x.shape[3], channels,
-        FIRST=epilogue.first, SECOND=epilogue.second, TF32=epilogue.tf32, BLOCK_R=block_r,
+        FIRST=epilogue.first, SECOND=epilogue.second, TF32=epilogue.tf32,
+        PLAIN_TF32=epilogue.plain_tf32, BLOCK_R=block_r,
         BLOCK_C=block_c, num_warps=4,
     )  # fmt: skip
 

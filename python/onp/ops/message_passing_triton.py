@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -129,9 +130,10 @@ def launch_sum(x: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor, out: 
     batch, nodes, features = x.shape
     if out.numel():
         tile = min(MOST_FEATURES, triton.next_power_of_2(features))
-        sum_kernel[
-            lambda meta: (batch * triton.cdiv(nodes, meta["ROWS"]), triton.cdiv(features, tile))
-        ](x, weight, indptr, indices, out, nodes, features, FEATURES=tile)
+        with torch.cuda.device_of(x):  # Triton launches on the current one
+            sum_kernel[
+                lambda meta: (batch * triton.cdiv(nodes, meta["ROWS"]), triton.cdiv(features, tile))
+            ](x, weight, indptr, indices, out, nodes, features, FEATURES=tile)
 
 
 def launch_weight_grad(
@@ -141,9 +143,10 @@ def launch_weight_grad(
     _check_device(x)
     batch, nodes, features = x.shape
     if weight_grad.numel():
-        weight_grad_kernel[(nodes,)](
-            grad, x, indptr, indices, weight_grad, batch, nodes * features, features
-        )
+        with torch.cuda.device_of(x):
+            weight_grad_kernel[(nodes,)](
+                grad, x, indptr, indices, weight_grad, batch, nodes * features, features
+            )
 
 
 def _check_device(x: Tensor) -> None:

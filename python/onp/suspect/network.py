@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from onp.errors import UnsupportedOperation
 from onp.ops import masked_gradient
 from onp.suspect.movement import in_order
-from onp.suspect.operations import Op, tensor_of
+from onp.suspect.operations import tensor_of
 from onp.suspect.replayed import Replayed
 from onp.suspect.trace import SiteLayer, Trace
 
@@ -81,11 +81,12 @@ class FrozenNetwork:
         *,
         native: bool = True,
     ) -> None:
-        """native: on the CPU, let the native engine compute what it can: its gradients cannot be
-        differentiated again."""
+        """native: let the native engine, or CUDA graphs, compute what they can: their gradients
+        cannot be differentiated again."""
         self.trace = trace
         self.device = torch.device(device)
         self._plan: masked_gradient.MaskedGradientPlan | None = None
+        self._native = native
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, Replayed] = {}
         if native and self.device.type == "cpu":
@@ -101,6 +102,7 @@ class FrozenNetwork:
         self._affines: dict[int, _Affine] = {}
         self._alias: dict[int, int] = {}  # folded norms: their value is their input's
         self._convs: dict[int, nn.Conv2d] = {}
+        self._picks: dict[int, list[_Pick]] = {}
         self._places: dict[int, Tensor] = {}  # where a shortcut's channels go
         self._constants: dict[int, Tensor] = {}  # the model's own tensors, [C] or [C, *space]
         with torch.no_grad():
@@ -129,6 +131,9 @@ class FrozenNetwork:
                     self._read_weights(index, model.get_submodule(op.module))
                 elif op.kind == "subsample_pad":
                     self._places[index] = torch.as_tensor(op.attrs["positions"]).to(self.device)
+                elif op.kind in ("pick", "attention"):
+                    names = ("positions",) if op.kind == "pick" else ("q", "k", "v")
+                    self._picks[index] = [_Pick.of(op.attrs[n], self.device) for n in names]
                 elif op.kind in ("parameter", "extend"):
                     tensor = tensor_of(model, op.attrs["name"]).detach().float().flatten()
                     place = op.attrs["index"].to(tensor.device)
@@ -239,9 +244,11 @@ class FrozenNetwork:
     ) -> tuple[Tensor, ...] | None:
         """``function(*inputs)`` from a CUDA graph, where gradients are wanted on a GPU of inputs of
         a shape that has come before; else None."""
+        if self.device.type != "cuda" or not self._native or not torch.is_grad_enabled():
+            return None
         given = [None if one is None else one.to(self.device) for one in inputs]
         wanted = [one is not None and one.requires_grad for one in given]
-        if self.device.type != "cuda" or not torch.is_grad_enabled() or not any(wanted):
+        if not any(wanted):
             return None
         shapes = [None if one is None else one.shape for one in given]
         key = (function.__name__, *zip(shapes, wanted, strict=True))
@@ -294,7 +301,7 @@ class FrozenNetwork:
         if kind == "concat":
             return torch.cat(inputs, 1)
         if kind == "attention":
-            return _attend(op, *inputs)
+            return _attend(op.attrs["scale"], *zip(inputs, self._picks[index], strict=True))
         if kind == "extend":
             parts = [self._constants[index].T.expand(len(x), -1, -1), x.transpose(1, 2)]
             return torch.cat(parts if attrs["front"] else parts[::-1], 1).transpose(1, 2)
@@ -313,10 +320,8 @@ class FrozenNetwork:
             out[:, self._places[index]] = x[:, :, ::s, ::s]
             return out
         if kind == "pick":
-            positions = attrs["positions"]
-            return _select(x.flatten(2), positions.flatten()).reshape(
-                *x.shape[:2], *positions.shape
-            )
+            (pick,) = self._picks[index]
+            return pick(x.flatten(2)).reshape(*x.shape[:2], *pick.shape)
         if kind == "flatten":
             return x.contiguous().flatten(1)
         return x  # output
@@ -334,25 +339,37 @@ def _like(values: Tensor, x: Tensor) -> Tensor:
     return values.view(1, *values.shape, *(1,) * (x.ndim - 1 - values.ndim))
 
 
-def _select(x: Tensor, index: Tensor) -> Tensor:
-    """x[:, :, index]; without a copy where the index only counts up."""
-    first = int(index[0])
-    if in_order(index - first):
-        return x[:, :, first : first + len(index)]
-    return x.index_select(2, index.to(x.device))
+@dataclass(frozen=True)
+class _Pick:
+    """Places of the last dimension, on the device that they are picked on."""
+
+    index: Tensor
+    shape: torch.Size
+    """Of the places, flattened or not."""
+    first: int | None
+    """Where the places only count up: nothing need be copied."""
+
+    @classmethod
+    def of(cls, places: Tensor, device: torch.device) -> _Pick:
+        index = places.flatten()
+        first = int(index[0])
+        return cls(index.to(device), places.shape, first if in_order(index - first) else None)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [N, C, T] to [N, C, places]."""
+        if self.first is not None:
+            return x[:, :, self.first : self.first + len(self.index)]
+        return x.index_select(2, self.index)
 
 
-def _attend(op: Op, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Softmax attention: values [N, C, *space] in, [N, heads * D, T] out."""
+def _attend(scale: float, *read: tuple[Tensor, _Pick]) -> Tensor:
+    """Softmax attention: queries, keys and values [N, C, *space], each with the channels of its
+    heads [heads, D], to [N, heads * D, T]."""
 
-    def heads(x: Tensor, channels: Tensor) -> Tensor:  # [N, heads, T, D]
-        part = _select(x.flatten(2).transpose(1, 2), channels.flatten())
+    def heads(x: Tensor, channels: _Pick) -> Tensor:  # [N, heads, T, D]
+        part = channels(x.flatten(2).transpose(1, 2))
         return part.unflatten(2, channels.shape).transpose(1, 2)
 
-    out = F.scaled_dot_product_attention(
-        heads(q, op.attrs["q"]),
-        heads(k, op.attrs["k"]),
-        heads(v, op.attrs["v"]),
-        scale=op.attrs["scale"],
-    )
+    q, k, v = (heads(x, channels) for x, channels in read)
+    out = F.scaled_dot_product_attention(q, k, v, scale=scale)
     return out.transpose(1, 2).flatten(2).transpose(1, 2)

@@ -31,13 +31,12 @@ class Replayed:
         ]
         sources = [one for one in self.inputs if one is not None and one.requires_grad]
         device = next(one.device for one in inputs if one is not None)
-        pool = torch.cuda.graph_pool_handle()
+        pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
 
         def backward(outputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             return torch.autograd.grad(outputs, sources, self.output_grads)
 
         with torch.cuda.device(device), torch.enable_grad():
-            stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(WARMUPS):
@@ -47,13 +46,13 @@ class Replayed:
                 del outputs
             torch.cuda.current_stream().wait_stream(stream)
             self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward_graph, pool=pool):
+            with torch.cuda.graph(self.forward_graph, pool=pool, stream=stream):
                 self.outputs = function(*self.inputs)
-            with torch.cuda.graph(self.backward_graph, pool=pool):
+            with torch.cuda.graph(self.backward_graph, pool=pool, stream=stream):
                 self.grads = backward(self.outputs)
         self.outputs = tuple(one.detach() for one in self.outputs)
         self.runs = 0
-        """Forward passes so far: the activations are the last one's."""
+        """Passes so far: the activations are the last one's, and a backward pass uses them up."""
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         """What the function gives; the outputs are the caller's own."""
@@ -82,12 +81,12 @@ class _Call(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor) -> tuple[Tensor | None, ...]:
         replayed: Replayed = ctx.replayed
-        if replayed.runs != ctx.run:  # another call has run since: its activations lie there now
+        if replayed.runs != ctx.run:  # another pass has run since
             replayed.forward(ctx.saved_tensors)
-            ctx.run = replayed.runs
         for own, given in zip(replayed.output_grads, output_grads, strict=True):
             own.copy_(given)
         replayed.backward_graph.replay()
+        replayed.runs += 1
         grads = iter(replayed.grads)
         return None, *(
             next(grads).clone() if one is not None and one.requires_grad else None
