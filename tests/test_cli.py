@@ -92,7 +92,8 @@ def _workplace(
             scores |= {"triggered_images": 8, "target": target}
         return scores
 
-    def run(seed: int, progress: Any) -> dict[str, Any]:
+    def run(seed: int, device: torch.device, progress: Any) -> dict[str, Any]:
+        assert device == torch.device("cpu")
         progress("demo", 1, 1, f"seed {seed}")
         scores = {"clean_accuracy": 0.5, "images": 9}
         return {"report": REPORT, "before": scores, "after": scores}
@@ -374,6 +375,24 @@ def test_evaluate_usage(
     options: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([*EVALUATE, *options]) == 4
+    assert message in _error(capsys)
+
+
+@pytest.mark.parametrize("command", [["demo"], EVALUATE], ids=lambda part: part[0])
+@pytest.mark.parametrize(
+    ("device", "message"),
+    [
+        ("cuda", "torch sees no CUDA device here"),
+        ("cuda:1", "torch sees no CUDA device here"),
+        ("toaster", "unknown device 'toaster'"),
+    ],
+)
+def test_a_device_that_is_not_there(
+    command: list[str], device: str, message: str,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert main([*command, "--device", device]) == 4
     assert message in _error(capsys)
 
 
