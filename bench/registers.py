@@ -25,6 +25,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from bench.kernels.convolution_gpu import SHAPES
 from onp.files import write_json
 from onp.ops import masked_forward_triton, message_passing_triton
 
@@ -34,15 +35,7 @@ TARGET = GPUTarget("cuda", 90, 32)
 REGISTERS, SHARED = 65536, 227 << 10
 """Of a multiprocessor."""
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-LAYERS = {
-    "64 to 64, 32x32": (64, 64, 32, 1, 3),
-    "64 to 128, 16x16, stride 2": (64, 128, 16, 2, 3),
-    "128 to 128, 16x16": (128, 128, 16, 1, 3),
-    "256 to 256, 8x8": (256, 256, 8, 1, 3),
-    "512 to 512, 4x4": (512, 512, 4, 1, 3),
-    "16 to 64, 32x32 (images)": (16, 64, 32, 1, 3),
-    "64 to 128, 16x16, stride 2, 1x1": (64, 128, 16, 2, 1),
-}
+LAYERS = SHAPES | {"16 to 64, 32x32 (images)": (16, 64, 32, 1, 3)}
 
 
 @dataclass(frozen=True)

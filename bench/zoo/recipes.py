@@ -189,7 +189,7 @@ GPU = [
         )
     ),
 ]  # fmt: skip
-"""Four networks of full width, in about a minute on a GPU: trained by ``bench.gpu`` on the spot."""
+"""Four networks of full width, trained by ``bench.gpu`` on the spot."""
 
 
 def _full() -> list[Recipe]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from onp import _C, masks
 from onp.errors import ResourceError
 from onp.ops._masked_forward_lowering import Lowering
+from onp.ops._validate import check_images
 
 if TYPE_CHECKING:
     from onp.suspect.trace import Trace
@@ -117,11 +118,7 @@ class MaskedForwardPlan:
                 f"masked_forward: packed must be int64 [B, {words}], "
                 f"got {packed.dtype} {tuple(packed.shape)}"
             )
-        if images.dtype != torch.float32 or images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"masked_forward: images must be float32 [N, {self.image_shape}], "
-                f"got {images.dtype} {tuple(images.shape)}"
-            )
+        check_images("masked_forward", images, self.image_shape)
         for name, tensor in (("packed", packed), ("images", images)):
             if tensor.device.type != "cpu":
                 raise ValueError(f"masked_forward: {name} must be on the CPU, got {tensor.device}")

@@ -29,6 +29,7 @@ from onp.ops._masked_forward_lowering import (
     Program,
     Step,
 )
+from onp.ops._validate import check_images
 
 if TYPE_CHECKING:
     from onp.suspect.trace import Trace
@@ -122,11 +123,7 @@ class GpuMaskedForwardPlan:
                 f"masked_forward: masks must be bool [B, {self.sites}], "
                 f"got {pruned.dtype} {tuple(pruned.shape)}"
             )
-        if images.dtype != torch.float32 or images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"masked_forward: images must be float32 [N, {self.image_shape}], "
-                f"got {images.dtype} {tuple(images.shape)}"
-            )
+        check_images("masked_forward", images, self.image_shape)
 
     def _run(self, pruned: Tensor, images: Tensor) -> Tensor:
         """Call by call, each of about as many images as the bound on memory allows."""
@@ -415,7 +412,7 @@ def lower(
 
     Raises:
         UnsupportedOperation: the plan lacks an operation of the network; the message names it.
-        NotBuiltError: Triton is not installed.
+        NotBuiltError: Triton is not installed, or cannot compile for the device.
     """
     program = Lowering(trace, model).run()
     return GpuMaskedForwardPlan(

@@ -50,6 +50,7 @@ TILES = (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(256, 128, 8, 4))
 """Below 128 outputs; above; and above with sums of at least DEEP products."""
 DEEP = 2304
 HOPPER = 226 << 10
+"""Bytes of shared memory of a program on an H100 or H200, some left for barriers."""
 EPILOGUE_BLOCK = 2048
 """Values of one program of an epilogue alone; twice as many spill registers."""
 COLUMNS = {16: 4, 32: 2, 64: 2}

@@ -18,6 +18,7 @@ from torch.autograd.function import once_differentiable
 from onp import _C
 from onp.errors import UnsupportedOperation
 from onp.ops._masked_forward_lowering import Lowering, Program
+from onp.ops._validate import check_images
 from onp.ops.masked_forward import instruction_sets
 
 if TYPE_CHECKING:
@@ -173,11 +174,7 @@ class MaskedGradientPlan:
         return _Pass.of(images, gates, options, keep=False).forward()
 
     def _validate(self, images: Tensor, gates: Tensor | None) -> None:
-        if images.dtype != torch.float32 or images.shape[1:] != self.image_shape:
-            raise ValueError(
-                f"masked_gradient: images must be float32 [N, {self.image_shape}], "
-                f"got {images.dtype} {tuple(images.shape)}"
-            )
+        check_images("masked_gradient", images, self.image_shape)
         if images.device.type != "cpu":
             raise ValueError(f"masked_gradient: images must be on the CPU, got {images.device}")
         if gates is None:

@@ -246,10 +246,10 @@ class FrozenNetwork:
         a shape that has come before; else None."""
         if self.device.type != "cuda" or not self._native or not torch.is_grad_enabled():
             return None
-        given = [None if one is None else one.to(self.device) for one in inputs]
-        wanted = [one is not None and one.requires_grad for one in given]
+        wanted = [one is not None and one.requires_grad for one in inputs]
         if not any(wanted):
             return None
+        given = [None if one is None else one.to(self.device) for one in inputs]
         shapes = [None if one is None else one.shape for one in given]
         key = (function.__name__, *zip(shapes, wanted, strict=True))
         self._calls[key] = self._calls.get(key, 0) + 1
