@@ -18,7 +18,7 @@ from onp.suspect.architectures import (
 )
 from onp.suspect.trace import Trace
 
-NATIVE: dict[str, Callable[[], nn.Module]] = {
+CONVOLUTIONAL: dict[str, Callable[[], nn.Module]] = {
     "preactresnet18": lambda: preactresnet.of_width(8, 10),
     "resnet18": lambda: resnet.of_width(8, 10),
     "resnet20": lambda: resnet.of_width(8, 7, (3, 3, 3)),
@@ -29,10 +29,10 @@ NATIVE: dict[str, Callable[[], nn.Module]] = {
     "vgg16_bn": lambda: vgg.of_width(8, 10, 16),
     "mobilenetv2": lambda: mobilenetv2.of_width(0.25, 10),
 }
-"""Those that the native engine runs."""
+"""Those whose gradients are native too, and that the GPU's plan runs."""
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
-    **NATIVE,
+    **CONVOLUTIONAL,
     "densenet": lambda: densenet.of_width(4, 10, (2, 3, 1)),
     "vit": lambda: vit.of_width(16, 10, 2),
     "vit-mean": lambda: vit.of_width(12, 7, 3, patch=8, class_token=False),

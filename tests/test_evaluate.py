@@ -12,7 +12,7 @@ from onp.errors import UnsupportedOperation, UsageError
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.suspect.trace import trace
-from tests.networks import BUILDERS, NATIVE, hooked_logits, network
+from tests.networks import BUILDERS, hooked_logits, network
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -24,7 +24,7 @@ def test_every_backend_agrees_with_hooks(name: str) -> None:
     images = torch.rand(7, 3, 32, 32, generator=random)
     expected = torch.stack([hooked_logits(model, traced, mask, images) for mask in masks])
     ledger = Ledger()
-    backends = ("native", "torch") if name in NATIVE else ("torch",)
+    backends = ("native", "torch")
     for backend in backends:
         evaluator = MaskEvaluator(traced, model, backend=backend, ledger=ledger, batch=3)  # type: ignore[arg-type]
         assert evaluator.backend == backend
@@ -42,21 +42,6 @@ class _Big(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.linear(self.conv(x).relu().mean((2, 3)))  # type: ignore[no-any-return]
-
-
-@pytest.mark.parametrize(
-    ("name", "lacks"),
-    [("densenet", "concat"), ("vit", "pick"), ("vit-mean", "pick"), ("convnext", "layernorm")],
-)
-def test_networks_beyond_the_engine_go_to_torch(
-    name: str, lacks: str, caplog: pytest.LogCaptureFixture
-) -> None:
-    model = network(name)
-    traced = trace(model, (3, 32, 32))
-    with caplog.at_level(logging.WARNING, "onp"):
-        assert MaskEvaluator(traced, model).backend == "torch"
-    assert len(caplog.records) == 1
-    assert f"an operation that the engine has, got {lacks}" in caplog.text
 
 
 def test_what_the_engine_lacks_goes_to_torch_with_one_line(

@@ -129,18 +129,23 @@ const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const f
 
 std::unique_ptr<onp::MaskedForwardPlan> masked_forward_plan(
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
-    const std::vector<onp::StepSpec>& steps, std::int64_t output, std::int64_t sites) {
+    const std::vector<onp::StepSpec>& steps,
+    const std::vector<std::pair<std::int64_t, std::uintptr_t>>& constants, std::int64_t output,
+    std::int64_t sites) {
   std::vector<onp::BufferShape> shapes;
   for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
-  return std::make_unique<onp::MaskedForwardPlan>(std::move(shapes), steps, output, sites);
+  std::vector<onp::ConstantSpec> fixed;
+  for (const auto& [buffer, values] : constants) fixed.push_back({buffer, floats_at(values)});
+  return std::make_unique<onp::MaskedForwardPlan>(shapes, steps, fixed, output, sites);
 }
 
 onp::StepSpec masked_forward_step(int kind, std::int64_t input, Pair kernel, Pair stride,
                                   Pair padding, std::int64_t groups, bool count_include_pad,
-                                  std::uintptr_t weight, std::uintptr_t bias,
-                                  std::int64_t residual, int first, std::int64_t plain,
-                                  std::uintptr_t scale, std::uintptr_t shift, int second,
-                                  std::int64_t site_start, std::int64_t final) {
+                                  std::vector<std::int64_t> others, std::vector<std::int64_t> index,
+                                  std::int64_t heads, float value, std::uintptr_t weight,
+                                  std::uintptr_t bias, std::int64_t residual, int first,
+                                  std::int64_t plain, std::uintptr_t scale, std::uintptr_t shift,
+                                  int second, std::int64_t site_start, std::int64_t final) {
   onp::StepSpec step;
   step.kind = static_cast<onp::StepKind>(kind);
   step.input = input;
@@ -149,6 +154,10 @@ onp::StepSpec masked_forward_step(int kind, std::int64_t input, Pair kernel, Pai
   std::tie(step.pad_height, step.pad_width) = padding;
   step.groups = groups;
   step.count_include_pad = count_include_pad;
+  step.others = std::move(others);
+  step.index = std::move(index);
+  step.heads = heads;
+  step.value = value;
   step.weight = floats_at(weight);
   step.bias = floats_at(bias);
   step.residual = residual;
@@ -252,12 +261,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   py::class_<onp::StepSpec>(m, "MaskedForwardStep")
       .def(py::init(&masked_forward_step), py::kw_only(), py::arg("kind"), py::arg("input"),
            py::arg("kernel"), py::arg("stride"), py::arg("padding"), py::arg("groups"),
-           py::arg("count_include_pad"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
+           py::arg("count_include_pad"), py::arg("others"), py::arg("index"), py::arg("heads"),
+           py::arg("value"), py::arg("weight"), py::arg("bias"), py::arg("residual"),
            py::arg("first"), py::arg("plain"), py::arg("scale"), py::arg("shift"),
            py::arg("second"), py::arg("site_start"), py::arg("final"));
   py::class_<onp::MaskedForwardPlan>(m, "MaskedForwardPlan")
-      .def(py::init(&masked_forward_plan), py::arg("buffers"), py::arg("steps"), py::arg("output"),
-           py::arg("sites"))
+      .def(py::init(&masked_forward_plan), py::arg("buffers"), py::arg("steps"),
+           py::arg("constants"), py::arg("output"), py::arg("sites"))
       .def("least_bytes", &onp::MaskedForwardPlan::least_bytes, py::arg("share"))
       .def("run", &masked_forward_run, py::kw_only(), py::arg("images"), py::arg("count"),
            py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("logits"),

@@ -1,6 +1,7 @@
 #include "core/masked_forward.h"
 
 #include <algorithm>
+#include <set>
 
 #include "core/check.h"
 #include "core/masked_forward_program.h"
@@ -25,13 +26,11 @@ struct MaskedForwardPlan::Program : Network {
 void MaskedForwardPlan::Program::lay_out() {
   std::vector<std::size_t> last_use(buffers.size(), 0);
   for (std::size_t s = 0; s < steps.size(); ++s) {
-    for (const std::int64_t id : {steps[s].spec.input, steps[s].spec.residual}) {
-      if (id >= 0) last_use[id] = s;
-    }
+    for (const std::int64_t id : steps[s].reads) last_use[id] = s;
   }
   last_use[0] = last_use[output] = steps.size();  // read again by the next mask, and as logits
-  for (const Buffer& buffer : buffers) {
-    kept.slot_of_buffer.push_back(kept.slots.claim(buffer));
+  for (std::size_t id = 0; id < buffers.size(); ++id) {
+    kept.slot_of_buffer.push_back(constants[id] ? 0 : kept.slots.claim(buffers[id]));
   }
   reused.slot_of_buffer.resize(buffers.size());
   const auto claim = [&](std::int64_t id) {
@@ -43,21 +42,22 @@ void MaskedForwardPlan::Program::lay_out() {
     for (const std::int64_t id : {spec.plain, spec.final}) {
       if (id >= 0) claim(id);
     }
-    const auto release = [&](std::int64_t id) {
+    std::set<std::int64_t> over;  // a step may read a buffer twice
+    for (const std::int64_t id : steps[s].reads) {
+      if (last_use[id] == s) over.insert(id);
+    }
+    for (const std::int64_t id : over) {
       reused.slots.release(buffers[id], reused.slot_of_buffer[id]);
-    };
-    if (last_use[spec.input] == s) release(spec.input);
-    if (spec.residual >= 0 && spec.residual != spec.input && last_use[spec.residual] == s) {
-      release(spec.residual);
     }
   }
 }
 
-MaskedForwardPlan::MaskedForwardPlan(std::vector<BufferShape> shapes,
-                                     const std::vector<StepSpec>& specs, std::int64_t output,
-                                     std::int64_t sites) {
+MaskedForwardPlan::MaskedForwardPlan(const std::vector<BufferShape>& shapes,
+                                     const std::vector<StepSpec>& specs,
+                                     const std::vector<ConstantSpec>& constants,
+                                     std::int64_t output, std::int64_t sites) {
   auto program = std::make_unique<Program>();
-  static_cast<Network&>(*program) = plan_network(shapes, specs, output, sites);
+  static_cast<Network&>(*program) = plan_network(shapes, specs, constants, output, sites);
   for (Step& step : program->steps) {
     if (step.spec.site_start < 0) continue;
     step.keep_begin = program->keep_words;
@@ -74,19 +74,39 @@ namespace {
 // One thread's memory: the buffers of one block of images and the mask they were computed under.
 class Worker {
  public:
-  Worker(const std::vector<Buffer>& buffers, const Layout& layout, std::int64_t block,
-         std::int64_t keep_words, std::int64_t scratch_floats)
+  Worker(const Network& network, const Layout& layout, std::int64_t block, std::int64_t keep_words)
       // The last vector of a buffer may reach past its end.
-      : floats_(layout.slots.floats_per_image * block + kChannelBlock),
-        scratch_(scratch_floats),
+      : network_(network),
+        floats_(layout.slots.floats_per_image * block + kChannelBlock),
+        scratch_(network.scratch_floats),
         keep_(static_cast<std::size_t>(keep_words)),
-        stale_(buffers.size()) {
+        stale_(network.buffers.size()) {
     for (const std::size_t slot : layout.slot_of_buffer) {
       data_.push_back(floats_.data() + layout.slots.begin[slot] * block);
     }
+    std::size_t most = 0;
+    for (const Step& step : network.steps) most = std::max(most, step.spec.others.size());
+    others_.resize(most);
   }
 
   float* data(std::size_t buffer) const { return data_[buffer]; }
+
+  // Absent for -1; a constant is the same for every image.
+  Operand operand(std::int64_t buffer) const {
+    if (buffer < 0) return {nullptr, nullptr, 0};
+    const auto id = static_cast<std::size_t>(buffer);
+    const Floats& constant = network_.constants[id];
+    if (!constant) return network_.buffers[id].at(data_[id]);
+    return {constant.data(), network_.buffers[id].interior.data(), 0};
+  }
+
+  const Operand* others(const Step& step) {
+    for (std::size_t i = 0; i < step.spec.others.size(); ++i) {
+      others_[i] = operand(step.spec.others[i]);
+    }
+    return others_.data();
+  }
+
   float* scratch() const { return scratch_.data(); }
 
   // Sets the keep words of `step` under a mask; says whether they changed.
@@ -112,29 +132,27 @@ class Worker {
   std::vector<char>& stale() { return stale_; }
 
  private:
+  const Network& network_;
   Floats floats_, scratch_;
   std::vector<float*> data_;
+  std::vector<Operand> others_;
   std::vector<std::uint32_t> keep_;
   std::vector<char> stale_;
 };
 
-void run_step(const Step& step, const std::vector<Buffer>& buffers, const Worker& worker,
-              std::int64_t images, const Kernels& kernels) {
+void run_step(const Step& step, const Buffer& from, Worker& worker, std::int64_t images,
+              const Kernels& kernels) {
   const StepSpec& spec = step.spec;
-  const auto operand = [&](std::int64_t id) -> Operand {
-    if (id < 0) return {nullptr, nullptr, 0};
-    return buffers[id].at(worker.data(static_cast<std::size_t>(id)));
-  };
-  StepArgs args = step.args(buffers[spec.input],
-                            worker.data(static_cast<std::size_t>(spec.input)), images);
-  args.residual = operand(spec.residual);
+  StepArgs args = step.args(from, worker.data(static_cast<std::size_t>(spec.input)), images);
+  args.others = worker.others(step);
+  args.residual = worker.operand(spec.residual);
   args.first = spec.first;
-  args.plain = operand(spec.plain);
+  args.plain = worker.operand(spec.plain);
   args.scale = step.scale.data();
   args.shift = step.shift.data();
   args.second = spec.second;
   args.keep = spec.site_start >= 0 ? worker.keep(step) : nullptr;
-  args.final = operand(spec.final);
+  args.final = worker.operand(spec.final);
   args.scratch = worker.scratch();
   (kernels.*step.kernel)(args);
 }
@@ -181,8 +199,7 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
   parallel_for(blocks * chunks, run.threads, [&](std::int64_t task, int thread) {
     std::unique_ptr<Worker>& slot = workers[static_cast<std::size_t>(thread)];
     if (!slot) {
-      slot = std::make_unique<Worker>(program.buffers, layout, block, program.keep_words,
-                                      program.scratch_floats);
+      slot = std::make_unique<Worker>(program, layout, block, program.keep_words);
     }
     Worker& worker = *slot;
     const std::int64_t first = task / chunks * block;
@@ -200,8 +217,11 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
       for (const Step& step : program.steps) {
         const StepSpec& spec = step.spec;
         const bool pruned = spec.site_start >= 0 && worker.set_keep(step, run.masks, mask);
-        const bool moved = stale[spec.input] || (spec.residual >= 0 && stale[spec.residual]);
-        if (moved || pruned) run_step(step, program.buffers, worker, images, kernels);
+        const bool moved = std::any_of(step.reads.begin(), step.reads.end(),
+                                       [&](std::int64_t id) { return stale[id] != 0; });
+        if (moved || pruned) {
+          run_step(step, program.buffers[spec.input], worker, images, kernels);
+        }
         if (spec.plain >= 0) stale[spec.plain] = moved;
         if (spec.final >= 0) stale[spec.final] = moved || pruned;
       }

@@ -14,7 +14,15 @@
 
 namespace onp {
 
-enum class StepKind : int { convolution = 0, max_pool = 1, average_pool = 2 };
+enum class StepKind : int {
+  convolution = 0,
+  max_pool = 1,
+  average_pool = 2,
+  pick = 3,           // pixel i is the input's pixel index[i]; zeros where that is -1
+  concatenation = 4,  // the channels of `input` and of the `others`, one behind the other
+  layer_norm = 5,     // each pixel's channels at mean 0 and variance 1; `value` is the epsilon
+  attention = 6,      // softmax(value * queries keys^T) values between pixels, per head
+};
 
 // The shape of one value of one image. Buffer 0 holds the images.
 struct BufferShape {
@@ -36,6 +44,11 @@ struct StepSpec {
   std::int64_t pad_height = 0, pad_width = 0;
   std::int64_t groups = 1;
   bool count_include_pad = true;
+  std::vector<std::int64_t> others;  // buffers; attention: keys and values, `input` has the queries
+  std::vector<std::int64_t> index;   // pick: pixels; attention: [3, heads, D], the channels that
+                                     // each head reads of queries, keys and values
+  std::int64_t heads = 0;            // output channel h * D + d comes from head h
+  float value = 0;
   const float* weight = nullptr;  // [out channels, in channels / groups, kernel height, width]
   const float* bias = nullptr;    // [out channels]
   std::int64_t residual = -1;     // buffer, -1: none
@@ -46,6 +59,12 @@ struct StepSpec {
   Activation second = Activation::none;
   std::int64_t site_start = -1;  // site of output channel 0, -1: not masked
   std::int64_t final = -1;       // buffer, -1: none
+};
+
+// A buffer that no step writes: the same values for every image, read as residuals alone.
+struct ConstantSpec {
+  std::int64_t buffer;
+  const float* values;  // [C, H, W], read while the plan is built
 };
 
 struct MaskedForwardRun {
@@ -66,8 +85,9 @@ std::vector<std::string> instruction_sets();
 class MaskedForwardPlan {
  public:
   // Throws onp::Error for a program that does not fit together.
-  MaskedForwardPlan(std::vector<BufferShape> buffers, const std::vector<StepSpec>& steps,
-                    std::int64_t output, std::int64_t sites);
+  MaskedForwardPlan(const std::vector<BufferShape>& buffers, const std::vector<StepSpec>& steps,
+                    const std::vector<ConstantSpec>& constants, std::int64_t output,
+                    std::int64_t sites);
   ~MaskedForwardPlan();
 
   // Logits are the same to the last bit for every choice of share, threads and max_bytes.

@@ -21,7 +21,20 @@ constexpr std::int64_t winograd_scratch(int size, std::int64_t inputs, std::int6
          (winograd_tiles(size) * (inputs + outputs) + 2 * kChannelBlock);
 }
 
-enum class Activation : int { none = 0, relu = 1, relu6 = 2 };
+// Attention: queries that are taken together at most, and floats of scratch for `keys` pixels and
+// heads of `size` channels: a head's keys and values, some queries with their weights and sums, the
+// outputs of all heads.
+constexpr int kMostQueries = 16;
+constexpr std::int64_t attention_scratch(std::int64_t queries, std::int64_t keys, std::int64_t size,
+                                         std::int64_t outputs) {
+  const auto whole = [](std::int64_t value) {
+    return (value + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+  };
+  return size * whole(keys) + keys * whole(size) + kMostQueries * (whole(keys) + 2 * whole(size)) +
+         queries * whole(outputs);
+}
+
+enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, gelu_tanh = 4, silu = 5 };
 
 // A buffer as one step sees it: pixel i of image n begins at
 // data + n * image_stride + offset[i]; its channels are contiguous. Absent if data is null.
@@ -67,9 +80,22 @@ struct StepArgs {
   std::int64_t row_stride;
   std::int64_t column_stride;
 
-  // Winograd: output pixels of a row, and winograd_scratch floats.
+  // Winograd: output pixels of a row.
   std::int64_t width;
+
+  // Winograd, concatenation, attention.
   float* scratch;
+
+  // Concatenation: the inputs behind the first, and the channels of each, the first's too.
+  // Attention: keys and values, `keys` pixels each, and the channels that each head reads of
+  // queries, keys and values, [3][heads][channels / heads].
+  const Operand* others;
+  std::int64_t other_count;
+  const std::int32_t* index;
+  std::int64_t heads;
+  std::int64_t keys;
+
+  float value;  // layer norm: epsilon; attention: factor of the scores
 
   const float* bias;  // null: none
   Operand residual;
@@ -90,6 +116,9 @@ struct Kernels {
   void (*depthwise)(const StepArgs&);
   void (*max_pool)(const StepArgs&);
   void (*average_pool)(const StepArgs&);
+  void (*concatenation)(const StepArgs&);
+  void (*layer_norm)(const StepArgs&);
+  void (*attention)(const StepArgs&);
 };
 
 extern const Kernels kGenericKernels;

@@ -2,7 +2,7 @@
 // the 16 registers with sums.
 #include <immintrin.h>
 
-#include "core/masked_forward_tile.h"
+#include "core/masked_forward_tokens.h"
 #include "core/masked_gradient_tile.h"
 
 namespace onp {
@@ -19,7 +19,7 @@ struct Simd {
 
 }  // namespace
 
-const Kernels kAvx2Kernels = Tile<Simd>::table("avx2");
+const Kernels kAvx2Kernels = kernel_table<Simd>("avx2");
 const GradientKernels kAvx2GradientKernels = GradientTile<Simd>::table("avx2");
 
 }  // namespace onp

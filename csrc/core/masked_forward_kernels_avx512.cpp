@@ -2,7 +2,7 @@
 // 32 registers with sums.
 #include <immintrin.h>
 
-#include "core/masked_forward_tile.h"
+#include "core/masked_forward_tokens.h"
 #include "core/masked_gradient_tile.h"
 
 namespace onp {
@@ -19,7 +19,7 @@ struct Simd {
 
 }  // namespace
 
-const Kernels kAvx512Kernels = Tile<Simd>::table("avx512");
+const Kernels kAvx512Kernels = kernel_table<Simd>("avx512");
 const GradientKernels kAvx512GradientKernels = GradientTile<Simd>::table("avx512");
 
 }  // namespace onp

@@ -1,6 +1,6 @@
 // Masked forward and gradient kernels for any processor: vectors of four floats, no fused
 // multiply-add.
-#include "core/masked_forward_tile.h"
+#include "core/masked_forward_tokens.h"
 #include "core/masked_gradient_tile.h"
 
 namespace onp {
@@ -17,7 +17,7 @@ struct Simd {
 
 }  // namespace
 
-const Kernels kGenericKernels = Tile<Simd>::table("generic");
+const Kernels kGenericKernels = kernel_table<Simd>("generic");
 const GradientKernels kGenericGradientKernels = GradientTile<Simd>::table("generic");
 
 }  // namespace onp

@@ -19,14 +19,17 @@ Floats padded(const float* values, std::int64_t channels) {
   return copy;
 }
 
-std::int64_t output_size(std::int64_t size, std::int64_t kernel, std::int64_t stride,
-                         std::int64_t pad) {
-  return (size + 2 * pad - kernel) / stride + 1;
-}
-
 // Offsets of the window of each output pixel. A pool's windows are cut to the image.
 void place_windows(Step& step, const Buffer& from, const BufferShape& to) {
   const StepSpec& spec = step.spec;
+  if (spec.kind == StepKind::pick) {  // a pool of windows of one pixel; the halo is zero
+    for (const std::int64_t pixel : spec.index) {
+      step.input_offset.push_back(pixel < 0 ? static_cast<std::int32_t>(from.offset(-1, -1))
+                                            : from.interior[static_cast<std::size_t>(pixel)]);
+      step.windows.push_back({1, 1, 1.0f});
+    }
+    return;
+  }
   for (std::int64_t y = 0; y < to.height; ++y) {
     for (std::int64_t x = 0; x < to.width; ++x) {
       const std::int64_t top = y * spec.stride_height - spec.pad_height;
@@ -179,6 +182,30 @@ bool is_depthwise(const StepSpec& spec, const BufferShape& from, const BufferSha
   return spec.groups > 1 && spec.groups == from.channels && spec.groups == to.channels;
 }
 
+// Of everything but convolutions.
+auto kernel_of(StepKind kind) -> void (*Kernels::*)(const StepArgs&) {
+  switch (kind) {
+    case StepKind::average_pool:
+      return &Kernels::average_pool;
+    case StepKind::concatenation:
+      return &Kernels::concatenation;
+    case StepKind::layer_norm:
+      return &Kernels::layer_norm;
+    case StepKind::attention:
+      return &Kernels::attention;
+    default:
+      return &Kernels::max_pool;
+  }
+}
+
+// Everything that a step reads: its constants too.
+std::vector<std::int64_t> all_reads(const StepSpec& spec) {
+  std::vector<std::int64_t> reads = {spec.input};
+  reads.insert(reads.end(), spec.others.begin(), spec.others.end());
+  if (spec.residual >= 0) reads.push_back(spec.residual);
+  return reads;
+}
+
 }  // namespace
 
 void Buffer::place_pixels() {
@@ -193,59 +220,10 @@ void Buffer::place_pixels() {
   }
 }
 
-void check_step(const StepSpec& spec, const std::vector<BufferShape>& buffers) {
-  const auto count = static_cast<std::int64_t>(buffers.size());
-  const auto is_buffer = [&](std::int64_t id) { return id >= 0 && id < count; };
-  ONP_CHECK(is_buffer(spec.input), "masked_forward: input must be a buffer, got ", spec.input);
-  ONP_CHECK(spec.final > 0 || spec.plain > 0,
-            "masked_forward: a step must write a buffer other than the images, got plain ",
-            spec.plain, " and final ", spec.final);
-  const std::int64_t out = spec.final > 0 ? spec.final : spec.plain;
-  ONP_CHECK(is_buffer(out), "masked_forward: final must be a buffer, got ", out);
-  const BufferShape from = buffers[spec.input], to = buffers[out];
-  for (const std::int64_t id : {spec.residual, spec.plain}) {
-    if (id < 0) continue;
-    ONP_CHECK(is_buffer(id), "masked_forward: plain and residual must be buffers, got ", id);
-    const BufferShape other = buffers[id];
-    ONP_CHECK(other.channels == to.channels && other.height == to.height &&
-                  other.width == to.width,
-              "masked_forward: residual and plain must have the shape of final, got [",
-              other.channels, ", ", other.height, ", ", other.width, "]");
-  }
-  for (const std::int64_t read : {spec.input, spec.residual}) {
-    ONP_CHECK(read < 0 || (read != spec.plain && read != spec.final),
-              "masked_forward: a step must not write a buffer that it reads, got ", read);
-  }
-  ONP_CHECK(spec.plain < 0 || spec.plain != spec.final,
-            "masked_forward: plain and final must differ, got ", spec.plain);
-  ONP_CHECK(spec.kernel_height > 0 && spec.kernel_width > 0 && spec.stride_height > 0 &&
-                spec.stride_width > 0 && spec.pad_height >= 0 && spec.pad_width >= 0,
-            "masked_forward: kernel and stride must be positive and padding not negative");
-  const std::int64_t height =
-      output_size(from.height, spec.kernel_height, spec.stride_height, spec.pad_height);
-  const std::int64_t width =
-      output_size(from.width, spec.kernel_width, spec.stride_width, spec.pad_width);
-  ONP_CHECK(from.height + 2 * spec.pad_height >= spec.kernel_height &&
-                from.width + 2 * spec.pad_width >= spec.kernel_width && height == to.height &&
-                width == to.width,
-            "masked_forward: final must be [", height, ", ", width, "] pixels, got [", to.height,
-            ", ", to.width, "]");
-  if (spec.kind == StepKind::convolution) {
-    ONP_CHECK(spec.weight, "masked_forward: weight must be given for a convolution");
-    ONP_CHECK(spec.groups > 0 && from.channels % spec.groups == 0 &&
-                  to.channels % spec.groups == 0,
-              "masked_forward: groups must divide the channels, got ", spec.groups);
-  } else {
-    ONP_CHECK(from.channels == to.channels,
-              "masked_forward: pooling must keep the channels, got ", from.channels, " and ",
-              to.channels);
-    ONP_CHECK(2 * spec.pad_height <= spec.kernel_height && 2 * spec.pad_width <= spec.kernel_width,
-              "masked_forward: a pool's padding must be at most half its kernel");
-  }
-  ONP_CHECK(!spec.scale == !spec.shift, "masked_forward: scale and shift must come together");
-}
-
 std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
+  if (spec.kind == StepKind::pick) {
+    return std::count(spec.index.begin(), spec.index.end(), -1) > 0 ? 1 : 0;
+  }
   if (spec.kind != StepKind::convolution) return 0;
   // A Winograd tile at the end of an odd size reads one pixel further.
   const bool tiles = suits_winograd(spec, from.channels, to.channels);
@@ -260,7 +238,12 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
       beyond(from.width, to.width, spec.kernel_width, spec.stride_width, spec.pad_width));
 }
 
-std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
+std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
+                        std::int64_t keys) {
+  if (spec.kind == StepKind::concatenation) return round_up(to.channels, kChannelBlock);
+  if (spec.kind == StepKind::attention) {
+    return attention_scratch(pixels_of(to), keys, to.channels / spec.heads, to.channels);
+  }
   if (spec.kind != StepKind::convolution || !suits_winograd(spec, from.channels, to.channels)) {
     return 0;
   }
@@ -273,10 +256,13 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
   step.spec = spec;
   step.channels = to.channels;
   step.width = to.width;
-  place_windows(step, from, to);
+  if (is_windowed(spec.kind) || spec.kind == StepKind::pick) {
+    place_windows(step, from, to);
+  } else {
+    step.input_offset = from.interior;
+  }
   if (spec.kind != StepKind::convolution) {
-    const bool most = spec.kind == StepKind::max_pool;
-    step.kernel = most ? &Kernels::max_pool : &Kernels::average_pool;
+    step.kernel = kernel_of(spec.kind);
   } else if (is_depthwise(spec, from.shape, to)) {
     pack_depthwise(step, from);
   } else if (suits_winograd(spec, from.shape.channels, to.channels)) {
@@ -308,11 +294,17 @@ StepArgs Step::args(const Buffer& from, float* input, std::int64_t images) const
   args.column_stride = from.stride;
   args.bias = bias.data();
   args.width = width;
+  args.index = index.data();
+  args.other_count = static_cast<std::int64_t>(spec.others.size());
+  args.heads = spec.heads;
+  args.keys = keys;
+  args.value = spec.value;
   return args;
 }
 
 Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,
-                     std::int64_t output, std::int64_t sites) {
+                     const std::vector<ConstantSpec>& constants, std::int64_t output,
+                     std::int64_t sites) {
   Network network;
   ONP_CHECK(output >= 0 && output < static_cast<std::int64_t>(shapes.size()),
             "masked_forward: output must be a buffer, got ", output);
@@ -334,11 +326,19 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
                                              : round_up(shape.channels, kChannelBlock);
     network.buffers.push_back(std::move(buffer));
   }
+  std::vector<bool> constant(shapes.size(), false);
+  for (const ConstantSpec& one : constants) {
+    ONP_CHECK(one.buffer > 0 && one.buffer < static_cast<std::int64_t>(shapes.size()) &&
+                  !written[one.buffer],
+              "masked_forward: a constant must be a buffer of its own, got ", one.buffer);
+    written[one.buffer] = constant[one.buffer] = true;
+  }
   for (const StepSpec& spec : specs) {
     check_step(spec, shapes);
-    for (const std::int64_t id : {spec.input, spec.residual}) {
-      ONP_CHECK(id < 0 || written[id], "masked_forward: buffer ", id,
-                " must be written before it is read");
+    for (const std::int64_t id : all_reads(spec)) {
+      ONP_CHECK(written[id], "masked_forward: buffer ", id, " must be written before it is read");
+      ONP_CHECK(!constant[id] || id == spec.residual,
+                "masked_forward: a constant must be a residual, got buffer ", id);
     }
     for (const std::int64_t id : {spec.plain, spec.final}) {
       if (id < 0) continue;
@@ -351,14 +351,36 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
               " and ", to.channels, " channels");
     Buffer& from = network.buffers[spec.input];
     from.halo = std::max(from.halo, halo_of(spec, from.shape, to));
-    network.scratch_floats = std::max(network.scratch_floats, scratch_of(spec, from.shape, to));
+    const bool attends = spec.kind == StepKind::attention;
+    const std::int64_t keys = attends ? pixels_of(shapes[spec.others[0]]) : 0;
+    network.scratch_floats =
+        std::max(network.scratch_floats, scratch_of(spec, from.shape, to, keys));
   }
   ONP_CHECK(written[output], "masked_forward: output must be written by a step");
   for (Buffer& buffer : network.buffers) buffer.place_pixels();
   for (const StepSpec& spec : specs) {
     const BufferShape to = shapes[written_buffer(spec)];
     network.steps.push_back(pack_step(spec, network.buffers[spec.input], to));
+    Step& step = network.steps.back();
+    for (const std::int64_t id : all_reads(spec)) {
+      if (!constant[id]) step.reads.push_back(id);
+    }
+    if (spec.kind == StepKind::attention) {
+      step.index.assign(spec.index.begin(), spec.index.end());
+      step.keys = pixels_of(shapes[spec.others[0]]);
+    } else if (spec.kind == StepKind::concatenation) {
+      step.index.push_back(static_cast<std::int32_t>(shapes[spec.input].channels));
+      for (const std::int64_t id : spec.others) {
+        step.index.push_back(static_cast<std::int32_t>(shapes[id].channels));
+      }
+    }
     network.weight_bytes += network.steps.back().weights.bytes();
+  }
+  network.constants.resize(shapes.size());
+  for (const ConstantSpec& one : constants) {
+    const Buffer& buffer = network.buffers[one.buffer];
+    network.constants[one.buffer] = Floats(buffer.image() + kChannelBlock);
+    load_images(one.values, 1, buffer, network.constants[one.buffer].data());
   }
   return network;
 }

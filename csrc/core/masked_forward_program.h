@@ -32,6 +32,7 @@ class Floats {
       : size_(size), data_(new (kAlignment) float[static_cast<std::size_t>(size)]()) {}
 
   float* data() const { return data_.get(); }
+  explicit operator bool() const { return size_ > 0; }
   std::int64_t bytes() const { return size_ * static_cast<std::int64_t>(sizeof(float)); }
 
  private:
@@ -75,6 +76,9 @@ struct Step {
   std::vector<Window> windows;
   std::int64_t segment_length = 0;
   std::int64_t block_stride = 0;
+  std::vector<std::int64_t> reads;  // buffers, constants left out
+  std::vector<std::int32_t> index;  // see StepArgs
+  std::int64_t keys = 0;
   std::int64_t keep_begin = 0;  // into one thread's keep words of a masked forward
   Floats weights, bias, scale, shift;
 
@@ -85,19 +89,27 @@ struct Step {
 // Throws onp::Error for a step that does not fit the buffers.
 void check_step(const StepSpec& spec, const std::vector<BufferShape>& buffers);
 
+inline std::int64_t pixels_of(const BufferShape& shape) { return shape.height * shape.width; }
+
+// Whether a step's outputs each read a window of one input.
+inline bool is_windowed(StepKind kind) { return kind <= StepKind::average_pool; }
+
 inline std::int64_t written_buffer(const StepSpec& spec) {
   return spec.final >= 0 ? spec.final : spec.plain;
 }
 
 // Pixels around `from` that a convolution reads (a pool stays inside), and the scratch it needs.
 std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
-std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
+std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
+                        std::int64_t keys = 0);
 
-// The step with its weights packed for the kernel that suits it.
+// The step with its weights packed for the kernel that suits it; what it reads besides its input
+// is left to plan_network.
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to);
 
 struct Network {
   std::vector<Buffer> buffers;
+  std::vector<Floats> constants;  // one a buffer, empty but for constants
   std::vector<Step> steps;
   std::size_t output = 0;
   std::int64_t sites = 0;
@@ -107,7 +119,8 @@ struct Network {
 
 // Throws onp::Error for a program that does not fit together.
 Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,
-                     std::int64_t output, std::int64_t sites);
+                     const std::vector<ConstantSpec>& constants, std::int64_t output,
+                     std::int64_t sites);
 
 // Where buffers lie: slot s begins at begin[s] * images in the block. Only buffers of one shape
 // and halo share a slot: the halo then stays zero.

@@ -7,11 +7,10 @@
 #pragma once
 
 #include "core/masked_forward_kernels.h"
+#include "core/masked_forward_smooth.h"
 
 namespace onp {
 namespace {
-
-#define ONP_INLINE inline __attribute__((always_inline))
 
 template <typename Simd>
 struct Tile {
@@ -61,7 +60,7 @@ struct Tile {
     __builtin_memcpy(to, &value, sizeof(value));
   }
 
-  // NaN passes through, as in torch.
+  // Those that clamp. NaN passes through, as in torch.
   static ONP_INLINE Vec activate(Vec value, Activation activation) {
     if (activation == Activation::none) return value;
     const Vec zero = Simd::splat(0.0f);
@@ -71,6 +70,19 @@ struct Tile {
       value = value > six ? six : value;
     }
     return value;
+  }
+
+  // Any of them, on vector v of some pixels.
+  template <int pixels, int vectors>
+  static ONP_INLINE void activate(Vec (&sums)[pixels][vectors], int v, Activation activation) {
+    if (activation <= Activation::relu6) {
+      for (int p = 0; p < pixels; ++p) sums[p][v] = activate(sums[p][v], activation);
+      return;
+    }
+    Vec values[pixels];  // sums whose address is known would not stay in registers
+    for (int p = 0; p < pixels; ++p) values[p] = sums[p][v];
+    Smooth<Simd>::activate(values, pixels, activation);
+    for (int p = 0; p < pixels; ++p) sums[p][v] = values[p];
   }
 
   static ONP_INLINE Vec mask(Vec value, const std::uint32_t* keep) {
@@ -96,7 +108,7 @@ struct Tile {
       if (step.residual.data) {
         for (int p = 0; p < pixels; ++p) sums[p][v] += load(outputs.residual[p] + c);
       }
-      for (int p = 0; p < pixels; ++p) sums[p][v] = activate(sums[p][v], step.first);
+      activate(sums, v, step.first);
       if (step.plain.data) {
         for (int p = 0; p < pixels; ++p) store(outputs.plain[p] + c, sums[p][v]);
       }
@@ -105,7 +117,7 @@ struct Tile {
         const Vec scale = load(step.scale + c), shift = load(step.shift + c);
         for (int p = 0; p < pixels; ++p) sums[p][v] = Simd::fma(sums[p][v], scale, shift);
       }
-      for (int p = 0; p < pixels; ++p) sums[p][v] = activate(sums[p][v], step.second);
+      activate(sums, v, step.second);
       if (step.keep) {
         for (int p = 0; p < pixels; ++p) sums[p][v] = mask(sums[p][v], step.keep + c);
       }
@@ -446,10 +458,6 @@ struct Tile {
         }
       }
     });
-  }
-
-  static constexpr Kernels table(const char* name) {
-    return {name, convolution, winograd<2>, winograd<4>, depthwise, pool<false>, pool<true>};
   }
 };
 

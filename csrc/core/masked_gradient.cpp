@@ -328,6 +328,9 @@ MaskedGradientPlan::MaskedGradientPlan(std::vector<BufferShape> shapes,
   ONP_CHECK(norms.size() == specs.size(), "masked_gradient: norms must be given for ",
             specs.size(), " steps, got ", norms.size());
   for (StepSpec& spec : specs) {
+    ONP_CHECK(spec.kind <= StepKind::average_pool && spec.first <= Activation::relu6 &&
+                  spec.second <= Activation::relu6,
+              "masked_gradient: steps must be convolutions or pools, with ReLU or ReLU6");
     // The first activation's derivative is read from its result, which the second part hides.
     const bool hidden = spec.scale || spec.second != Activation::none;
     const bool fits = spec.final >= 0 && spec.final < static_cast<std::int64_t>(shapes.size());
@@ -336,7 +339,7 @@ MaskedGradientPlan::MaskedGradientPlan(std::vector<BufferShape> shapes,
     shapes.push_back(shapes[spec.final]);
   }
   auto program = std::make_unique<Program>();
-  static_cast<Network&>(*program) = plan_network(shapes, specs, output, sites);
+  static_cast<Network&>(*program) = plan_network(shapes, specs, {}, output, sites);
   program->units = units;
   for (const BufferShape& shape : shapes) {
     program->gradients.push_back(plain_buffer(shape));

@@ -96,6 +96,10 @@ class MaskedForwardStep:
         padding: tuple[int, int],
         groups: int,
         count_include_pad: bool,
+        others: list[int],
+        index: list[int],
+        heads: int,
+        value: float,
         weight: int,
         bias: int,
         residual: int,
@@ -113,6 +117,7 @@ class MaskedForwardPlan:
         self,
         buffers: list[tuple[int, int, int]],
         steps: list[MaskedForwardStep],
+        constants: list[tuple[int, int]],
         output: int,
         sites: int,
     ) -> None: ...

@@ -47,3 +47,47 @@ Value operate(const onp::StepSpec& step, const onp::BufferShape& from, const onp
   const auto all = static_cast<int>(step.kernel_height * step.kernel_width);
   return static_cast<Value>(sum / (step.count_include_pad ? all : inside));
 }
+
+// One output of a step that looks at whole pixels, by definition: channel o of pixel p.
+inline float operate_pixels(const onp::StepSpec& step, const std::vector<onp::BufferShape>& buffers,
+                            const std::vector<Values>& values, std::int64_t channels,
+                            std::int64_t o, std::int64_t p) {
+  const auto at = [&](std::int64_t buffer, std::int64_t channel, std::int64_t pixel) -> double {
+    const onp::BufferShape shape = buffers[buffer];
+    return values[buffer][channel * shape.height * shape.width + pixel];
+  };
+  if (step.kind == onp::StepKind::pick) {
+    return step.index[p] < 0 ? 0.0f : static_cast<float>(at(step.input, o, step.index[p]));
+  }
+  if (step.kind == onp::StepKind::concatenation) {
+    std::int64_t buffer = step.input;
+    for (const std::int64_t other : step.others) {
+      if (o < buffers[buffer].channels) break;
+      o -= buffers[buffer].channels;
+      buffer = other;
+    }
+    return static_cast<float>(at(buffer, o, p));
+  }
+  if (step.kind == onp::StepKind::layer_norm) {
+    double mean = 0, variance = 0;
+    for (std::int64_t c = 0; c < channels; ++c) mean += at(step.input, c, p) / channels;
+    for (std::int64_t c = 0; c < channels; ++c) {
+      variance += std::pow(at(step.input, c, p) - mean, 2) / channels;
+    }
+    return static_cast<float>((at(step.input, o, p) - mean) / std::sqrt(variance + step.value));
+  }
+  // Attention: o belongs to one head.
+  const std::int64_t size = channels / step.heads, begin = o / size * size;
+  const onp::BufferShape keys = buffers[step.others[0]];
+  double total = 0, sum = 0;
+  for (std::int64_t t = 0; t < keys.height * keys.width; ++t) {
+    double score = 0;
+    for (std::int64_t d = begin; d < begin + size; ++d) {
+      score += at(step.input, step.index[d], p) * at(step.others[0], step.index[channels + d], t);
+    }
+    const double weight = std::exp(score * step.value);
+    total += weight;
+    sum += weight * at(step.others[1], step.index[2 * channels + o], t);
+  }
+  return static_cast<float>(sum / total);
+}

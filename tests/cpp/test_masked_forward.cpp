@@ -21,12 +21,19 @@ using Words = std::vector<std::uint64_t>;
 struct Network {
   std::vector<BufferShape> buffers;
   std::vector<StepSpec> steps;
+  std::vector<onp::ConstantSpec> constants;
   std::int64_t output = 0;
   std::int64_t sites = 0;
+
+  onp::MaskedForwardPlan plan() const { return {buffers, steps, constants, output, sites}; }
 };
 
 float activate(float value, Activation activation) {
   if (activation == Activation::none) return value;
+  const double x = value, bent = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
+  if (activation == Activation::gelu) return x / 2 * std::erfc(-x / std::sqrt(2));
+  if (activation == Activation::gelu_tanh) return x / 2 * (1 + std::tanh(bent));
+  if (activation == Activation::silu) return x / (1 + std::exp(-x));
   return std::min(std::max(value, 0.0f), activation == Activation::relu6 ? 6.0f : 1e30f);
 }
 
@@ -35,6 +42,10 @@ Values naive(const Network& network, const Words& mask, const float* image) {
   const BufferShape first = network.buffers[0];
   std::vector<Values> values(network.buffers.size());
   values[0].assign(image, image + first.channels * first.height * first.width);
+  for (const onp::ConstantSpec& one : network.constants) {
+    const BufferShape shape = network.buffers[one.buffer];
+    values[one.buffer].assign(one.values, one.values + shape.channels * shape.height * shape.width);
+  }
   for (const StepSpec& step : network.steps) {
     const BufferShape from = network.buffers[step.input];
     const BufferShape to = network.buffers[step.final >= 0 ? step.final : step.plain];
@@ -44,7 +55,9 @@ Values naive(const Network& network, const Words& mask, const float* image) {
     for (std::int64_t o = 0; o < to.channels; ++o) {
       for (std::int64_t p = 0; p < to.height * to.width; ++p) {
         const std::int64_t at = o * to.height * to.width + p;
-        float t = operate(step, from, to, values[step.input], o, p / to.width, p % to.width);
+        float t = step.kind <= StepKind::average_pool
+                      ? operate(step, from, to, values[step.input], o, p / to.width, p % to.width)
+                      : operate_pixels(step, network.buffers, values, to.channels, o, p);
         if (step.bias) t += step.bias[o];
         if (step.residual >= 0) t += values[step.residual][at];
         t = activate(t, step.first);
@@ -164,6 +177,82 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   return network;
 }
 
+// A small transformer with a concatenation: a constant token in front, sizes off the vector widths.
+Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
+  const auto values = [&](std::int64_t size) {
+    arrays.push_back(random_values(size, random));
+    return arrays.back().data();
+  };
+  Network network;
+  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1}, {60, 31, 1},
+                     {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},   {20, 31, 1}};
+  network.constants = {{3, values(20 * 31)}};
+  StepSpec patches;  // 0 -> 1
+  patches.kind = StepKind::convolution;
+  patches.kernel_height = patches.kernel_width = 2;
+  patches.stride_height = patches.stride_width = 2;
+  patches.weight = values(20 * 3 * 4);
+  patches.first = Activation::gelu;
+  patches.final = 1;
+  StepSpec tokens;  // 1 -> 2, a row of zeros in front, and the constant added
+  tokens.kind = StepKind::pick;
+  tokens.input = 1;
+  for (std::int64_t i = 0; i < 31; ++i) tokens.index.push_back(i == 4 ? -1 : i * 7 % 30);
+  tokens.residual = 3;
+  tokens.final = 2;
+  StepSpec norm;  // 2 -> 4
+  norm.kind = StepKind::layer_norm;
+  norm.input = 2;
+  norm.value = 1e-3f;
+  norm.scale = values(20);
+  norm.shift = values(20);
+  norm.site_start = 0;
+  norm.final = 4;
+  StepSpec linear;  // 4 -> 5
+  linear.kind = StepKind::convolution;
+  linear.input = 4;
+  linear.weight = values(60 * 20);
+  linear.bias = values(60);
+  linear.final = 5;
+  StepSpec attention;  // 5 -> 10 unmasked, 6 masked
+  attention.kind = StepKind::attention;
+  attention.input = 5;
+  attention.others = {5, 5};
+  for (std::int64_t i = 0; i < 60; ++i) attention.index.push_back(i * 7 % 60);
+  attention.heads = 4;
+  attention.value = 0.1f;
+  attention.residual = 2;
+  attention.plain = 10;
+  attention.second = Activation::gelu_tanh;
+  attention.site_start = 20;
+  attention.final = 6;
+  StepSpec together;  // 6, 10, 4 -> 7
+  together.kind = StepKind::concatenation;
+  together.input = 6;
+  together.others = {10, 4};
+  together.scale = values(60);
+  together.shift = values(60);
+  together.second = Activation::silu;
+  together.site_start = 40;
+  together.final = 7;
+  StepSpec mean;  // 7 -> 8
+  mean.kind = StepKind::average_pool;
+  mean.input = 7;
+  mean.kernel_height = 31;
+  mean.final = 8;
+  StepSpec head = linear;  // 8 -> 9
+  head.input = 8;
+  head.weight = values(5 * 60);
+  head.bias = nullptr;
+  head.final = 9;
+  network.steps = {patches, tokens, norm, linear, attention, together, mean, head};
+  network.output = 9;
+  network.sites = 100;
+  return network;
+}
+
+using Build = Network (*)(std::vector<Values>&, std::mt19937&);
+
 Values run(const onp::MaskedForwardPlan& plan, const Network& network, const Words& words,
            const Values& images, std::int64_t count, bool share, int threads,
            std::int64_t max_bytes, const std::string& isa) {
@@ -183,14 +272,14 @@ Values run(const onp::MaskedForwardPlan& plan, const Network& network, const Wor
   return logits;
 }
 
-void test_equals_naive() {
+void test_equals_naive(Build build) {
   std::mt19937 random(1);
   std::vector<Values> arrays;
-  const Network network = every_step(arrays, random);
-  const onp::MaskedForwardPlan plan(network.buffers, network.steps, network.output, network.sites);
+  const Network network = build(arrays, random);
+  const onp::MaskedForwardPlan plan = network.plan();
   arrays.clear();  // the plan holds copies
   std::mt19937 again(1);
-  const Network reference = every_step(arrays, again);
+  const Network reference = build(arrays, again);
   const std::int64_t count = 7, batch = 5, pixels = 3 * 11 * 13;
   const Values images = random_values(count * pixels, random);
   Words words(2 * batch);
@@ -228,7 +317,7 @@ void test_empty() {
   std::mt19937 random(2);
   std::vector<Values> arrays;
   const Network network = every_step(arrays, random);
-  const onp::MaskedForwardPlan plan(network.buffers, network.steps, network.output, network.sites);
+  const onp::MaskedForwardPlan plan = network.plan();
   CHECK(run(plan, network, {}, Values(3 * 11 * 13), 1, true, 2, 1 << 30, "auto").empty());
   CHECK(run(plan, network, {0, 0}, {}, 0, true, 2, 1 << 30, "auto").empty());
 }
@@ -237,9 +326,7 @@ void test_refuses() {
   std::mt19937 random(3);
   std::vector<Values> arrays;
   const Network good = every_step(arrays, random);
-  const auto build = [](const Network& n) {
-    onp::MaskedForwardPlan(n.buffers, n.steps, n.output, n.sites);
-  };
+  const auto build = [](const Network& n) { n.plan(); };
   build(good);
   Network bad = good;
   bad.steps[1].input = 12;
@@ -260,18 +347,45 @@ void test_refuses() {
   bad.output = 8;
   CHECK_THROWS(build(bad), onp::Error);
 
-  const onp::MaskedForwardPlan plan(good.buffers, good.steps, good.output, good.sites);
+  const onp::MaskedForwardPlan plan = good.plan();
   const Values image(3 * 11 * 13);
   CHECK_THROWS(run(plan, good, {0, 0}, image, 1, true, 0, 1 << 30, "auto"), onp::Error);
   CHECK_THROWS(run(plan, good, {0, 0}, image, 1, true, 1, 1000, "auto"), onp::Error);
   CHECK_THROWS(run(plan, good, {0, 0}, image, 1, true, 1, 1 << 30, "mmx"), onp::Error);
 }
 
+void test_refuses_tokens() {
+  std::mt19937 random(4);
+  std::vector<Values> arrays;
+  const Network good = token_steps(arrays, random);
+  good.plan();
+  const auto refuses = [&](auto change) {
+    Network bad = good;
+    change(bad);
+    CHECK_THROWS(bad.plan(), onp::Error);
+  };
+  refuses([](Network& n) { n.steps[1].index[3] = 30; });
+  refuses([](Network& n) { n.steps[1].index.pop_back(); });
+  refuses([](Network& n) { n.steps[2].input = 1; });
+  refuses([](Network& n) { n.steps[3].input = 3; });  // a constant is no input
+  refuses([](Network& n) { n.steps[4].index[59] = 60; });
+  refuses([](Network& n) { n.steps[4].heads = 3; });
+  refuses([](Network& n) { n.steps[4].others = {5}; });
+  refuses([](Network& n) { n.steps[4].others = {5, 1}; });
+  refuses([](Network& n) { n.steps[5].others = {10, 5}; });
+  refuses([](Network& n) { n.steps[5].others = {10, 7}; });  // written by itself
+  refuses([](Network& n) { n.constants[0].buffer = 2; });
+  refuses([](Network& n) { n.constants[0].buffer = 0; });
+  refuses([](Network& n) { n.steps[0].kind = static_cast<StepKind>(7); });
+}
+
 }  // namespace
 
 int main() {
-  test_equals_naive();
+  test_equals_naive(every_step);
+  test_equals_naive(token_steps);
   test_empty();
   test_refuses();
+  test_refuses_tokens();
   return report();
 }

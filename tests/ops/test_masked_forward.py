@@ -17,7 +17,7 @@ from onp.ops.masked_forward import MaskedForwardPlan, lower
 from onp.ops.reference import masked_forward as reference
 from onp.suspect.operations import Op
 from onp.suspect.trace import Trace, trace
-from tests.networks import NATIVE, network
+from tests.networks import BUILDERS, network
 
 ISAS = masked_forward.instruction_sets()
 
@@ -54,18 +54,29 @@ def assert_equals_hooks(
 
 
 @pytest.mark.parametrize("size", [(32, 32), (64, 64), (33, 47)], ids=str)
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_every_architecture_equals_hooks(name: str, size: tuple[int, int]) -> None:
-    assert_equals_hooks(network(name), size)
+    assert_equals_hooks(network(name, size=size), size)
 
 
-@pytest.mark.parametrize("name", [n for n in NATIVE if "res" in n])
+@pytest.mark.parametrize("name", [n for n in BUILDERS if "res" in n])
 def test_small_odd_images(name: str) -> None:
     assert_equals_hooks(network(name), (17, 19), count=5)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("name", ["preactresnet18", "resnet20-option-a", "mobilenetv2", "vgg11_bn"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "preactresnet18",
+        "resnet20-option-a",
+        "mobilenetv2",
+        "vgg11_bn",
+        "densenet",
+        "vit",
+        "convnext",
+    ],
+)
 def test_options_do_not_change_a_bit(name: str, isa: str) -> None:
     model = network(name)
     traced = trace(model, (3, 32, 32))

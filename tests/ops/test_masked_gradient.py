@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from onp import _C, masks
 from onp.errors import UnsupportedOperation
-from onp.ops import masked_forward, masked_gradient
+from onp.ops import masked_forward, masked_forward_gpu, masked_gradient
 from onp.ops.masked_forward import instruction_sets
 from onp.ops.masked_gradient import MaskedGradientPlan, lower
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace, trace
-from tests.networks import NATIVE, network
+from tests.networks import CONVOLUTIONAL, network
 from tests.ops.test_masked_forward import Odd, Shared, randomised
 
 ISAS = instruction_sets()
@@ -134,7 +134,7 @@ def same(a: Results, b: Results) -> bool:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("moments", [False, True], ids=["logits", "moments"])
-@pytest.mark.parametrize("name", NATIVE)
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
 def test_every_architecture_equals_torch(name: str, moments: bool, gated: bool) -> None:
     model = network(name)
     images = images_of((32, 32), 3)
@@ -442,6 +442,7 @@ def test_wrong_programs() -> None:
     step = {
         "kind": 1, "input": 0, "kernel": (1, 1), "stride": (1, 1), "padding": (0, 0), "groups": 1,
         "count_include_pad": True, "weight": 0, "bias": 0, "residual": -1, "first": 0,
+        "others": [], "index": [], "heads": 0, "value": 0.0,
         "plain": -1, "scale": 0, "shift": 0, "second": 0, "site_start": -1, "final": 1,
     }  # fmt: skip
     buffers = [(2, 1, 1), (2, 1, 1)]
@@ -450,6 +451,18 @@ def test_wrong_programs() -> None:
         _C.MaskedGradientPlan(buffers, steps, [], 1, 0, 0)
     with pytest.raises(Exception, match="units must lie"):
         _C.MaskedGradientPlan(buffers, steps, [(-1, 1)], 1, 0, 2)
+
+
+@pytest.mark.parametrize(
+    ("name", "lacks"), [("densenet", "cat"), ("vit", "transpose"), ("convnext", "layer_norm")]
+)
+def test_what_gradients_lack_is_named(name: str, lacks: str) -> None:
+    model = network(name)
+    traced = trace(model, (3, 32, 32))
+    with pytest.raises(UnsupportedOperation, match=f"masked_gradient: {lacks}"):
+        lower(traced, model)
+    with pytest.raises(UnsupportedOperation, match=f"masked_forward: {lacks}"):
+        masked_forward_gpu.lower(traced, model, "cpu", "fp32")
 
 
 @pytest.mark.parametrize("name", ["preactresnet18", "mobilenetv2", "densenet", "vgg11"])

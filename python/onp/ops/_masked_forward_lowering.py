@@ -1,13 +1,15 @@
 """From a traced network to the program of a masked forward: steps over buffers.
 
-A step is one convolution (a linear layer is one too), pool or copy, and as many of the elementwise
-operations behind it as its epilogue holds, in this order:
+A step is one convolution (a linear layer is one too), pool, copy, concatenation, layer norm or
+attention, and as many of the elementwise operations behind it as its epilogue holds, in this order:
 
     t = operation(input) + bias + residual;  t = first(t);               plain = t
     t = t * scale + shift;  t = second(t);  t = 0 at pruned channels;    final = t
 
 So a norm behind a convolution folds into its weights, and the residual sum of a pre-activation
-block (``plain``) leaves together with the masked input of the next block (``final``).
+block (``plain``) leaves together with the masked input of the next block (``final``). Tokens
+[C, T] are maps [C, T, 1]; what the model adds to them at every position is a residual that never
+changes (a constant).
 """
 
 from __future__ import annotations
@@ -31,9 +33,10 @@ Copy = tuple[int, int | None]
 """A value as its readers see it: op index, and the site layer that masks it (None: unmasked)."""
 
 NONE = -1
-CONVOLUTION, MAX_POOL, AVERAGE_POOL = range(3)
-_ACTIVATIONS = {"relu": 1, "relu6": 2}
-_ELEMENTWISE = ("norm", "affine", "relu", "relu6", "add")
+CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION, LAYER_NORM, ATTENTION = range(7)
+_ACTIVATIONS = {"relu": 1, "relu6": 2, "silu": 5}
+_GELU = {"none": 3, "tanh": 4}
+_ELEMENTWISE = ("norm", "affine", "parameter", "relu", "relu6", "gelu", "silu", "add")
 
 # How far a step's epilogue is filled: what was absorbed last.
 _RESULT, _RESIDUAL, _FIRST, _PLAIN, _SCALE, _SECOND = range(6)
@@ -43,9 +46,18 @@ _RESULT, _RESIDUAL, _FIRST, _PLAIN, _SCALE, _SECOND = range(6)
 class Step:
     """One step; its arrays are float64, and folded into each other as far as they go."""
 
+    name: str
+    """Of the operation that opens it."""
     kind: int
     input: int
     channels: int
+    others: tuple[int, ...] = ()
+    """Further buffers read: of a concatenation, or an attention's keys and values."""
+    index: tuple[int, ...] = ()
+    """Pixels picked, -1 for zeros; or channels [3, heads, D] of queries, keys and values."""
+    heads: int = 0
+    value: float = 0.0
+    """A layer norm's epsilon, or the factor of an attention's scores."""
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)
@@ -121,6 +133,10 @@ class Step:
             padding=self.padding,
             groups=self.groups,
             count_include_pad=self.count_include_pad,
+            others=list(self.others),
+            index=list(self.index),
+            heads=self.heads,
+            value=self.value,
             weight=address(self.weight),
             bias=address(self.bias),
             residual=self.residual,
@@ -142,12 +158,25 @@ class Program:
     buffers: list[tuple[int, int, int]]
     """(C, H, W) of each; buffer 0 holds the images."""
     steps: list[Step]
+    constants: dict[int, Tensor]
+    """Buffers that no step writes, float64 [C, H, W]."""
     output: int
 
     def native(self) -> tuple[list[_C.MaskedForwardStep], list[Tensor]]:
         """The native steps, and the arrays that must live until the native plan is built."""
         pairs = [step.native() for step in self.steps]
         return [step for step, _ in pairs], [array for _, arrays in pairs for array in arrays]
+
+    def check_convolutional(self, user: str) -> None:
+        """For those that have convolutions and pools with ReLU and ReLU6 alone. Raises
+        UnsupportedOperation."""
+        for step in self.steps:
+            smooth = max(step.first, step.second) > _ACTIVATIONS["relu6"]
+            if step.kind > AVERAGE_POOL or smooth or step.residual in self.constants:
+                raise UnsupportedOperation(
+                    f"{user}: {step.name} must be a convolution, linear layer, pool or sum, with "
+                    "ReLU or ReLU6 behind it"
+                )
 
     @property
     def norms(self) -> list[Pair]:
@@ -164,11 +193,16 @@ class Lowering:
     model: nn.Module
     buffers: list[tuple[int, int, int]] = field(default_factory=list)
     steps: list[Step] = field(default_factory=list)
+    constants: dict[int, Tensor] = field(default_factory=dict)
     buffer_of: dict[Copy, int] = field(default_factory=dict)
     absorbed: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
+        self.tensors = {
+            **dict(self.model.named_parameters(remove_duplicate=False)),
+            **dict(self.model.named_buffers(remove_duplicate=False)),
+        }
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.layer_of_edge = {
             edge: index
@@ -194,14 +228,17 @@ class Lowering:
                 self._finish(*self._extend(self._open(index, op), index))
         if output is None or self.buffers[output][1:] != (1, 1):
             raise UnsupportedOperation("masked_forward: the network must end in logits [N, K]")
-        return Program(self.buffers, self.steps, output)
+        return Program(self.buffers, self.steps, self.constants, output)
 
     def _unflattened_shapes(self) -> list[tuple[int, int, int]]:
         """(C, H, W) of every value; a flattened one keeps the shape that it was flattened from."""
         shapes: list[tuple[int, int, int]] = []
         for op, shape in zip(self.trace.ops, self.trace.shapes, strict=True):
-            if op.kind in ("flatten", "output", *_ELEMENTWISE):
+            if op.kind in ("flatten", "output", "layernorm", *_ELEMENTWISE):
                 shapes.append(shapes[op.inputs[0]])
+            elif op.kind == "concat":
+                parts = [shapes[value] for value in op.inputs]
+                shapes.append((sum(part[0] for part in parts), *parts[0][1:]))
             else:
                 channels, height, width = (*shape, 1, 1)[:3]
                 shapes.append((channels, height, width))
@@ -237,7 +274,7 @@ class Lowering:
             self._emit_copy(index, layer)
 
     def _open(self, index: int, op: Op) -> Step:
-        step = Step(MAX_POOL, self._buffer(index, 0), self.shapes[index][0])
+        step = Step(op.name, MAX_POOL, self._buffer(index, 0), self.shapes[index][0])
         if op.kind == "conv":
             self._open_conv(step, op)
         elif op.kind == "linear":
@@ -246,6 +283,14 @@ class Lowering:
             self._open_pool(step, index, op)
         elif op.kind == "subsample_pad":
             self._open_subsample(step, op)
+        elif op.kind == "concat":
+            self._open_concatenation(step, index, op)
+        elif op.kind in ("pick", "extend"):
+            self._open_pick(step, index, op)
+        elif op.kind == "layernorm":
+            self._open_layer_norm(step, index, op)
+        elif op.kind == "attention":
+            self._open_attention(step, index, op)
         elif op.kind not in _ELEMENTWISE or not self._absorb(step, index, index):
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must be an operation that the engine has, got {op.kind}"
@@ -278,6 +323,8 @@ class Lowering:
     def _open_linear(self, step: Step, index: int, op: Op) -> None:
         linear = self.modules[op.module or ""]
         channels, height, width = self.shapes[self._copy(index, 0)[0]]
+        if len(self.trace.shapes[op.inputs[0]]) > 1:  # of every token or pixel
+            height = width = 1
         if not isinstance(linear, nn.Linear) or linear.in_features != channels * height * width:
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must be a Linear over all features, got {linear}"
@@ -314,6 +361,54 @@ class Lowering:
         weight = torch.zeros(step.channels, len(positions), 1, 1, dtype=torch.float64)
         weight[positions, torch.arange(len(positions))] = 1
         step.weight = weight.to(self.device)
+
+    def _open_concatenation(self, step: Step, index: int, op: Op) -> None:
+        step.kind = CONCATENATION
+        step.others = tuple(self._buffer(index, position) for position in range(1, len(op.inputs)))
+        sizes = {self.buffers[buffer][1:] for buffer in (step.input, *step.others)}
+        if len(sizes) > 1:
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must concatenate maps of one size, got {sorted(sizes)}"
+            )
+
+    def _open_pick(self, step: Step, index: int, op: Op) -> None:
+        """Some positions; tokens of the model's own are zeros with a constant added."""
+        step.kind = PICK
+        if op.kind == "pick":
+            step.index = tuple(op.attrs["positions"].flatten().tolist())
+            return
+        tokens = self.shapes[index][1]
+        given = self.trace.shapes[op.inputs[0]][1]
+        own = tokens - given
+        first = own if op.attrs["front"] else 0  # where the given ones begin
+        step.index = tuple(
+            at - first if first <= at < first + given else -1 for at in range(tokens)
+        )
+        values = torch.zeros(self.shapes[index], dtype=torch.float64, device=self.device)
+        begin = 0 if op.attrs["front"] else given
+        values[:, begin : begin + own, 0] = self._parameter(op)
+        step.absorb_residual(self._constant(values))
+
+    def _open_layer_norm(self, step: Step, index: int, op: Op) -> None:
+        step.kind = LAYER_NORM
+        step.value = float(op.attrs["eps"])
+        if op.module is None:
+            return
+        norm = self.modules[op.module]
+        assert isinstance(norm, nn.LayerNorm)
+        ones = torch.ones(step.channels, dtype=torch.float64, device=self.device)
+        scale = ones if norm.weight is None else self._double(norm.weight)
+        shift = 0 * ones if norm.bias is None else self._double(norm.bias)
+        step.absorb_affine(scale, shift, NONE)
+
+    def _open_attention(self, step: Step, index: int, op: Op) -> None:
+        step.kind = ATTENTION
+        step.others = (self._buffer(index, 1), self._buffer(index, 2))
+        read = torch.stack([torch.as_tensor(op.attrs[name]) for name in ("q", "k", "v")])
+        step.index = tuple(read.flatten().tolist())
+        step.heads, size = read.shape[1:]
+        scale = op.attrs["scale"]
+        step.value = size**-0.5 if scale is None else float(scale)
 
     # ---- filling its epilogue
 
@@ -353,11 +448,46 @@ class Lowering:
         op = self.trace.ops[index]
         if op.kind in _ACTIVATIONS:
             return step.absorb_activation(_ACTIVATIONS[op.kind])
+        if op.kind == "gelu":
+            return step.absorb_activation(_GELU[op.attrs["approximate"]])
+        if op.kind == "parameter":
+            return self._absorb_parameter(step, index, op)
         if op.kind == "add":
             copies = [self._copy(index, position) for position in (0, 1)]
             other = copies[0] if copies[1] == (value, None) else copies[1]
             return other in self.buffer_of and step.absorb_residual(self.buffer_of[other])
         return step.absorb_affine(*self._affine(index, op), index if op.kind == "norm" else NONE)
+
+    def _absorb_parameter(self, step: Step, index: int, op: Op) -> bool:
+        """A tensor of the model: by channel it is an affine, for every position a residual."""
+        values, how = self._parameter(op), op.attrs["how"]
+        shape = self.shapes[index]
+        if values.shape == shape[:1]:
+            ones = torch.ones_like(values)
+            scale = {"mul": values, "div": 1 / values}.get(how, ones)
+            shift = {"add": values, "sub": -values}.get(how, 0 * ones)
+            return step.absorb_affine(scale, shift, NONE)
+        values = values[..., None] if values.ndim == 2 else values
+        if how not in ("add", "sub") or values.shape != shape:
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must add a value for each of {shape}, or scale the "
+                f"channels, got {how} of {tuple(values.shape)}"
+            )
+        if step.stage >= _RESIDUAL:
+            return False
+        return step.absorb_residual(self._constant(values if how == "add" else -values))
+
+    def _constant(self, values: Tensor) -> int:
+        """A buffer of values [C, H, W] that no step writes."""
+        channels, height, width = values.shape
+        self.buffers.append((channels, height, width))
+        self.constants[len(self.buffers) - 1] = values
+        return len(self.buffers) - 1
+
+    def _parameter(self, op: Op) -> Tensor:
+        """The elements of the model's tensor that an operation takes, float64."""
+        tensor = self._double(self.tensors[op.attrs["name"]]).flatten()
+        return tensor[torch.as_tensor(op.attrs["index"]).to(self.device)]
 
     def _double(self, values: Tensor) -> Tensor:
         return values.detach().to(self.device, torch.float64)
@@ -409,7 +539,8 @@ class Lowering:
             self._emit_copy(value, layer)
 
     def _emit_copy(self, value: int, layer: int | None) -> None:
-        step = Step(MAX_POOL, self.buffer_of[value, None], self.shapes[value][0])
+        name = self.trace.ops[value].name
+        step = Step(name, MAX_POOL, self.buffer_of[value, None], self.shapes[value][0])
         self._mask(step, value, layer)
         self.steps.append(step)
 

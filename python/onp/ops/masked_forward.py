@@ -143,5 +143,15 @@ def lower(trace: Trace, model: nn.Module) -> MaskedForwardPlan:
     """
     program = Lowering(trace, model).run()
     steps, _arrays = program.native()
-    native = _C.MaskedForwardPlan(program.buffers, steps, program.output, trace.sites)
+    floats = {
+        buffer: values.to("cpu", torch.float32).contiguous()
+        for buffer, values in program.constants.items()
+    }
+    native = _C.MaskedForwardPlan(
+        program.buffers,
+        steps,
+        [(buffer, values.data_ptr()) for buffer, values in floats.items()],
+        program.output,
+        trace.sites,
+    )
     return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes)

@@ -415,6 +415,7 @@ def lower(
         NotBuiltError: Triton is not installed, or cannot compile for the device.
     """
     program = Lowering(trace, model).run()
+    program.check_convolutional("masked_forward")
     return GpuMaskedForwardPlan(
         program, trace.shapes[0], trace.sites, trace.num_classes, torch.device(device), precision
     )

@@ -344,6 +344,7 @@ def lower(trace: Trace, model: nn.Module) -> MaskedGradientPlan:
         UnsupportedOperation: the engine lacks an operation of the network; the message names it.
     """
     program = Lowering(trace, model).run()
+    program.check_convolutional("masked_gradient")
     norms: dict[int, Norm] = {}
     start = 0
     for index, (op, shape) in enumerate(zip(trace.ops, trace.shapes, strict=True)):

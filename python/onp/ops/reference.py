@@ -110,8 +110,8 @@ def masked_forward(
     """Logits ``[B, N, K]`` of ``model`` under each of ``pruned`` bool ``[B, S]``.
 
     A layer is its slice of the sites and the names of the modules that consume it: the pruned
-    channels of their input are zeroed. A linear layer behind a flatten has one input for each
-    pixel of a channel.
+    channels of their input are zeroed. A linear layer reads its channels last; behind a flatten it
+    has one input for each pixel of a channel.
     """
 
     def logits(mask: Tensor) -> Tensor:
@@ -120,10 +120,13 @@ def masked_forward(
             keep = (~mask[sites]).to(images.dtype)
             for name in consumers:
 
-                def zero(_: nn.Module, args: tuple[Tensor], keep: Tensor = keep) -> tuple[Tensor]:
-                    pixels = args[0].shape[1] // len(keep)
-                    shape = (1, -1) + (1,) * (args[0].ndim - 2)
-                    return (args[0] * keep.repeat_interleave(pixels).view(shape),)
+                def zero(
+                    module: nn.Module, args: tuple[Tensor], keep: Tensor = keep
+                ) -> tuple[Tensor]:
+                    if isinstance(module, nn.Linear):
+                        pixels = args[0].shape[-1] // len(keep)
+                        return (args[0] * keep.repeat_interleave(pixels),)
+                    return (args[0] * keep.view(-1, 1, 1),)
 
                 handles.append(model.get_submodule(name).register_forward_pre_hook(zero))
         try:

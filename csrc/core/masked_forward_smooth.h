@@ -1,0 +1,82 @@
+// exp, GELU and SiLU over a vector type, for the kernels of a masked forward. Internal linkage, as
+// in masked_forward_tile.h.
+#pragma once
+
+#include "core/masked_forward_kernels.h"
+
+#define ONP_INLINE inline __attribute__((always_inline))
+
+namespace onp {
+namespace {
+
+template <typename Simd>
+struct Smooth {
+  using Vec = typename Simd::Vec;
+  using IntVec = typename Simd::IntVec;
+
+  // Coefficients from the highest power down.
+  template <int count>
+  static ONP_INLINE Vec polynomial(Vec x, const float (&coefficients)[count]) {
+    Vec sum = Simd::splat(coefficients[0]);
+#pragma GCC unroll 8
+    for (int i = 1; i < count; ++i) sum = Simd::fma(sum, x, Simd::splat(coefficients[i]));
+    return sum;
+  }
+
+  // Within 2 units in the last place, from 2^-126 up; NaN passes through.
+  static ONP_INLINE Vec exp(Vec x) {
+    const Vec least = Simd::splat(-87.33654f), most = Simd::splat(88.37626f);
+    x = x < least ? least : x;
+    x = x > most ? most : x;
+    // x = n log 2 + r: adding and taking away 1.5 * 2^23 rounds to a whole n.
+    const Vec round = Simd::splat(12582912.0f);
+    const Vec n = Simd::fma(x, Simd::splat(1.44269504f), round) - round;
+    Vec r = Simd::fma(n, Simd::splat(-0.693359375f), x);
+    r = Simd::fma(n, Simd::splat(2.12194440e-4f), r);
+    // Taylor's series, the last coefficients fitted to |r| < log(2) / 2.
+    Vec p = polynomial(r, {1.9875691500e-4f, 1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f,
+                           1.6666665459e-1f, 5.0000001201e-1f});
+    p = Simd::fma(p * r, r, r) + Simd::splat(1.0f);
+    const IntVec exponent = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec power;
+    __builtin_memcpy(&power, &exponent, sizeof(power));
+    return p * power;
+  }
+
+  static ONP_INLINE Vec sigmoid(Vec x) { return Simd::splat(1.0f) / (Simd::splat(1.0f) + exp(-x)); }
+
+  // x / 2 * (1 + erf(x / sqrt(2))); erf by Abramowitz and Stegun 7.1.26, within 1.5e-7.
+  static ONP_INLINE Vec gelu(Vec x) {
+    const Vec one = Simd::splat(1.0f), zero = Simd::splat(0.0f);
+    const Vec z = x * Simd::splat(0.70710678f);
+    const Vec size = z < zero ? -z : z;
+    const Vec t = one / Simd::fma(size, Simd::splat(0.3275911f), one);
+    const Vec p =
+        polynomial(t, {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f});
+    const Vec tail = p * t * exp(-z * z) * Simd::splat(0.5f);  // of the normal distribution
+    return x * (x < zero ? tail : one - tail);
+  }
+
+  // GELU's approximation by a tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
+  static ONP_INLINE Vec gelu_tanh(Vec x) {
+    const Vec cube = x * x * x;
+    return x * sigmoid(Simd::splat(1.59576912f) * Simd::fma(cube, Simd::splat(0.044715f), x));
+  }
+
+  // The smooth activations, in place.
+  static __attribute__((noinline)) void activate(Vec* values, int count, Activation activation) {
+    for (int i = 0; i < count; ++i) {
+      const Vec x = values[i];
+      if (activation == Activation::gelu) {
+        values[i] = gelu(x);
+      } else if (activation == Activation::gelu_tanh) {
+        values[i] = gelu_tanh(x);
+      } else {
+        values[i] = x * sigmoid(x);
+      }
+    }
+  }
+};
+
+}  // namespace
+}  // namespace onp
