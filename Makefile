@@ -40,13 +40,16 @@ smoke: $(VENV)/.installed-test
 		--test-images 400 --oracle-images 60 --jobs 2 \
 		--out build/scoreboard_smoke.jsonl
 
-# AddressSanitizer and UndefinedBehaviorSanitizer over the native tests.
-sanitize-native:
-	cmake -S . -B build/sanitize -DONP_TESTS=ON -DONP_PYTHON=OFF -DONP_CUDA=OFF \
-		-DONP_SANITIZE=ON -DCMAKE_BUILD_TYPE=RelWithDebInfo
-	cmake --build build/sanitize --parallel $(JOBS)
-	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-		ctest --test-dir build/sanitize --output-on-failure --no-tests=error
+# The native tests under AddressSanitizer and UndefinedBehaviorSanitizer, and under
+# ThreadSanitizer.
+sanitize-native: sanitize-native-ADDRESS sanitize-native-THREAD
+
+sanitize-native-%:
+	cmake -S . -B build/sanitize-$* -DONP_TESTS=ON -DONP_PYTHON=OFF -DONP_CUDA=OFF \
+		-DONP_SANITIZE=$* -DCMAKE_BUILD_TYPE=RelWithDebInfo
+	cmake --build build/sanitize-$* --parallel $(JOBS)
+	UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 TSAN_OPTIONS=halt_on_error=1 \
+		ctest --test-dir build/sanitize-$* --output-on-failure --no-tests=error
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
