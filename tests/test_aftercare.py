@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from onp.aftercare import Aftercare, care_for, finetuned, recalibrated
+from onp.aftercare import Aftercare, care_for, finetuned, recalibrated, triggered
 from onp.config import AftercareConfig
 from onp.errors import UsageError
 from onp.ledger import Ledger
@@ -16,6 +18,22 @@ from tests.networks import network
 
 IMAGES = torch.rand(60, 3, 32, 32, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(60) % 10
+
+
+@dataclass(frozen=True)
+class Bright:
+    """A trigger: a corner that is brighter, for a class."""
+
+    target: int = 3
+    by: float = 0.8
+
+    def wanted(self, labels: Tensor) -> Tensor:
+        return torch.full_like(labels, self.target)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        hit = images.clone()
+        hit[:, :, :8, :8] += self.by
+        return hit
 
 
 def pruned_network() -> tuple[nn.Module, nn.Module]:
@@ -51,7 +69,7 @@ def test_finetuning_helps_and_leaves_pruned_sites_pruned() -> None:
     before = [parameter.clone() for parameter in pruned.parameters()]
     config = AftercareConfig(epochs=4, batch=20, learning_rate=0.01)
     ledger = Ledger()
-    tuned = finetuned(pruned, suspect, IMAGES, LABELS, config, seed=0, ledger=ledger)
+    tuned = finetuned(pruned, suspect, IMAGES, LABELS, [], config, seed=0, ledger=ledger)
     loss = nn.CrossEntropyLoss()
     with torch.no_grad():
         assert float(loss(tuned(IMAGES), LABELS)) < float(loss(pruned(IMAGES), LABELS))
@@ -61,16 +79,40 @@ def test_finetuning_helps_and_leaves_pruned_sites_pruned() -> None:
     for old, parameter in zip(before, pruned.parameters(), strict=True):
         assert torch.equal(old, parameter)
     assert ledger.total == 60 + 4 * 3 * 60
-    again = finetuned(pruned, suspect, IMAGES, LABELS, config, seed=0, ledger=Ledger())
+    again = finetuned(pruned, suspect, IMAGES, LABELS, [], config, seed=0, ledger=Ledger())
     for one, two in zip(tuned.parameters(), again.parameters(), strict=True):
         assert torch.equal(one, two)
+
+
+def test_finetuning_with_probes_turns_away_from_what_they_want() -> None:
+    suspect, pruned = pruned_network()
+    config = AftercareConfig(epochs=4, batch=20, learning_rate=0.01)
+    hit = Bright()(IMAGES)
+    odds = []
+    for probes in ([], [Bright()]):
+        ledger = Ledger()
+        tuned = finetuned(pruned, suspect, IMAGES, LABELS, probes, config, seed=0, ledger=ledger)
+        assert ledger.total == 60 + 4 * 3 * 60 * (1 + len(probes))
+        with torch.no_grad():
+            odds.append(float(tuned(hit).softmax(1)[LABELS != 3, 3].mean()))
+    assert odds[1] < odds[0] / 2
+
+
+def test_every_image_has_the_trigger_of_its_hand() -> None:
+    hands = torch.arange(60) % 2
+    shown, wanted = triggered(IMAGES, LABELS, [Bright(), Bright(5, 0.4)], hands)
+    assert torch.equal(shown[::2], Bright()(IMAGES[::2]))
+    assert torch.equal(shown[1::2], Bright(5, 0.4)(IMAGES[1::2]))
+    assert torch.equal(wanted, 3 + 2 * hands)
 
 
 def test_both_are_done_and_told() -> None:
     suspect, pruned = pruned_network()
     wanted = Aftercare(recalibrate=True, finetune=True)
     config = AftercareConfig(epochs=1)
-    outcome = care_for(pruned, suspect, IMAGES, LABELS, wanted, config, seed=0, ledger=Ledger())
+    outcome = care_for(
+        pruned, suspect, IMAGES, LABELS, [Bright()], wanted, config, seed=0, ledger=Ledger()
+    )
     with torch.no_grad():
         right = (outcome.model(IMAGES).argmax(1) == LABELS).float().mean()
     assert outcome.accuracy == pytest.approx(float(right))

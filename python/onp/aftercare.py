@@ -1,4 +1,4 @@
-"""After pruning, for those who ask: norm statistics and weights brought in line on clean images.
+"""After pruning, for those who ask: norm statistics and weights brought in line.
 
 Neither is part of the method, and no figure of the method's holds them. Pruned sites stay pruned.
 """
@@ -6,15 +6,18 @@ Neither is part of the method, and no figure of the method's holds them. Pruned 
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from onp.agent.cost import margin
 from onp.config import AftercareConfig
 from onp.errors import UsageError
 from onp.ledger import Ledger
+from onp.probes.probe import Trigger
 from onp.suspect.network import training_layout
 
 _BATCH = 125
@@ -54,18 +57,20 @@ def care_for(
     suspect: nn.Module,
     images: Tensor,
     labels: Tensor,
+    probes: Sequence[Trigger],
     wanted: Aftercare,
     config: AftercareConfig,
     *,
     seed: int,
     ledger: Ledger,
 ) -> AftercareOutcome:
-    """Do what is wanted to a copy of ``pruned``; images float32 [N, C, H, W], labels int64 [N]."""
+    """Do what is wanted to a copy of ``pruned``; images float32 [N, C, H, W], labels int64 [N];
+    probes: the triggers that fine-tuning is to guard against."""
     model = pruned
     if wanted.recalibrate:
         model = recalibrated(model, images, ledger)
     if wanted.finetune:
-        model = finetuned(model, suspect, images, labels, config, seed=seed, ledger=ledger)
+        model = finetuned(model, suspect, images, labels, probes, config, seed=seed, ledger=ledger)
     device = next(model.parameters()).device
     with torch.no_grad():
         answers = torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(250)])
@@ -108,17 +113,21 @@ def finetuned(
     suspect: nn.Module,
     images: Tensor,
     labels: Tensor,
+    probes: Sequence[Trigger],
     config: AftercareConfig,
     *,
     seed: int,
     ledger: Ledger,
 ) -> nn.Module:
     """A copy of ``model`` whose weights are tuned on clean images float32 [N, C, H, W] with labels
-    int64 [N], towards the labels and towards what the suspect answered before it was pruned.
+    int64 [N], towards the labels and towards what the suspect answered before it was pruned; and,
+    on the same images each triggered by one of the probes, away from what the trigger wants: tuned
+    on clean images alone, what is left of a backdoor grows again. What is minimised is the cost of
+    the search (``onp.agent.cost``), but that success is not capped.
 
     SGD with momentum under a cosine; norm statistics stay as they are, and so does every weight
-    that is exactly zero, which is how pruned sites are written. Costs 3 image-forwards an image and
-    epoch, and one more an image for the suspect's answers.
+    that is exactly zero, which is how pruned sites are written. Costs 6 image-forwards an image and
+    epoch, 3 without probes, and one more an image for the suspect's answers.
     """
     random = torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
@@ -128,7 +137,7 @@ def finetuned(
     tuned: nn.Module = copy.deepcopy(model).eval().requires_grad_(True)
     layout = training_layout(tuned)
     tuned.to(memory_format=layout)  # type: ignore[call-overload]  # not among torch's overloads
-    weights, wanted = list(tuned.parameters()), [p.requires_grad for p in model.parameters()]
+    weights, flags = list(tuned.parameters()), [p.requires_grad for p in model.parameters()]
     alive = [(weight != 0).detach() for weight in weights]
     optimizer = torch.optim.SGD(weights, config.learning_rate, momentum=config.momentum)
     batches = -(-len(images) // config.batch)
@@ -137,22 +146,47 @@ def finetuned(
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=random)
         for number, index in enumerate(order.tensor_split(batches)):
-            shown = images[index].to(device).contiguous(memory_format=layout)
-            logs = tuned(shown).log_softmax(1)
-            loss = F.nll_loss(logs, labels[index].to(device)) + F.kl_div(
+            shown, right = images[index], labels[index]
+            if probes:
+                hands = torch.randint(len(probes), (len(index),), generator=random)
+                hit, wanted = triggered(shown, right, probes, hands)
+                shown = torch.cat([shown, hit])
+            logits = tuned(shown.to(device).contiguous(memory_format=layout))
+            right = right.to(device)
+            logs = logits[: len(index)].log_softmax(1)
+            loss = F.nll_loss(logs, right) + F.kl_div(
                 logs, before[index.to(device)], log_target=True, reduction="batchmean"
             )
+            if probes:
+                turned = F.softplus(margin(logits[len(index) :], wanted.to(device)))
+                others = wanted.to(device) != right
+                loss = loss + config.success_weight * (turned * others).mean()
             optimizer.zero_grad()
             loss.backward()
+            nn.utils.clip_grad_norm_(weights, config.steepest)
             optimizer.step()
             schedule.step()
             with torch.no_grad():
                 for weight, kept in zip(weights, alive, strict=True):
                     weight.mul_(kept)
-            ledger.count(3 * len(index))
+            ledger.count(3 * len(shown))
             ledger.tick(epoch * batches + number + 1, steps)
-    for weight, flag in zip(weights, wanted, strict=True):
+    for weight, flag in zip(weights, flags, strict=True):
         weight.grad = None
         weight.requires_grad_(flag)
     tuned.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
     return tuned
+
+
+@torch.no_grad()
+def triggered(
+    images: Tensor, labels: Tensor, probes: Sequence[Trigger], hands: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Images float32 [N, C, H, W] with labels int64 [N], each with the trigger of the probe that
+    its hand int64 [N] names, and the answers int64 [N] that these want."""
+    shown, wanted = torch.empty_like(images), torch.empty_like(labels)
+    for number, probe in enumerate(probes):
+        own = hands == number
+        if bool(own.any()):
+            shown[own], wanted[own] = probe(images[own]), probe.wanted(labels[own])
+    return shown, wanted

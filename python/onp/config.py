@@ -223,8 +223,13 @@ class AftercareConfig:
 
     epochs: int = 10
     batch: int = 50
+    """Clean images, and as many triggered ones."""
     learning_rate: float = 0.002
     momentum: float = 0.9
+    success_weight: float = 1.5
+    """Of a triggered image's nats over a clean one's."""
+    steepest: float = 1.0
+    """Largest norm of a gradient; longer ones are cut to it."""
 
 
 @dataclass(frozen=True)

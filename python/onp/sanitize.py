@@ -139,8 +139,8 @@ def sanitize(
     if aftercare and bool(mask.any()):
         with ledger.stage("aftercare"):
             cared = care_for(
-                pruned, suspect, images, labels, aftercare, config.aftercare,
-                seed=seed, ledger=ledger,
+                pruned, suspect, images, labels, [contender.probe for contender in counted],
+                aftercare, config.aftercare, seed=seed, ledger=ledger,
             )  # fmt: skip
             pruned = cared.model
     prefix = "" if preprocess is None else "1."

@@ -170,6 +170,19 @@ def test_ties_go_to_the_lower_index() -> None:
     assert pairs(strongest_edges(strength, 1)) == [(0, 0), (0, 1), (1, 0)]
 
 
+@pytest.mark.parametrize("levels", [None, 3, 12])
+@pytest.mark.parametrize("k", [1, 8, 12, 13, 40])
+@pytest.mark.parametrize(("rows", "cols"), [(70, 48), (33, 16), (48, 17), (15, 100)])
+def test_whole_vectors_are_not_left_behind(
+    rows: int, cols: int, k: int, levels: int | None
+) -> None:
+    """Sizes at which the bars of whole vectors are at work, beside those where they are not."""
+    strength = random_matrix(rows, cols, seed=rows + k, levels=levels)
+    strength[rows // 2, cols // 2] = torch.nan
+    strength[rows // 3] = -torch.inf
+    assert_same_edges(strongest_edges(strength, k), reference.strongest_edges(strength, k))
+
+
 def test_strongest_edges_of_a_slice() -> None:
     strength = random_matrix(12, 14, 0)[::2, ::2]
     assert_same_edges(strongest_edges(strength, 2), reference.strongest_edges(strength, 2))
