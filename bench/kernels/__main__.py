@@ -34,6 +34,7 @@ from onp.files import write_json
 _BENCH = Path(__file__).parents[1]
 SUITES = {
     "masked_forward": masked_forward.rows,
+    "masked_forward_others": masked_forward.others,
     "recorded": recorded.rows,
     "neuron_graph": neuron_graph.rows,
     "message_passing": message_passing.rows,

@@ -39,6 +39,12 @@ NETWORKS = {
     "vgg16_bn-64": ("vgg16_bn", 64, None),
     "mobilenetv2-1": ("mobilenetv2", 1.0, 1.2),
 }
+OTHERS = {
+    "densenet-16": ("densenet", 16, None),
+    "convnext-32": ("convnext", 32, None),
+    "vit-64": ("vit", 64, None),
+}
+"""With concatenations, layer norms, attention: fewer masks and images, one share."""
 """Architecture, width, and the ratio to the best baseline that is aimed at in fp32."""
 LINEAR = "preactresnet18-16, 1% pruned"
 """Case where a baseline runs all masks too: time is linear in their number."""
@@ -85,7 +91,7 @@ class Case:
 
 def cases(network: str, count: int, images: int, shares: tuple[float, ...]) -> Iterator[Case]:
     """One a share of pruned sites, with masks that are independent of each other."""
-    arch, width, target = NETWORKS[network]
+    arch, width, target = (NETWORKS | OTHERS)[network]
     torch.manual_seed(0)
     model = settled(ARCHITECTURES[arch](width, CLASSES))
     traced = trace(model, (3, 32, 32))
@@ -332,3 +338,13 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
                 if not way.depends:
                     known[way.name] = replace(row, note=f"{row.note}, of {case.name}")
                 yield row
+
+
+def others(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
+    """Every implementation on the networks that are more than convolutions."""
+    count, images = (8, 64) if quick else (16, 128)
+    for network in OTHERS:
+        for case in cases(network, count, images, SHARES[:1]):
+            for way in WAYS:
+                print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
+                yield measure(case, way, repeats, ceilings.gflops(way.precision))

@@ -114,28 +114,44 @@ def both(call: Way, x: Tensor, weight: Tensor, graph: CsrGraph) -> Sequence[Tens
 
 
 def rows(quick: bool, repeats: int, ceilings: Ceilings, device: str = "cpu") -> Iterator[Row]:
-    """Both directions of every shape; on a GPU in bf16, too, which no baseline is timed in."""
+    """Both directions of every shape, in fp32 and in bf16, where torch.sparse is the one other."""
     warnings.filterwarnings("ignore", message="Sparse CSR")
     for name, shape in (SHAPES if device == "cpu" else GPU_SHAPES).items():
         if quick and device == "cpu" and name != QUICK:
             continue
         x, weight, graph = inputs(shape, device)
-        for dtype in (torch.float32,) if device == "cpu" else (torch.float32, torch.bfloat16):
-            exact = dtype == torch.float32
-            given = x.to(dtype), weight.to(dtype), graph
-            for direction, does in (
-                ("forward", lambda call, *args: [call(*args)]),
-                ("forward and backward", both),
-            ):
+        for direction, does in (
+            ("forward", lambda call, *args: [call(*args)]),
+            ("forward and backward", both),
+        ):
+            known: dict[str, float] = {}
+            for dtype in (torch.float32, torch.bfloat16):
+                exact = dtype == torch.float32
+                given = x.to(dtype), weight.to(dtype), graph
                 wide = (part.float() for part in given[:2])
                 expected = does(WAYS["torch index_add"], *wide, graph)
-                for way, call in WAYS.items() if exact else [("onp", WAYS["onp"])]:
-                    precision = "fp32" if exact else "reduced"
+                precision, tolerance = ("fp32", TOLERANCE) if exact else ("reduced", 2e-2)
+                for way, call in WAYS.items():
+                    if not exact and way not in ("onp", "torch.sparse"):
+                        continue
                     row = Row(KERNEL, f"{name}, {direction}", way, precision, None, False)
                     row = replace(row, target=shape.target if way == "onp" and exact else None)
-                    run, tolerance = partial(does, call, *given), TOLERANCE if exact else 2e-2
+                    run = partial(does, call, *given)
                     row = timed(row, run, expected, repeats, tolerance)
+                    if row.seconds is not None:
+                        row = replace(row, note=", ".join(notes(row, known)))
+                        if exact:
+                            known[way] = row.seconds
                     if direction == "forward" and row.seconds is not None:
                         share = shape.gbytes(dtype) / row.seconds / ceilings.copy_gbytes
-                        row = replace(row, share_of_peak=round(share, 3), note="of copy bandwidth")
+                        row = replace(row, share_of_peak=round(share, 3))
                     yield row
+
+
+def notes(row: Row, known: dict[str, float]) -> Iterator[str]:
+    """What a row's figures are shares and multiples of; known: seconds in fp32, by way."""
+    assert row.seconds is not None
+    if row.case.endswith("forward"):
+        yield "of copy bandwidth"
+    if row.precision == "reduced" and "torch.sparse" in known:
+        yield f"{known['torch.sparse'] / row.seconds:.1f} times torch.sparse in fp32"

@@ -47,9 +47,19 @@ void csr_transpose(Address indptr, Address indices, std::int64_t nodes, Address 
                      at<std::int64_t>(t_indices), at<std::int64_t>(t_edge));
 }
 
-void message_passing(bool float64, Address x, Address weight, Address indptr, Address indices,
-                     Address out, std::int64_t batch, std::int64_t nodes, std::int64_t features,
-                     int threads) {
+// Calls run with a value of the type that torch calls `dtype`.
+template <typename Run>
+void with_type(const std::string& dtype, const Run& run) {
+  if (dtype == "float32") return run(0.0f);
+  if (dtype == "float64") return run(0.0);
+  ONP_CHECK(dtype == "bfloat16",
+            "message_passing: dtype must be float32, float64 or bfloat16, got ", dtype);
+  run(onp::Bf16(0.0f));
+}
+
+void message_passing(const std::string& dtype, Address x, Address weight, Address indptr,
+                     Address indices, Address out, std::int64_t batch, std::int64_t nodes,
+                     std::int64_t features, int threads) {
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     onp::message_passing<T>({csr_view(indptr, indices, nodes), batch, features, at<const T>(x),
@@ -57,10 +67,10 @@ void message_passing(bool float64, Address x, Address weight, Address indptr, Ad
                             threads);
   };
   py::gil_scoped_release release;
-  float64 ? run(0.0) : run(0.0f);
+  with_type(dtype, run);
 }
 
-void message_passing_weight_grad(bool float64, Address grad, Address x, Address indptr,
+void message_passing_weight_grad(const std::string& dtype, Address grad, Address x, Address indptr,
                                  Address indices, Address weight_grad, std::int64_t batch,
                                  std::int64_t nodes, std::int64_t features, int threads) {
   const auto run = [&](auto zero) {
@@ -70,7 +80,7 @@ void message_passing_weight_grad(bool float64, Address grad, Address x, Address 
                                         threads);
   };
   py::gil_scoped_release release;
-  float64 ? run(0.0) : run(0.0f);
+  with_type(dtype, run);
 }
 
 // ---- neuron graph ------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 #include "core/message_passing.h"
 
 #include <algorithm>
+#include <vector>
 
 #include "core/check.h"
 #include "core/parallel.h"
@@ -21,7 +22,7 @@ ONP_INLINE void row_tile(const std::int64_t* indices, const T* weight, std::int6
   for (int k = 0; k < Vectors; ++k) sums[k].v = typename Vec::Vector{};
   for (std::int64_t e = 0; e < edges; ++e) {
     const T* from = x + indices[e] * features;
-    const T scale = weight[e];
+    const typename Vec::Sum scale = weight[e];
 #pragma GCC unroll 8
     for (int k = 0; k < Vectors; ++k) sums[k].v += Vec::load(from + k * Vec::count).v * scale;
   }
@@ -49,15 +50,15 @@ ONP_INLINE void sum_rows(const MessagePassingParams<T>& p, const T* x, T* out, s
     for (; d + lanes <= features; d += lanes)
       row_tile<T, 1>(indices, weight, edges, x + d, features, to + d);
     for (; d < features; ++d) {
-      T sum = 0;
+      typename Lanes<T>::Sum sum = 0;
       for (std::int64_t e = 0; e < edges; ++e) sum += weight[e] * x[indices[e] * features + d];
-      to[d] = sum;
+      to[d] = T(sum);
     }
   }
 }
 
 template <typename T>
-ONP_INLINE T dot(const T* a, const T* b, std::int64_t size) {
+ONP_INLINE typename Lanes<T>::Sum dot(const T* a, const T* b, std::int64_t size) {
   using Vec = Lanes<T>;
   Vec even, odd;
   even.v = odd.v = typename Vec::Vector{};
@@ -66,7 +67,7 @@ ONP_INLINE T dot(const T* a, const T* b, std::int64_t size) {
     even.v += Vec::load(a + d).v * Vec::load(b + d).v;
     odd.v += Vec::load(a + d + Vec::count).v * Vec::load(b + d + Vec::count).v;
   }
-  T tail = 0;
+  typename Vec::Sum tail = 0;
   for (; d < size; ++d) tail += a[d] * b[d];
   even.v += odd.v;
   return even.sum() + tail;
@@ -75,18 +76,21 @@ ONP_INLINE T dot(const T* a, const T* b, std::int64_t size) {
 template <typename T>
 ONP_INLINE void dot_rows(const MessagePassingWeightGradParams<T>& p, std::int64_t first,
                          std::int64_t last) {
+  using Sum = typename Lanes<T>::Sum;
   const std::int64_t* indptr = p.graph.indptr;
-  std::fill(p.weight_grad + indptr[first], p.weight_grad + indptr[last], T(0));
+  const std::int64_t begin = indptr[first];
+  std::vector<Sum> sums(indptr[last] - begin, Sum(0));
   for (std::int64_t b = 0; b < p.batch; ++b) {
     const T* grad = p.grad + b * p.graph.nodes * p.features;
     const T* x = p.x + b * p.graph.nodes * p.features;
     for (std::int64_t row = first; row < last; ++row) {
       for (std::int64_t e = indptr[row]; e < indptr[row + 1]; ++e) {
-        p.weight_grad[e] +=
+        sums[e - begin] +=
             dot(grad + row * p.features, x + p.graph.indices[e] * p.features, p.features);
       }
     }
   }
+  for (std::size_t e = 0; e < sums.size(); ++e) p.weight_grad[begin + e] = T(sums[e]);
 }
 
 template <typename T>
@@ -158,7 +162,9 @@ void message_passing_weight_grad(const MessagePassingWeightGradParams<T>& params
 
 template void message_passing(const MessagePassingParams<float>&, int);
 template void message_passing(const MessagePassingParams<double>&, int);
+template void message_passing(const MessagePassingParams<Bf16>&, int);
 template void message_passing_weight_grad(const MessagePassingWeightGradParams<float>&, int);
 template void message_passing_weight_grad(const MessagePassingWeightGradParams<double>&, int);
+template void message_passing_weight_grad(const MessagePassingWeightGradParams<Bf16>&, int);
 
 }  // namespace onp

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "core/simd.h"
 #include "core/views.h"
 
 namespace onp {
@@ -31,7 +32,7 @@ struct MessagePassingWeightGradParams {
 
 // The gradient of x is message_passing over the transposed graph with the permuted weights.
 // Each output is computed by one thread in a fixed order: the thread count never changes a bit.
-// Instantiated for float and double.
+// Instantiated for float, double and Bf16, whose sums are floats.
 template <typename T>
 void message_passing(const MessagePassingParams<T>& params, int threads);
 

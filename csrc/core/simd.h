@@ -20,10 +20,31 @@ inline bool machine_has_avx2() {
 }
 #endif
 
+// A float without its lower 16 bits: stored so, computed with as float.
+struct Bf16 {
+  std::uint16_t bits;
+
+  Bf16() = default;
+  // The nearest, among two the even one; NaN stays NaN.
+  explicit Bf16(float value) {
+    std::uint32_t wide;
+    std::memcpy(&wide, &value, sizeof wide);
+    const std::uint32_t rounded = wide + 0x7fffu + (wide >> 16 & 1u);
+    bits = static_cast<std::uint16_t>((value == value ? rounded : wide | 0x400000u) >> 16);
+  }
+  operator float() const {
+    const std::uint32_t wide = static_cast<std::uint32_t>(bits) << 16;
+    float value;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+};
+
 // 32 bytes of T: one AVX register, or two of the baseline.
 template <typename T>
 struct Lanes {
   static constexpr int count = 32 / static_cast<int>(sizeof(T));
+  using Sum = T;  // what is computed with
   typedef T Vector __attribute__((vector_size(32)));
   Vector v;
 
@@ -41,6 +62,24 @@ struct Lanes {
       for (int lane = 0; lane < half; ++lane) parts[lane] += parts[lane + half];
     }
     return parts[0];
+  }
+};
+
+// As many floats, 16 bytes where they are stored.
+template <>
+struct Lanes<Bf16> : Lanes<float> {
+  static ONP_INLINE Lanes load(const Bf16* from) {
+    typedef std::uint16_t Narrow __attribute__((vector_size(16)));
+    typedef std::uint32_t Wide __attribute__((vector_size(32)));
+    Narrow narrow;
+    std::memcpy(&narrow, from, sizeof narrow);
+    const Wide wide = __builtin_convertvector(narrow, Wide) << 16;
+    Lanes lanes;
+    std::memcpy(&lanes.v, &wide, sizeof wide);
+    return lanes;
+  }
+  ONP_INLINE void store(Bf16* to) const {
+    for (int lane = 0; lane < count; ++lane) to[lane] = Bf16(v[lane]);
   }
 };
 

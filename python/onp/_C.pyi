@@ -9,7 +9,7 @@ def csr_transpose(
     indptr: int, indices: int, nodes: int, t_indptr: int, t_indices: int, t_edge: int, /
 ) -> None: ...
 def message_passing(
-    float64: bool,
+    dtype: str,
     x: int,
     weight: int,
     indptr: int,
@@ -22,7 +22,7 @@ def message_passing(
     /,
 ) -> None: ...
 def message_passing_weight_grad(
-    float64: bool,
+    dtype: str,
     grad: int,
     x: int,
     indptr: int,

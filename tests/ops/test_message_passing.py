@@ -91,10 +91,26 @@ def two_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("poisoned_empty")
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["f32", "f64"])
-def test_native_matches_reference(shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
-    tolerance = 1e-4 if dtype == torch.float32 else 1e-11
-    assert_matches_reference(*random_inputs(shape, dtype), "native", tolerance, tolerance)
+@pytest.mark.parametrize(
+    ("dtype", "rtol", "atol"),
+    [(torch.float32, 1e-4, 1e-4), (torch.float64, 1e-11, 1e-11), (torch.bfloat16, 2e-2, 1e-1)],
+    ids=["f32", "f64", "bf16"],
+)
+def test_native_matches_reference(
+    shape: tuple[int, int, int, int], dtype: torch.dtype, rtol: float, atol: float
+) -> None:
+    assert_matches_reference(*random_inputs(shape, dtype), "native", rtol, atol)
+
+
+def test_native_bfloat16_is_rounded_once() -> None:
+    """What is computed is the sum in float32, rounded as torch rounds: ties to even, NaN to NaN."""
+    x, weight, graph = random_inputs((40, 300, 2, 24), torch.bfloat16)
+    x = x.detach()
+    x[0, 3, 5], x[1, 7, 0] = torch.nan, torch.inf
+    exact = message_passing(x.float(), weight.detach().float(), graph, "native")
+    got = message_passing(x, weight.detach(), graph, "native")
+    assert torch.equal(got.isnan(), exact.isnan())
+    assert torch.equal(got.nan_to_num(0), exact.bfloat16().nan_to_num(0))
 
 
 @pytest.mark.usefixtures("poisoned_empty")
@@ -336,8 +352,8 @@ assert ("triton" in sys.modules) == before
         ({"weight": torch.zeros(29)}, r"weight must be \[30\]"),
         ({"weight": torch.zeros(30, dtype=torch.float64)}, "one floating dtype"),
         (
-            {"x": torch.zeros(2, 9, 5).bfloat16(), "weight": torch.zeros(30).bfloat16()},
-            "native kernels take torch.float32 or torch.float64, got torch.bfloat16",
+            {"x": torch.zeros(2, 9, 5).half(), "weight": torch.zeros(30).half()},
+            "native kernels take .* or torch.bfloat16, got torch.float16",
         ),
         ({"x": torch.zeros(2, 9, 5, device="meta")}, "one device"),
         ({"backend": "fast"}, "backend must be one of"),

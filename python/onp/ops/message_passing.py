@@ -22,7 +22,12 @@ from onp.ops._library import LIBRARY
 from onp.ops.csr import CsrGraph
 
 BACKENDS = ("auto", "native", "triton", "torch", "torch_scatter")
-_NATIVE_DTYPES = (torch.float32, torch.float64)
+_NATIVE_DTYPES = {
+    torch.float32: "float32",
+    torch.float64: "float64",
+    torch.bfloat16: "bfloat16",
+}
+"""What the native module calls them."""
 _TRITON_DTYPES = (torch.float32, torch.bfloat16)
 
 _GRAPH = "Tensor indptr, Tensor indices, Tensor t_indptr, Tensor t_indices, Tensor t_edge"
@@ -40,8 +45,8 @@ def message_passing(x: Tensor, weight: Tensor, graph: CsrGraph, backend: str = "
     """Sum each node's neighbours, weighted by edge.
 
     Args:
-        x: node features ``[B, N, D]``. float32 or float64 on the CPU (native), float32 or
-            bfloat16 on CUDA (Triton, with float32 sums). Differentiable.
+        x: node features ``[B, N, D]``. float32, float64 or bfloat16 on the CPU (native), float32
+            or bfloat16 on CUDA (Triton); bfloat16 with float32 sums. Differentiable.
         weight: edge weights ``[E]`` of the same dtype and device. Differentiable.
         graph: the graph, shared by all B, on the same device.
         backend: ``auto`` (by device), ``native``, ``triton`` (on CPU tensors under
@@ -133,7 +138,7 @@ def _sum(x: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor, kernels: st
         _triton().launch_sum(x, weight, indptr, indices, out)
         return out
     _C.message_passing(
-        x.dtype == torch.float64,
+        _NATIVE_DTYPES[x.dtype],
         x.data_ptr(),
         weight.data_ptr(),
         indptr.data_ptr(),
@@ -174,7 +179,7 @@ def _weight_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
         _triton().launch_weight_grad(grad, x, indptr, indices, weight_grad)
         return weight_grad
     _C.message_passing_weight_grad(
-        x.dtype == torch.float64,
+        _NATIVE_DTYPES[x.dtype],
         grad.data_ptr(),
         x.data_ptr(),
         indptr.data_ptr(),
