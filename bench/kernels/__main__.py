@@ -21,7 +21,7 @@ from bench.kernels import (
     convolution_gpu,
     masked_forward,
     masked_forward_gpu,
-    masked_gradient_gpu,
+    masked_gradient,
     message_passing,
     neuron_graph,
     recorded,
@@ -35,6 +35,7 @@ _BENCH = Path(__file__).parents[1]
 SUITES = {
     "masked_forward": masked_forward.rows,
     "masked_forward_others": masked_forward.others,
+    "masked_gradient": masked_gradient.rows,
     "recorded": recorded.rows,
     "neuron_graph": neuron_graph.rows,
     "message_passing": message_passing.rows,
@@ -44,7 +45,7 @@ GPU_SUITES = {
     "message_passing": partial(message_passing.rows, device="cuda"),
     "convolution": convolution_gpu.rows,
     "neuron_graph": partial(neuron_graph.rows, device="cuda"),
-    "masked_gradient": masked_gradient_gpu.rows,
+    "masked_gradient": partial(masked_gradient.rows, device="cuda"),
     "masked_forward_others": masked_forward_gpu.others,
 }
 
