@@ -1,4 +1,4 @@
-"""Gradients by the images, a step of a probe: ours against the network in torch, eager and compiled.
+"""Gradients by the images, a step of a probe: ours against the network in torch, eager, compiled.
 
 On a GPU ours are torch's, replayed from a CUDA graph, and all are in TF32.
 """
