@@ -17,15 +17,35 @@ NEIGHBOURS = 8
 THRESHOLD = 0.5
 
 
-def shapes() -> list[tuple[int, int, int, int]]:
-    found = [(64, 3, 3, 3)]
-    before = 64
-    for width in (64, 128, 256, 512):
+Shape = tuple[int, int, int, int]
+
+
+def shapes(first: int = 64) -> list[Shape]:
+    """The convolutions of PreActResNet-18 of a width."""
+    found = [(first, 3, 3, 3)]
+    before = first
+    for width in (first, 2 * first, 4 * first, 8 * first):
         found += [(width, before, 3, 3), *[(width, width, 3, 3)] * 3]
         if width != before:
             found.append((width, before, 1, 1))
         before = width
     return found
+
+
+def resnet50() -> list[Shape]:
+    """The convolutions of ResNet-50."""
+    found, before = [(64, 3, 7, 7)], 64
+    for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+        for block in range(blocks):
+            found += [(width, before, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)]
+            if block == 0:
+                found.append((4 * width, before, 1, 1))
+            before = 4 * width
+    return found
+
+
+NETWORKS = {"width 64": shapes(64), "ResNet-50": resnet50(), "width 192": shapes(192)}
+"""11, 23 and 101 million weights."""
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from bench.bench_neuron_graph import (
     NEIGHBOURS,
+    NETWORKS,
     THRESHOLD,
-    shapes,
     torch_similar,
     torch_strength,
     torch_strongest,
@@ -25,6 +25,8 @@ from onp.ops.neuron_graph import connection_strength, similarity_edges, stronges
 KERNEL = "neuron_graph"
 TARGET = 3.0
 GPU_TARGET = 5.0
+TOLERANCES = {"strengths": 1e-4, "strongest": 1e-4, "similar": 2e-3}
+"""Of similarities, which are summed, more: rounding decides which edges are at the threshold."""
 
 
 def strongest(strength: Tensor) -> tuple[Tensor, ...]:
@@ -32,7 +34,7 @@ def strongest(strength: Tensor) -> tuple[Tensor, ...]:
 
 
 def similar(vectors: Tensor) -> Tensor:
-    """The sum of the similarities: rounding decides which edges are at the threshold."""
+    """The sum of the similarities."""
     return similarity_edges(vectors, THRESHOLD, NEIGHBOURS)[2].sum()
 
 
@@ -51,25 +53,33 @@ def all_of(call: Callable[[Tensor], Any], items: list[Tensor]) -> Callable[[], l
 
 
 def rows(quick: bool, repeats: int, ceilings: Ceilings, device: str = "cpu") -> Iterator[Row]:
-    """PreActResNet-18 of width 64: 45 MB of weights. On a GPU strengths alone."""
-    torch.manual_seed(0)
-    weights = [torch.randn(shape).to(device) for shape in shapes()]
-    strengths = [connection_strength(weight) for weight in weights]
-    read = sum(weight.numel() for weight in weights) * 4 / 1e9 / ceilings.copy_gbytes
-    parts: dict[str, tuple[list[Tensor], dict[str, Callable[[Tensor], Any]]]] = {
-        "strengths": (weights, {"onp": connection_strength, "torch": torch_strength}),
-        "strongest": (strengths, {"onp": strongest, "torch": torch_strongest}),
-        "similar": (strengths, {"onp": similar, "torch": torch_similar_sum}),
-    }
-    for part, (items, ways) in parts.items():
-        if device != "cpu" and part != "strengths":
+    """The convolutions of three networks; of one if quick. On a GPU strengths alone."""
+    for network, shapes in NETWORKS.items():
+        if network != next(iter(NETWORKS)) and (quick or device != "cpu"):
             continue
-        expected = all_of(ways["torch"], items)()
-        for way, call in ways.items():
-            row = Row(KERNEL, f"width 64, {part}", way, "fp32", None, False)
-            row = timed(row, all_of(call, items), expected, repeats if quick else 3 * repeats)
-            if way == "onp" and row.seconds is not None:
-                note = f"{row.seconds / read:.1f} times one read of the weights"
-                target = TARGET if device == "cpu" else GPU_TARGET
-                row = replace(row, target=target, note=note)
-            yield row
+        torch.manual_seed(0)
+        weights = [torch.randn(shape).to(device) for shape in shapes]
+        strengths = [connection_strength(weight) for weight in weights]
+        read = sum(weight.numel() for weight in weights) * 4 / 1e9 / ceilings.copy_gbytes
+        gflop = sum(len(one) ** 2 * one.shape[1] for one in strengths) / 1e9  # each pair once
+        parts: dict[str, tuple[list[Tensor], dict[str, Callable[[Tensor], Any]]]] = {
+            "strengths": (weights, {"onp": connection_strength, "torch": torch_strength}),
+            "strongest": (strengths, {"onp": strongest, "torch": torch_strongest}),
+            "similar": (strengths, {"onp": similar, "torch": torch_similar_sum}),
+        }
+        for part, (items, ways) in parts.items():
+            if device != "cpu" and part != "strengths":
+                continue
+            expected = all_of(ways["torch"], items)()
+            for way, call in ways.items():
+                row = Row(KERNEL, f"{network}, {part}", way, "fp32", None, False)
+                often = repeats if quick else 3 * repeats
+                row = timed(row, all_of(call, items), expected, often, TOLERANCES[part])
+                if way == "onp" and row.seconds is not None:
+                    note = f"{row.seconds / read:.1f} times one read of the weights"
+                    target = TARGET if device == "cpu" else GPU_TARGET
+                    row = replace(row, target=target, note=note)
+                    peak = ceilings.gflops("fp32")
+                    if part == "similar" and peak is not None:
+                        row = replace(row, share_of_peak=round(gflop / row.seconds / peak, 3))
+                yield row

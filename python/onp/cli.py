@@ -118,7 +118,7 @@ def sanitize(
     finetune: Annotated[
         bool,
         typer.Option(
-            "--finetune", help="Then tune the weights on the images: may bring attacks back."
+            "--finetune", help="Then tune the weights too, on the images and against the probes."
         ),
     ] = False,
     profile: Annotated[

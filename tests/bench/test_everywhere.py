@@ -12,7 +12,7 @@ from torch import nn
 from bench.defences import DEFENCES
 from bench.defences.api import NotApplicable
 from bench.zoo.architectures import ARCHITECTURES
-from onp.config import BUDGETS
+from onp.config import BUDGETS, AftercareConfig
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.ledger import Ledger
@@ -42,6 +42,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "onp-quick": _ONP,
     "onp-recalibrate": _ONP,
     "onp-finetune": _ONP,
+    "probe-tune": {"config": replace(_ONP["budget"], aftercare=AftercareConfig(epochs=1))},
 }
 """Options that leave one round of everything."""
 
