@@ -45,7 +45,7 @@ def resnet50() -> list[Shape]:
 
 
 NETWORKS = {"width 64": shapes(64), "ResNet-50": resnet50(), "width 192": shapes(192)}
-"""11, 23 and 101 million weights."""
+"""11, 23 and 100 million weights."""
 
 
 @pytest.fixture(scope="module")

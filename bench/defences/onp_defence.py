@@ -57,4 +57,5 @@ def onp_defence(
 defence("onp-quick")(partial(onp_defence, budget="quick"))
 defence("onp-recalibrate")(partial(onp_defence, recalibrate=True))
 defence("onp-finetune")(partial(onp_defence, finetune=True))
-"""The last two change what pruning left: no part of the method."""
+defence("onp-quick-finetune")(partial(onp_defence, budget="quick", finetune=True))
+"""The last three change what pruning left: no part of the method."""

@@ -39,13 +39,13 @@ NETWORKS = {
     "vgg16_bn-64": ("vgg16_bn", 64, None),
     "mobilenetv2-1": ("mobilenetv2", 1.0, 1.2),
 }
+"""Architecture, width, and the ratio to the best baseline that is aimed at in fp32."""
 OTHERS = {
     "densenet-16": ("densenet", 16, None),
     "convnext-32": ("convnext", 32, None),
     "vit-64": ("vit", 64, None),
 }
 """With concatenations, layer norms, attention: fewer masks and images, one share."""
-"""Architecture, width, and the ratio to the best baseline that is aimed at in fp32."""
 LINEAR = "preactresnet18-16, 1% pruned"
 """Case where a baseline runs all masks too: time is linear in their number."""
 LARGE = 2000.0

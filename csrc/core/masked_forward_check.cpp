@@ -117,6 +117,10 @@ void check_step(const StepSpec& spec, const std::vector<BufferShape>& buffers) {
             "masked_forward: plain and final must differ, got ", spec.plain);
   ONP_CHECK(spec.kind >= StepKind::convolution && spec.kind <= StepKind::attention,
             "masked_forward: unknown kind of step, got ", static_cast<int>(spec.kind));
+  for (const Activation activation : {spec.first, spec.second}) {
+    ONP_CHECK(activation >= Activation::none && activation <= Activation::silu,
+              "masked_forward: unknown activation, got ", static_cast<int>(activation));
+  }
   if (is_windowed(spec.kind)) {
     check_windows(spec, from, to);
   } else {

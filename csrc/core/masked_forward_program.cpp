@@ -331,15 +331,17 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     ONP_CHECK(one.buffer > 0 && one.buffer < static_cast<std::int64_t>(shapes.size()) &&
                   !written[one.buffer],
               "masked_forward: a constant must be a buffer of its own, got ", one.buffer);
+    ONP_CHECK(one.values, "masked_forward: a constant must have values");
     written[one.buffer] = constant[one.buffer] = true;
   }
   for (const StepSpec& spec : specs) {
     check_step(spec, shapes);
     for (const std::int64_t id : all_reads(spec)) {
       ONP_CHECK(written[id], "masked_forward: buffer ", id, " must be written before it is read");
-      ONP_CHECK(!constant[id] || id == spec.residual,
-                "masked_forward: a constant must be a residual, got buffer ", id);
     }
+    const auto varies = [&](std::int64_t id) { return !constant[id]; };
+    ONP_CHECK(varies(spec.input) && std::all_of(spec.others.begin(), spec.others.end(), varies),
+              "masked_forward: a constant must be a residual, got a step that reads ", spec.input);
     for (const std::int64_t id : {spec.plain, spec.final}) {
       if (id < 0) continue;
       ONP_CHECK(!written[id], "masked_forward: buffer ", id, " must be written once");
@@ -356,7 +358,8 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     network.scratch_floats =
         std::max(network.scratch_floats, scratch_of(spec, from.shape, to, keys));
   }
-  ONP_CHECK(written[output], "masked_forward: output must be written by a step");
+  ONP_CHECK(output > 0 && written[output] && !constant[output],
+            "masked_forward: output must be written by a step");
   for (Buffer& buffer : network.buffers) buffer.place_pixels();
   for (const StepSpec& spec : specs) {
     const BufferShape to = shapes[written_buffer(spec)];

@@ -23,9 +23,9 @@ struct Smooth {
     return sum;
   }
 
-  // Within 2 units in the last place, from 2^-126 up; NaN passes through.
+  // Within 2 units in the last place, from 2^-126 up; infinity from 88.4 on; NaN passes through.
   static ONP_INLINE Vec exp(Vec x) {
-    const Vec least = Simd::splat(-87.33654f), most = Simd::splat(88.37626f);
+    const Vec least = Simd::splat(-87.33654f), most = Simd::splat(89.0f);
     x = x < least ? least : x;
     x = x > most ? most : x;
     // x = n log 2 + r: adding and taking away 1.5 * 2^23 rounds to a whole n.

@@ -123,7 +123,8 @@ def finetuned(
     int64 [N], towards the labels and towards what the suspect answered before it was pruned; and,
     on the same images each triggered by one of the probes, away from what the trigger wants: tuned
     on clean images alone, what is left of a backdoor grows again. What is minimised is the cost of
-    the search (``onp.agent.cost``), but that success is not capped.
+    the search (``onp.agent.cost``), but that success is neither capped nor in excess of the clean
+    image's.
 
     SGD with momentum under a cosine; norm statistics stay as they are, and so does every weight
     that is exactly zero, which is how pruned sites are written. Costs 6 image-forwards an image and

@@ -263,6 +263,7 @@ BUDGETS: dict[str, Config] = {
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
         agent=AgentConfig(images=64, rounds=2, tried=2, heads=(3, 8)),
         choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
+        aftercare=AftercareConfig(epochs=4),
     ),
     "standard": Config("standard"),
     "thorough": Config(

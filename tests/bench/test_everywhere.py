@@ -42,6 +42,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "onp-quick": _ONP,
     "onp-recalibrate": _ONP,
     "onp-finetune": _ONP,
+    "onp-quick-finetune": _ONP,
     "probe-tune": {"config": replace(_ONP["budget"], aftercare=AftercareConfig(epochs=1))},
 }
 """Options that leave one round of everything."""

@@ -377,6 +377,15 @@ void test_refuses_tokens() {
   refuses([](Network& n) { n.constants[0].buffer = 2; });
   refuses([](Network& n) { n.constants[0].buffer = 0; });
   refuses([](Network& n) { n.steps[0].kind = static_cast<StepKind>(7); });
+  refuses([](Network& n) { n.steps[0].first = static_cast<Activation>(6); });
+  refuses([](Network& n) { n.constants[0].values = nullptr; });
+  refuses([](Network& n) { n.steps[2].input = n.steps[2].residual = 3; });
+  refuses([](Network& n) { n.output = 0; });
+  refuses([](Network& n) {  // no step writes it
+    n.buffers.push_back({5, 1, 1});
+    n.constants.push_back({11, n.constants[0].values});
+    n.output = 11;
+  });
 }
 
 }  // namespace

@@ -15,6 +15,7 @@ from onp.errors import ResourceError, UnsupportedOperation
 from onp.ops import masked_forward
 from onp.ops.masked_forward import MaskedForwardPlan, lower
 from onp.ops.reference import masked_forward as reference
+from onp.suspect.network import FrozenNetwork
 from onp.suspect.operations import Op
 from onp.suspect.trace import Trace, trace
 from tests.networks import BUILDERS, network
@@ -275,3 +276,73 @@ def test_too_little_memory(plan: MaskedForwardPlan) -> None:
     packed = masks.pack(torch.zeros(1, plan.sites, dtype=torch.bool))
     with pytest.raises(ResourceError, match="max_bytes must be at least"):
         plan.run(packed, torch.rand(1, 3, 32, 32), max_bytes=1000)
+
+
+class Between(nn.Module):
+    """A convolution, anything, a linear layer."""
+
+    def __init__(self, middle: Callable[[Tensor], Tensor], features: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3, padding=1)
+        self.same = nn.Conv2d(3, 32, 4, 4)
+        self.places = torch.randn(1, 16, 8)  # no parameter, nor a buffer
+        self.norm = nn.LayerNorm(8 * 16)
+        self.head = nn.Linear(features, 5)
+        self.middle = middle
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.middle(self, x))  # type: ignore[call-arg, arg-type]
+
+
+def embedded(net: Between, x: Tensor) -> Tensor:
+    return F.gelu(net.conv(x).flatten(2).transpose(1, 2) + net.places).mean(1)
+
+
+def with_dead_ends(net: Between, x: Tensor) -> Tensor:
+    y = net.conv(x)
+    F.silu(F.relu(y) * 2 - 1)
+    return F.relu(y).mean((2, 3))
+
+
+def saturated(net: Between, x: Tensor) -> Tensor:
+    return F.silu(net.conv(x) * 1e4 - 1e4).mean((2, 3))
+
+
+@pytest.mark.parametrize("middle", [embedded, with_dead_ends, saturated])
+def test_rarities(middle: Callable[[Tensor], Tensor]) -> None:
+    torch.manual_seed(4)
+    net = Between(middle, 8).eval()
+    traced = trace(net, (3, 4, 4))
+    plain = FrozenNetwork(traced, net, native=False)
+    pruned, images = random_masks(4, traced.sites, 0.3), torch.rand(3, 3, 4, 4)
+    with torch.no_grad():
+        want = torch.stack([plain(images, gate) for gate in (~pruned).float()])
+    for isa in ISAS:
+        got = lower(traced, net).run(masks.pack(pruned), images, isa=isa)
+        torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def normed_flat(net: Between, x: Tensor) -> Tensor:
+    return net.norm(net.conv(x).flatten(1))
+
+
+def unequal(net: Between, x: Tensor) -> Tensor:
+    t = net.conv(x).flatten(2).transpose(1, 2)
+    q, k, v = t[:, None, :, :2], t[:, None, :, 2:4], t[:, None, :, 4:]
+    return F.scaled_dot_product_attention(q, k, v).squeeze(1).mean(1)
+
+
+def summed(net: Between, x: Tensor) -> Tensor:
+    return F.max_pool2d(net.conv(x), 2).flatten(1) + F.relu(net.same(x)).mean((2, 3))
+
+
+@pytest.mark.parametrize(
+    ("middle", "features", "match"),
+    [(normed_flat, 128, "flattened"), (unequal, 4, "heads of one size"), (summed, 32, "one shape")],
+)
+def test_what_rarities_lack_is_named(
+    middle: Callable[[Tensor], Tensor], features: int, match: str
+) -> None:
+    net = Between(middle, features).eval()
+    with pytest.raises(UnsupportedOperation, match=match):
+        lower(trace(net, (3, 4, 4)), net)

@@ -37,6 +37,8 @@ CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION, LAYER_NORM, ATTENTION 
 _ACTIVATIONS = {"relu": 1, "relu6": 2, "silu": 5}
 _GELU = {"none": 3, "tanh": 4}
 _ELEMENTWISE = ("norm", "affine", "parameter", "relu", "relu6", "gelu", "silu", "add")
+_OF_PIXELS = ("pick", "extend", "layernorm", "attention")
+"""Kinds that know channels from positions: a flattened map has not."""
 
 # How far a step's epilogue is filled: what was absorbed last.
 _RESULT, _RESIDUAL, _FIRST, _PLAIN, _SCALE, _SECOND = range(6)
@@ -199,10 +201,6 @@ class Lowering:
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
-        self.tensors = {
-            **dict(self.model.named_parameters(remove_duplicate=False)),
-            **dict(self.model.named_buffers(remove_duplicate=False)),
-        }
         self.device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
         self.layer_of_edge = {
             edge: index
@@ -211,10 +209,12 @@ class Lowering:
         }
         self.shapes = self._unflattened_shapes()
         self.readers: list[list[tuple[int, int]]] = [[] for _ in self.trace.ops]
-        for index, op in enumerate(self.trace.ops):
-            if op.kind != "flatten":
-                for position in range(len(op.inputs)):
-                    self.readers[self._copy(index, position)[0]].append((index, position))
+        for index in range(len(self.trace.ops) - 1, -1, -1):
+            op = self.trace.ops[index]
+            if op.kind == "flatten" or not (op.kind == "output" or self.readers[index]):
+                continue  # what nobody reads reads nothing
+            for position in range(len(op.inputs)):
+                self.readers[self._copy(index, position)[0]].append((index, position))
 
     def run(self) -> Program:
         """The program. Raises UnsupportedOperation."""
@@ -224,7 +224,7 @@ class Lowering:
                 self._open_input(index)
             elif op.kind == "output":
                 output = self._buffer(index, 0)
-            elif op.kind != "flatten" and index not in self.absorbed and self.readers[index]:
+            elif index not in self.absorbed and self.readers[index]:
                 self._finish(*self._extend(self._open(index, op), index))
         if output is None or self.buffers[output][1:] != (1, 1):
             raise UnsupportedOperation("masked_forward: the network must end in logits [N, K]")
@@ -285,6 +285,10 @@ class Lowering:
             self._open_subsample(step, op)
         elif op.kind == "concat":
             self._open_concatenation(step, index, op)
+        elif op.kind in _OF_PIXELS and not self._by_pixel(op):
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must read maps or tokens, not flattened ones"
+            )
         elif op.kind in ("pick", "extend"):
             self._open_pick(step, index, op)
         elif op.kind == "layernorm":
@@ -404,11 +408,25 @@ class Lowering:
     def _open_attention(self, step: Step, index: int, op: Op) -> None:
         step.kind = ATTENTION
         step.others = (self._buffer(index, 1), self._buffer(index, 2))
-        read = torch.stack([torch.as_tensor(op.attrs[name]) for name in ("q", "k", "v")])
+        heads = [torch.as_tensor(op.attrs[name]) for name in ("q", "k", "v")]
+        if len({one.shape for one in heads}) > 1:
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must have heads of one size, got "
+                f"{[tuple(one.shape) for one in heads]}"
+            )
+        read = torch.stack(heads)
         step.index = tuple(read.flatten().tolist())
         step.heads, size = read.shape[1:]
         scale = op.attrs["scale"]
         step.value = size**-0.5 if scale is None else float(scale)
+
+    def _by_pixel(self, op: Op) -> bool:
+        """Whether all inputs have their channels apart from their positions."""
+        found = (self.trace.shapes[value][0] for value in op.inputs)
+        return all(
+            channels == self.shapes[value][0]
+            for channels, value in zip(found, op.inputs, strict=True)
+        )
 
     # ---- filling its epilogue
 
@@ -453,6 +471,11 @@ class Lowering:
         if op.kind == "parameter":
             return self._absorb_parameter(step, index, op)
         if op.kind == "add":
+            one, two = (self.shapes[read] for read in op.inputs)
+            if one != two:
+                raise UnsupportedOperation(
+                    f"masked_forward: {op.name} must add maps of one shape, got {one} and {two}"
+                )
             copies = [self._copy(index, position) for position in (0, 1)]
             other = copies[0] if copies[1] == (value, None) else copies[1]
             return other in self.buffer_of and step.absorb_residual(self.buffer_of[other])
@@ -486,7 +509,8 @@ class Lowering:
 
     def _parameter(self, op: Op) -> Tensor:
         """The elements of the model's tensor that an operation takes, float64."""
-        tensor = self._double(self.tensors[op.attrs["name"]]).flatten()
+        owner, _, leaf = op.attrs["name"].rpartition(".")  # perhaps no parameter, nor a buffer
+        tensor = self._double(getattr(self.model.get_submodule(owner), leaf)).flatten()
         return tensor[torch.as_tensor(op.attrs["index"]).to(self.device)]
 
     def _double(self, values: Tensor) -> Tensor:

@@ -450,7 +450,12 @@ class _Lowering:
         for position, name in options:
             if _argument(node, position, name):
                 _refuse(node, f"attention with {name} is not handled")
-        attrs: dict[str, Any] = {"scale": _argument(node, 6, "scale")}
+        scale = _argument(node, 6, "scale")
+        if isinstance(scale, fx.Node):
+            if scale not in self.sizes:
+                _refuse(node, "attention's scale must be a number")
+            scale = self.sizes[scale]
+        attrs: dict[str, Any] = {"scale": scale}
         inputs = []
         for position, (key, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
             view = self._view(node, _argument(node, position, name))
@@ -459,6 +464,8 @@ class _Lowering:
                 _refuse(node, f"attention must read its {name} as [N, heads, tokens, channels]")
             attrs[key] = channels
             inputs.append(view.source)
+        if len({len(attrs[key]) for key in "qkv"}) > 1:
+            _refuse(node, "attention must have as many heads of keys and values as of queries")
         heads, width = attrs["v"].shape
         tokens = self.shapes[node][-2]
         self._emit("attention", node, tuple(inputs), (heads * width, tokens), attrs=attrs)
