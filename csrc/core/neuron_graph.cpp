@@ -46,7 +46,10 @@ ONP_INLINE void strengths(const float* weight, std::int64_t pairs, std::int64_t 
 
 ONP_INLINE void strengths_of_any(const float* weight, std::int64_t pairs, std::int64_t kernel,
                                  float* out) {
-  if (kernel == 1) return strengths<1>(weight, pairs, kernel, out);
+  if (kernel == 1) {
+    for (std::int64_t p = 0; p < pairs; ++p) out[p] = std::fabs(weight[p]);
+    return;
+  }
   if (kernel == 9) return strengths<9>(weight, pairs, kernel, out);
   strengths<0>(weight, pairs, kernel, out);
 }

@@ -68,9 +68,10 @@ struct Lanes {
 // As many floats, 16 bytes where they are stored.
 template <>
 struct Lanes<Bf16> : Lanes<float> {
+  typedef std::uint16_t Narrow __attribute__((vector_size(16)));
+  typedef std::uint32_t Wide __attribute__((vector_size(32)));
+
   static ONP_INLINE Lanes load(const Bf16* from) {
-    typedef std::uint16_t Narrow __attribute__((vector_size(16)));
-    typedef std::uint32_t Wide __attribute__((vector_size(32)));
     Narrow narrow;
     std::memcpy(&narrow, from, sizeof narrow);
     const Wide wide = __builtin_convertvector(narrow, Wide) << 16;
@@ -78,8 +79,14 @@ struct Lanes<Bf16> : Lanes<float> {
     std::memcpy(&lanes.v, &wide, sizeof wide);
     return lanes;
   }
+  // As Bf16(float).
   ONP_INLINE void store(Bf16* to) const {
-    for (int lane = 0; lane < count; ++lane) to[lane] = Bf16(v[lane]);
+    Wide wide;
+    std::memcpy(&wide, &v, sizeof wide);
+    const Wide rounded = wide + 0x7fffu + ((wide >> 16) & 1u);
+    const Wide kept = (v == v ? rounded : wide | 0x400000u) >> 16;
+    const Narrow narrow = __builtin_convertvector(kept, Narrow);
+    std::memcpy(to, &narrow, sizeof narrow);
   }
 };
 
