@@ -11,17 +11,28 @@ namespace onp {
 namespace {
 
 constexpr std::int64_t kRowsPerItem = 32;
+constexpr std::int64_t kAhead = 12;  // edges whose features are asked for beforehand
+constexpr std::int64_t kLine = 64;   // bytes
 
-// out[d .. d + Vectors * lanes) of one row, held in registers over all its edges.
+ONP_INLINE void prefetch(const void* from, std::int64_t bytes) {
+  for (std::int64_t at = 0; at < bytes; at += kLine) {
+    __builtin_prefetch(static_cast<const char*>(from) + at);
+  }
+}
+
+// out[d .. d + Vectors * lanes) of one row, held in registers over all its edges. end: of all
+// edges' indices.
 template <typename T, int Vectors>
-ONP_INLINE void row_tile(const std::int64_t* indices, const T* weight, std::int64_t edges,
-                         const T* x, std::int64_t features, T* out) {
+ONP_INLINE void row_tile(const std::int64_t* indices, const std::int64_t* end, const T* weight,
+                         std::int64_t edges, const T* x, std::int64_t features, T* out) {
   using Vec = Lanes<T>;
+  constexpr std::int64_t bytes = Vectors * Vec::count * static_cast<std::int64_t>(sizeof(T));
   Vec sums[Vectors];
 #pragma GCC unroll 8
   for (int k = 0; k < Vectors; ++k) sums[k].v = typename Vec::Vector{};
   for (std::int64_t e = 0; e < edges; ++e) {
     const T* from = x + indices[e] * features;
+    if (end - indices > e + kAhead) prefetch(x + indices[e + kAhead] * features, bytes);
     const typename Vec::Sum scale = weight[e];
 #pragma GCC unroll 8
     for (int k = 0; k < Vectors; ++k) sums[k].v += Vec::load(from + k * Vec::count).v * scale;
@@ -36,6 +47,7 @@ ONP_INLINE void sum_rows(const MessagePassingParams<T>& p, const T* x, T* out, s
                          std::int64_t last) {
   constexpr std::int64_t lanes = Lanes<T>::count;
   const std::int64_t features = p.features;
+  const std::int64_t* end = p.graph.indices + p.graph.indptr[p.graph.nodes];
   for (std::int64_t row = first; row < last; ++row) {
     const std::int64_t begin = p.graph.indptr[row];
     const std::int64_t edges = p.graph.indptr[row + 1] - begin;
@@ -44,11 +56,11 @@ ONP_INLINE void sum_rows(const MessagePassingParams<T>& p, const T* x, T* out, s
     T* to = out + row * features;
     std::int64_t d = 0;
     for (; d + 8 * lanes <= features; d += 8 * lanes)
-      row_tile<T, 8>(indices, weight, edges, x + d, features, to + d);
+      row_tile<T, 8>(indices, end, weight, edges, x + d, features, to + d);
     for (; d + 2 * lanes <= features; d += 2 * lanes)
-      row_tile<T, 2>(indices, weight, edges, x + d, features, to + d);
+      row_tile<T, 2>(indices, end, weight, edges, x + d, features, to + d);
     for (; d + lanes <= features; d += lanes)
-      row_tile<T, 1>(indices, weight, edges, x + d, features, to + d);
+      row_tile<T, 1>(indices, end, weight, edges, x + d, features, to + d);
     for (; d < features; ++d) {
       typename Lanes<T>::Sum sum = 0;
       for (std::int64_t e = 0; e < edges; ++e) sum += weight[e] * x[indices[e] * features + d];
@@ -78,13 +90,15 @@ ONP_INLINE void dot_rows(const MessagePassingWeightGradParams<T>& p, std::int64_
                          std::int64_t last) {
   using Sum = typename Lanes<T>::Sum;
   const std::int64_t* indptr = p.graph.indptr;
-  const std::int64_t begin = indptr[first];
+  const std::int64_t begin = indptr[first], edges = indptr[p.graph.nodes];
+  const std::int64_t bytes = p.features * static_cast<std::int64_t>(sizeof(T));
   std::vector<Sum> sums(indptr[last] - begin, Sum(0));
   for (std::int64_t b = 0; b < p.batch; ++b) {
     const T* grad = p.grad + b * p.graph.nodes * p.features;
     const T* x = p.x + b * p.graph.nodes * p.features;
     for (std::int64_t row = first; row < last; ++row) {
       for (std::int64_t e = indptr[row]; e < indptr[row + 1]; ++e) {
+        if (e + kAhead < edges) prefetch(x + p.graph.indices[e + kAhead] * p.features, bytes);
         sums[e - begin] +=
             dot(grad + row * p.features, x + p.graph.indices[e] * p.features, p.features);
       }
