@@ -341,10 +341,11 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
 
 
 def others(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
-    """Every implementation on the networks that are more than convolutions."""
+    """Every implementation on the networks that are more than convolutions, but those whose
+    precision the processor only emulates."""
     count, images = (8, 64) if quick else (16, 128)
     for network in OTHERS:
         for case in cases(network, count, images, SHARES[:1]):
-            for way in WAYS:
+            for way in (one for one in WAYS if not one.emulated):
                 print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
                 yield measure(case, way, repeats, ceilings.gflops(way.precision))
