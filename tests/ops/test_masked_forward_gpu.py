@@ -36,7 +36,7 @@ def drawn(*shape: int) -> Tensor:
 
 
 def apply(t: Tensor, e: kernels.Epilogue, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """The epilogue as written in ``_masked_forward_lowering``: plain and final of t [I, H, W, C];
+    """The epilogue as written in ``_masked_forward_steps``: plain and final of t [I, H, W, C];
     rows [I]: each image's mask."""
     channels = t.shape[3]
     activation = {0: lambda x: x, 1: F.relu, 2: F.relu6}

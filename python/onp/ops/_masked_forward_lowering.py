@@ -1,13 +1,7 @@
-"""From a traced network to the program of a masked forward: steps over buffers.
+"""From a traced network to the program of a masked forward (``_masked_forward_steps``).
 
-A step is one convolution (a linear layer is one too), pool, copy, concatenation, layer norm or
-attention, and as many of the elementwise operations behind it as its epilogue holds, in this order:
-
-    t = operation(input) + bias + residual;  t = first(t);               plain = t
-    t = t * scale + shift;  t = second(t);  t = 0 at pruned channels;    final = t
-
-So a norm behind a convolution folds into its weights, and the residual sum of a pre-activation
-block (``plain``) leaves together with the masked input of the next block (``final``). Tokens
+A norm behind a convolution folds into its weights, and the residual sum of a pre-activation block
+(``plain``) leaves together with the masked input of the next block (``final``). Tokens
 [C, T] are maps [C, T, 1]; what the model adds to them at every position is a residual that never
 changes (a constant).
 """
@@ -21,170 +15,35 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from onp import _C
 from onp.errors import UnsupportedOperation
+from onp.ops._masked_forward_steps import (
+    ACTIVATIONS,
+    ATTENTION,
+    AVERAGE_POOL,
+    CONCATENATION,
+    CONVOLUTION,
+    GELU,
+    LAYER_NORM,
+    MAX_POOL,
+    NONE,
+    PICK,
+    PLAIN,
+    RESIDUAL,
+    Pair,
+    Program,
+    Step,
+)
 
 if TYPE_CHECKING:
     from onp.suspect.operations import Op
     from onp.suspect.trace import Trace
 
-Pair = tuple[int, int]
 Copy = tuple[int, int | None]
 """A value as its readers see it: op index, and the site layer that masks it (None: unmasked)."""
 
-NONE = -1
-CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION, LAYER_NORM, ATTENTION = range(7)
-_ACTIVATIONS = {"relu": 1, "relu6": 2, "silu": 5}
-_GELU = {"none": 3, "tanh": 4}
 _ELEMENTWISE = ("norm", "affine", "parameter", "relu", "relu6", "gelu", "silu", "add")
 _OF_PIXELS = ("pick", "extend", "layernorm", "attention")
 """Kinds that know channels from positions: a flattened map has not."""
-
-# How far a step's epilogue is filled: what was absorbed last.
-_RESULT, _RESIDUAL, _FIRST, _PLAIN, _SCALE, _SECOND = range(6)
-
-
-@dataclass
-class Step:
-    """One step; its arrays are float64, and folded into each other as far as they go."""
-
-    name: str
-    """Of the operation that opens it."""
-    kind: int
-    input: int
-    channels: int
-    others: tuple[int, ...] = ()
-    """Further buffers read: of a concatenation, or an attention's keys and values."""
-    index: tuple[int, ...] = ()
-    """Pixels picked, -1 for zeros; or channels [3, heads, D] of queries, keys and values."""
-    heads: int = 0
-    value: float = 0.0
-    """A layer norm's epsilon, or the factor of an attention's scores."""
-    kernel: Pair = (1, 1)
-    stride: Pair = (1, 1)
-    padding: Pair = (0, 0)
-    groups: int = 1
-    count_include_pad: bool = True
-    weight: Tensor | None = None
-    bias: Tensor | None = None
-    residual: int = NONE
-    first: int = 0
-    plain: int = NONE
-    scale: Tensor | None = None
-    shift: Tensor | None = None
-    second: int = 0
-    site_start: int = NONE
-    final: int = NONE
-    stage: int = _RESULT
-    result_norm: int = NONE
-    """Op index of the norm whose output the operation itself yields,"""
-    scaled_norm: int = NONE
-    """and of the one whose output is ``t * scale + shift``."""
-
-    def absorb_affine(self, scale: Tensor, shift: Tensor, norm: int) -> bool:
-        """Take in ``t * scale + shift`` if the epilogue still has room for it. norm: its op index
-        if it is one. The output of a norm with another affine behind it is lost."""
-        if self.stage == _RESULT and self.weight is not None:
-            bias = torch.zeros_like(shift) if self.bias is None else self.bias
-            self.weight = self.weight * scale.view(-1, 1, 1, 1)
-            self.bias = bias * scale + shift
-            self.result_norm = norm
-            return True
-        if self.stage > _SCALE:
-            return False
-        if self.scale is None or self.shift is None:
-            self.scale, self.shift = scale, shift
-        else:
-            self.scale, self.shift = self.scale * scale, self.shift * scale + shift
-        self.scaled_norm = norm
-        self.stage = _SCALE
-        return True
-
-    def absorb_activation(self, activation: int) -> bool:
-        """Take in an activation if the epilogue still has room for it."""
-        if self.stage < _FIRST:
-            self.first, self.stage = activation, _FIRST
-        elif self.stage < _SECOND:
-            self.second, self.stage = activation, _SECOND
-        else:
-            return False
-        return True
-
-    def absorb_residual(self, buffer: int) -> bool:
-        """Take in the sum with a buffer if the epilogue still has room for it."""
-        if self.stage >= _RESIDUAL:
-            return False
-        self.residual, self.stage = buffer, _RESIDUAL
-        return True
-
-    def native(self) -> tuple[_C.MaskedForwardStep, list[Tensor]]:
-        """The native step, and the float32 arrays that must live until the plan is built."""
-        arrays: list[Tensor] = []
-
-        def address(values: Tensor | None) -> int:
-            if values is None:
-                return 0
-            arrays.append(values.to("cpu", torch.float32).contiguous())
-            return arrays[-1].data_ptr()
-
-        step = _C.MaskedForwardStep(
-            kind=self.kind,
-            input=self.input,
-            kernel=self.kernel,
-            stride=self.stride,
-            padding=self.padding,
-            groups=self.groups,
-            count_include_pad=self.count_include_pad,
-            others=list(self.others),
-            index=list(self.index),
-            heads=self.heads,
-            value=self.value,
-            weight=address(self.weight),
-            bias=address(self.bias),
-            residual=self.residual,
-            first=self.first,
-            plain=self.plain,
-            scale=address(self.scale),
-            shift=address(self.shift),
-            second=self.second,
-            site_start=self.site_start,
-            final=self.final,
-        )
-        return step, arrays
-
-
-@dataclass(frozen=True)
-class Program:
-    """What a plan is built from."""
-
-    buffers: list[tuple[int, int, int]]
-    """(C, H, W) of each; buffer 0 holds the images."""
-    steps: list[Step]
-    constants: dict[int, Tensor]
-    """Buffers that no step writes, float64 [C, H, W]."""
-    output: int
-
-    def native(self) -> tuple[list[_C.MaskedForwardStep], list[Tensor]]:
-        """The native steps, and the arrays that must live until the native plan is built."""
-        pairs = [step.native() for step in self.steps]
-        return [step for step, _ in pairs], [array for _, arrays in pairs for array in arrays]
-
-    def check_convolutional(self, user: str) -> None:
-        """For those that have convolutions and pools with ReLU and ReLU6 alone. Raises
-        UnsupportedOperation."""
-        for step in self.steps:
-            smooth = max(step.first, step.second) > _ACTIVATIONS["relu6"]
-            if step.kind > AVERAGE_POOL or smooth or step.residual in self.constants:
-                raise UnsupportedOperation(
-                    f"{user}: {step.name} must be a convolution, linear layer, pool or sum, with "
-                    "ReLU or ReLU6 behind it"
-                )
-
-    @property
-    def norms(self) -> list[Pair]:
-        """Of each step, the op indices of the norms whose outputs are its operation's result and
-        its scaled value; -1: none."""
-        return [(step.result_norm, step.scaled_norm) for step in self.steps]
 
 
 @dataclass
@@ -451,9 +310,9 @@ class Lowering:
         if not self._wanted(value, but=reader):
             return self._absorb(step, reader, value)
         stage = step.stage
-        if stage > _PLAIN or step.plain != NONE:
+        if stage > PLAIN or step.plain != NONE:
             return False
-        step.stage = _PLAIN
+        step.stage = PLAIN
         if not self._absorb(step, reader, value):
             step.stage = stage
             return False
@@ -464,10 +323,10 @@ class Lowering:
         """Absorb elementwise operation ``index``, whose other operand than ``value`` (for a sum)
         must lie in a buffer already. ``value == index`` absorbs it behind a copy of input 0."""
         op = self.trace.ops[index]
-        if op.kind in _ACTIVATIONS:
-            return step.absorb_activation(_ACTIVATIONS[op.kind])
+        if op.kind in ACTIVATIONS:
+            return step.absorb_activation(ACTIVATIONS[op.kind])
         if op.kind == "gelu":
-            return step.absorb_activation(_GELU[op.attrs["approximate"]])
+            return step.absorb_activation(GELU[op.attrs["approximate"]])
         if op.kind == "parameter":
             return self._absorb_parameter(step, index, op)
         if op.kind == "add":
@@ -496,7 +355,7 @@ class Lowering:
                 f"masked_forward: {op.name} must add a value for each of {shape}, or scale the "
                 f"channels, got {how} of {tuple(values.shape)}"
             )
-        if step.stage >= _RESIDUAL:
+        if step.stage >= RESIDUAL:
             return False
         return step.absorb_residual(self._constant(values if how == "add" else -values))
 
@@ -551,7 +410,7 @@ class Lowering:
         wanted = self._wanted(value)
         layers = sorted(layer for layer in wanted if layer is not None)
         if None in wanted or len(layers) > 1:
-            if layers and step.stage <= _PLAIN and step.plain == NONE:
+            if layers and step.stage <= PLAIN and step.plain == NONE:
                 step.plain = self._new_buffer((value, None))
                 self._mask(step, value, layers.pop(0))
             else:

@@ -21,14 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onp.errors import NotBuiltError, ResourceError
-from onp.ops._masked_forward_lowering import (
-    CONVOLUTION,
-    MAX_POOL,
-    NONE,
-    Lowering,
-    Program,
-    Step,
-)
+from onp.ops._masked_forward_lowering import Lowering
+from onp.ops._masked_forward_steps import CONVOLUTION, MAX_POOL, NONE, Program, Step
 from onp.ops._validate import check_images
 
 if TYPE_CHECKING:

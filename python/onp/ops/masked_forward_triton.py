@@ -61,7 +61,7 @@ residual to read (measured on an H100)."""
 
 @dataclass(frozen=True)
 class Epilogue:
-    """What becomes of an operation's result t, per channel: see ``_masked_forward_lowering``."""
+    """What becomes of an operation's result t, per channel: see ``_masked_forward_steps``."""
 
     bias: Tensor | None
     """float32 [C], as are scale and shift."""

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 
 from onp import _C
 from onp.errors import UnsupportedOperation
-from onp.ops._masked_forward_lowering import Lowering, Program
+from onp.ops._masked_forward_lowering import Lowering
+from onp.ops._masked_forward_steps import Program
 from onp.ops._validate import check_images
 from onp.ops.masked_forward import instruction_sets
 
