@@ -79,10 +79,11 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
     assert told["recalibrated"]
     assert told["finetuned"]
     assert told["accuracy"] > 0.9
-    assert result.report["image_forwards"]["aftercare"] > 15_000
+    # Statistics, the suspect's answers, four epochs on clean and triggered images, accuracy.
+    assert result.report["image_forwards"]["aftercare"] == 500 * (1 + 1 + 4 * 6 + 1)
     trigger = load_trigger(str(demo.TRIGGER))
     after = onp.score(result.model, test_set, trigger, demo.TARGET)
-    assert after["attack_success_rate"] < 0.15  # tuning does not bring the backdoor back
+    assert after["attack_success_rate"] < 0.02  # tuning does not bring the backdoor back
     images = test_set[torch.arange(64)].floats()
     with torch.no_grad():
         whole, cut = result.model(images), result.compact()(images)
