@@ -126,11 +126,11 @@ class AgentConfig:
     """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
     rounds: int = 8
     """At most."""
-    tried: int = 3
+    tried: int = 1
     """Flips evaluated alone in a round, those that promise most."""
-    pool: int = 64
+    pool: int = 96
     """Flips that promise most, from which a set is grown;"""
-    heads: tuple[int, ...] = (2, 4, 8, 12)
+    heads: tuple[int, ...] = (4, 12, 28)
     """its first so many are evaluated."""
     harm: float = 0.01
     """A flip that lowers the worth by more is not tried again."""
@@ -261,7 +261,7 @@ BUDGETS: dict[str, Config] = {
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=64, rounds=2, tried=2, heads=(3, 8)),
+        agent=AgentConfig(images=64, rounds=2, pool=64, tried=2, heads=(3, 8)),
         choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
         aftercare=AftercareConfig(epochs=4),
     ),
