@@ -261,7 +261,7 @@ BUDGETS: dict[str, Config] = {
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=64, rounds=2, pool=64, tried=2, heads=(3, 8)),
+        agent=AgentConfig(images=64, rounds=2, tried=2, pool=64, heads=(3, 8)),
         choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
         aftercare=AftercareConfig(epochs=4),
     ),
