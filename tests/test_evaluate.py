@@ -62,6 +62,27 @@ def test_what_the_engine_lacks_goes_to_torch_with_one_line(
         MaskEvaluator(traced, model, backend="native")
 
 
+@pytest.mark.parametrize("pays", [False, True])
+def test_calibrated_for_8_bits_where_they_pay_and_exact_on_demand(
+    pays: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onp.ops.masked_forward.bytes_pay", lambda: pays)
+    model = network("preactresnet18")
+    traced = trace(model, (3, 32, 32))
+    evaluator = MaskEvaluator(traced, model)
+    random = torch.Generator().manual_seed(0)
+    masks = torch.rand(3, traced.sites, generator=random) < 0.03
+    images = torch.rand(5, 3, 32, 32, generator=random)
+    before = evaluator.run(masks, images)
+    assert evaluator.precision == "fp32"
+    evaluator.calibrate(masks, images)
+    assert evaluator.precision == ("int8" if pays else "fp32")
+    rough = evaluator.run(masks, images)
+    assert torch.equal(rough, before) != pays
+    torch.testing.assert_close(rough, before, rtol=0, atol=0.05 * float(before.abs().max()))
+    assert torch.equal(evaluator.run(masks, images, exact=True), before)
+
+
 def test_an_unknown_backend_is_refused() -> None:
     model = network("resnet20")
     with pytest.raises(UsageError, match="backend must be"):

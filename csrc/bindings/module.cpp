@@ -137,16 +137,20 @@ using Pair = std::pair<std::int64_t, std::int64_t>;
 
 const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
+using Range = std::tuple<std::int64_t, float, std::vector<float>>;
+
 std::unique_ptr<onp::MaskedForwardPlan> masked_forward_plan(
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
     const std::vector<onp::StepSpec>& steps,
     const std::vector<std::pair<std::int64_t, std::uintptr_t>>& constants, std::int64_t output,
-    std::int64_t sites) {
+    std::int64_t sites, const std::vector<Range>& ranges) {
   std::vector<onp::BufferShape> shapes;
   for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
   std::vector<onp::ConstantSpec> fixed;
   for (const auto& [buffer, values] : constants) fixed.push_back({buffer, floats_at(values)});
-  return std::make_unique<onp::MaskedForwardPlan>(shapes, steps, fixed, output, sites);
+  std::vector<onp::RangeSpec> specs;
+  for (const auto& [buffer, lowest, highest] : ranges) specs.push_back({buffer, lowest, highest});
+  return std::make_unique<onp::MaskedForwardPlan>(shapes, steps, fixed, output, sites, specs);
 }
 
 onp::StepSpec masked_forward_step(int kind, std::int64_t input, Pair kernel, Pair stride,
@@ -196,6 +200,23 @@ void masked_forward_run(const onp::MaskedForwardPlan& plan, std::uintptr_t image
   run.isa = isa;
   py::gil_scoped_release release;
   plan.run(run);
+}
+
+std::vector<Range> masked_forward_ranges(const onp::MaskedForwardPlan& plan, std::uintptr_t images,
+                                         std::int64_t count, std::uintptr_t masks,
+                                         std::int64_t batch, std::int64_t words,
+                                         const std::string& isa) {
+  onp::MaskedForwardRun run{};
+  run.images = floats_at(images);
+  run.count = count;
+  run.masks = {reinterpret_cast<const std::uint64_t*>(masks), batch, words};
+  run.isa = isa;
+  py::gil_scoped_release release;
+  std::vector<Range> ranges;
+  for (const onp::RangeSpec& one : plan.ranges(run)) {
+    ranges.emplace_back(one.buffer, one.lowest, one.highest);
+  }
+  return ranges;
 }
 
 // ---- masked gradient ---------------------------------------------------------------------------
@@ -277,7 +298,10 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("second"), py::arg("site_start"), py::arg("final"));
   py::class_<onp::MaskedForwardPlan>(m, "MaskedForwardPlan")
       .def(py::init(&masked_forward_plan), py::arg("buffers"), py::arg("steps"),
-           py::arg("constants"), py::arg("output"), py::arg("sites"))
+           py::arg("constants"), py::arg("output"), py::arg("sites"), py::arg("ranges"))
+      .def_property_readonly("byte_steps", &onp::MaskedForwardPlan::byte_steps)
+      .def("ranges", &masked_forward_ranges, py::kw_only(), py::arg("images"), py::arg("count"),
+           py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("isa"))
       .def("least_bytes", &onp::MaskedForwardPlan::least_bytes, py::arg("share"))
       .def("run", &masked_forward_run, py::kw_only(), py::arg("images"), py::arg("count"),
            py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("logits"),

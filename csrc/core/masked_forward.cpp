@@ -1,6 +1,8 @@
 #include "core/masked_forward.h"
 
 #include <algorithm>
+#include <cmath>
+#include <cstring>
 #include <set>
 
 #include "core/check.h"
@@ -25,29 +27,39 @@ struct MaskedForwardPlan::Program : Network {
 
 void MaskedForwardPlan::Program::lay_out() {
   std::vector<std::size_t> last_use(buffers.size(), 0);
+  // A step that reads the bytes of a buffer does not read its floats.
+  const auto reads = [&](const Step& step) {
+    std::set<std::int64_t> all(step.reads.begin(), step.reads.end());  // some read one twice
+    if (step.input_bytes >= 0) {
+      if (!step.reads_floats(step.spec.input)) all.erase(step.spec.input);
+      all.insert(step.input_bytes);
+    }
+    return all;
+  };
+  const auto writes = [](const Step& step) {
+    std::vector<std::int64_t> all = {step.spec.plain, step.final_bytes};
+    if (step.final_floats) all.push_back(step.spec.final);
+    all.erase(std::remove_if(all.begin(), all.end(), [](auto id) { return id < 0; }), all.end());
+    return all;
+  };
   for (std::size_t s = 0; s < steps.size(); ++s) {
-    for (const std::int64_t id : steps[s].reads) last_use[id] = s;
+    for (const std::int64_t id : reads(steps[s])) last_use[id] = s;
   }
   last_use[0] = last_use[output] = steps.size();  // read again by the next mask, and as logits
-  for (std::size_t id = 0; id < buffers.size(); ++id) {
-    kept.slot_of_buffer.push_back(constants[id] ? 0 : kept.slots.claim(buffers[id]));
-  }
+  kept.slot_of_buffer.resize(buffers.size());
+  kept.slot_of_buffer[0] = kept.slots.claim(buffers[0]);
   reused.slot_of_buffer.resize(buffers.size());
   const auto claim = [&](std::int64_t id) {
     reused.slot_of_buffer[id] = reused.slots.claim(buffers[id]);
   };
   claim(0);
   for (std::size_t s = 0; s < steps.size(); ++s) {
-    const StepSpec& spec = steps[s].spec;
-    for (const std::int64_t id : {spec.plain, spec.final}) {
-      if (id >= 0) claim(id);
+    for (const std::int64_t id : writes(steps[s])) {
+      kept.slot_of_buffer[id] = kept.slots.claim(buffers[id]);
+      claim(id);
     }
-    std::set<std::int64_t> over;  // a step may read a buffer twice
-    for (const std::int64_t id : steps[s].reads) {
-      if (last_use[id] == s) over.insert(id);
-    }
-    for (const std::int64_t id : over) {
-      reused.slots.release(buffers[id], reused.slot_of_buffer[id]);
+    for (const std::int64_t id : reads(steps[s])) {
+      if (last_use[id] == s) reused.slots.release(buffers[id], reused.slot_of_buffer[id]);
     }
   }
 }
@@ -55,9 +67,10 @@ void MaskedForwardPlan::Program::lay_out() {
 MaskedForwardPlan::MaskedForwardPlan(const std::vector<BufferShape>& shapes,
                                      const std::vector<StepSpec>& specs,
                                      const std::vector<ConstantSpec>& constants,
-                                     std::int64_t output, std::int64_t sites) {
+                                     std::int64_t output, std::int64_t sites,
+                                     const std::vector<RangeSpec>& ranges) {
   auto program = std::make_unique<Program>();
-  static_cast<Network&>(*program) = plan_network(shapes, specs, constants, output, sites);
+  static_cast<Network&>(*program) = plan_network(shapes, specs, constants, output, sites, ranges);
   for (Step& step : program->steps) {
     if (step.spec.site_start < 0) continue;
     step.keep_begin = program->keep_words;
@@ -84,6 +97,10 @@ class Worker {
     for (const std::size_t slot : layout.slot_of_buffer) {
       data_.push_back(floats_.data() + layout.slots.begin[slot] * block);
     }
+    for (std::size_t id = 0; id < network.buffers.size(); ++id) {
+      const Buffer& buffer = network.buffers[id];
+      if (buffer.zero) std::memset(data_[id], buffer.zero, buffer.image() * block);
+    }
     std::size_t most = 0;
     for (const Step& step : network.steps) most = std::max(most, step.spec.others.size());
     others_.resize(most);
@@ -98,6 +115,12 @@ class Worker {
     const Floats& constant = network_.constants[id];
     if (!constant) return network_.buffers[id].at(data_[id]);
     return {constant.data(), network_.buffers[id].interior.data(), 0};
+  }
+
+  Bytes bytes(std::int64_t buffer) const {
+    if (buffer < 0) return {};
+    const auto id = static_cast<std::size_t>(buffer);
+    return network_.buffers[id].bytes_at(data_[id]);
   }
 
   const Operand* others(const Step& step) {
@@ -140,10 +163,11 @@ class Worker {
   std::vector<char> stale_;
 };
 
-void run_step(const Step& step, const Buffer& from, Worker& worker, std::int64_t images,
+void run_step(const Step& step, const Network& network, Worker& worker, std::int64_t images,
               const Kernels& kernels) {
   const StepSpec& spec = step.spec;
-  StepArgs args = step.args(from, worker.data(static_cast<std::size_t>(spec.input)), images);
+  const auto input = static_cast<std::size_t>(step.input_bytes < 0 ? spec.input : step.input_bytes);
+  StepArgs args = step.args(network.buffers[input], worker.data(input), images);
   args.others = worker.others(step);
   args.residual = worker.operand(spec.residual);
   args.first = spec.first;
@@ -152,9 +176,26 @@ void run_step(const Step& step, const Buffer& from, Worker& worker, std::int64_t
   args.shift = step.shift.data();
   args.second = spec.second;
   args.keep = spec.site_start >= 0 ? worker.keep(step) : nullptr;
-  args.final = worker.operand(spec.final);
+  args.final = worker.operand(step.final_floats ? spec.final : -1);
+  args.final_bytes = worker.bytes(step.final_bytes);
   args.scratch = worker.scratch();
   (kernels.*step.kernel)(args);
+}
+
+void check_masks(const MaskView& masks, std::int64_t sites) {
+  ONP_CHECK(masks.words_per_mask * 64 >= sites, "masked_forward: masks must have ", sites,
+            " bits, got ", masks.words_per_mask, " words");
+}
+
+// Takes the values of one image into a range.
+void widen(RangeSpec& range, const Buffer& buffer, const float* image) {
+  for (const std::int32_t pixel : buffer.interior) {
+    for (std::size_t c = 0; c < range.highest.size(); ++c) {
+      const float value = image[static_cast<std::size_t>(pixel) + c];
+      range.lowest = std::min(range.lowest, value);
+      range.highest[c] = std::max(range.highest[c], std::abs(value));
+    }
+  }
 }
 
 }  // namespace
@@ -165,11 +206,44 @@ std::int64_t MaskedForwardPlan::least_bytes(bool share) const {
          static_cast<std::int64_t>(sizeof(float));
 }
 
+std::int64_t MaskedForwardPlan::byte_steps() const {
+  const auto reads_bytes = [](const Step& step) { return step.input_bytes >= 0; };
+  return std::count_if(program_->steps.begin(), program_->steps.end(), reads_bytes);
+}
+
+std::vector<RangeSpec> MaskedForwardPlan::ranges(const MaskedForwardRun& run) const {
+  const Program& program = *program_;
+  check_masks(run.masks, program.sites);
+  ONP_CHECK(byte_steps() == 0, "masked_forward: ranges must be measured by a plan without any");
+  const Kernels& kernels = kernels_for(run.isa);
+  std::vector<RangeSpec> found;
+  for (const Step& step : program.steps) {
+    if (step.spec.final < 0) continue;
+    found.push_back(
+        {step.spec.final, 0, std::vector<float>(static_cast<std::size_t>(step.channels))});
+  }
+  const Buffer& input = program.buffers[0];
+  Worker worker(program, program.kept, 1, program.keep_words);
+  for (std::int64_t n = 0; n < run.count; ++n) {
+    load_images(run.images + n * input.floats(), 1, input, worker.data(0));
+    for (std::int64_t mask = 0; mask < run.masks.batch; ++mask) {
+      auto range = found.begin();
+      for (const Step& step : program.steps) {
+        if (step.spec.site_start >= 0) worker.set_keep(step, run.masks, mask);
+        run_step(step, program, worker, 1, kernels);
+        if (step.spec.final >= 0) {
+          widen(*range++, program.buffers[step.spec.final], worker.data(step.spec.final));
+        }
+      }
+    }
+  }
+  return found;
+}
+
 void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
   const Program& program = *program_;
   ONP_CHECK(run.threads >= 1, "masked_forward: threads must be positive, got ", run.threads);
-  ONP_CHECK(run.masks.words_per_mask * 64 >= program.sites, "masked_forward: masks must have ",
-            program.sites, " bits, got ", run.masks.words_per_mask, " words");
+  check_masks(run.masks, program.sites);
   const std::int64_t least = least_bytes(run.share);
   ONP_CHECK(least <= run.max_bytes, "masked_forward: max_bytes must be at least ", least, ", got ",
             run.max_bytes);
@@ -191,8 +265,6 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
 
   std::vector<std::unique_ptr<Worker>> workers(static_cast<std::size_t>(run.threads));
   const Buffer& input = program.buffers[0];
-  const std::int64_t image_floats =
-      input.shape.channels * input.shape.height * input.shape.width;
   const Buffer& output = program.buffers[program.output];
   const std::int64_t classes = output.shape.channels;
 
@@ -205,7 +277,7 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
     const std::int64_t first = task / chunks * block;
     const std::int64_t images = std::min(block, run.count - first);
     if (images <= 0) return;
-    load_images(run.images + first * image_floats, images, input, worker.data(0));
+    load_images(run.images + first * input.floats(), images, input, worker.data(0));
     const std::int64_t begin = task % chunks * chunk;
     const std::int64_t end = std::min(begin + chunk, run.masks.batch);
     for (std::int64_t mask = begin; mask < end; ++mask) {
@@ -220,7 +292,7 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
         const bool moved = std::any_of(step.reads.begin(), step.reads.end(),
                                        [&](std::int64_t id) { return stale[id] != 0; });
         if (moved || pruned) {
-          run_step(step, program.buffers[spec.input], worker, images, kernels);
+          run_step(step, program, worker, images, kernels);
         }
         if (spec.plain >= 0) stale[spec.plain] = moved;
         if (spec.final >= 0) stale[spec.final] = moved || pruned;

@@ -1,5 +1,6 @@
 // Masked forward: a network as a short program of steps over buffers, planned once; one run
-// evaluates many masks on many images, in fp32. Square 3x3 convolutions of stride 1 with 16 or more
+// evaluates many masks on many images, in fp32 or, told the ranges of its buffers, with 8-bit
+// convolutions. Square 3x3 convolutions of stride 1 with 16 or more
 // channels go by Winograd F(2x2, 3x3), on large maps F(4x4, 3x3): the rounding differs a little
 // from a direct sum.
 #pragma once
@@ -67,6 +68,14 @@ struct ConstantSpec {
   const float* values;  // [C, H, W], read while the plan is built
 };
 
+// What the values of a buffer that a step's `final` writes were seen to reach, so that convolutions
+// may read them as bytes: `lowest` over all channels, `highest` absolute value per channel.
+struct RangeSpec {
+  std::int64_t buffer;
+  float lowest;
+  std::vector<float> highest;
+};
+
 struct MaskedForwardRun {
   const float* images;  // [count, channels, height, width]
   std::int64_t count;
@@ -87,11 +96,18 @@ class MaskedForwardPlan {
   // Throws onp::Error for a program that does not fit together.
   MaskedForwardPlan(const std::vector<BufferShape>& buffers, const std::vector<StepSpec>& steps,
                     const std::vector<ConstantSpec>& constants, std::int64_t output,
-                    std::int64_t sites);
+                    std::int64_t sites, const std::vector<RangeSpec>& ranges = {});
   ~MaskedForwardPlan();
 
   // Logits are the same to the last bit for every choice of share, threads and max_bytes.
   void run(const MaskedForwardRun& run) const;
+
+  // The ranges of all buffers that a step's `final` writes, over the masks and images of a run; its
+  // logits, threads and max_bytes count for nothing.
+  std::vector<RangeSpec> ranges(const MaskedForwardRun& run) const;
+
+  // How many convolutions read bytes.
+  std::int64_t byte_steps() const;
 
   // The least that max_bytes may be: one thread's buffers for one image.
   std::int64_t least_bytes(bool share) const;

@@ -10,6 +10,9 @@ namespace onp {
 // Output channels of one packed weight block; channel strides are multiples of it.
 constexpr int kChannelBlock = 16;
 
+// Input channels whose bytes are multiplied and summed at once.
+constexpr int kQuad = 4;
+
 // A Winograd convolution of tiles of `size` x `size` output pixels: tiles that it transforms
 // together at most, and products per tile and pair of channels.
 constexpr int winograd_tiles(int size) { return size == 2 ? 24 : 12; }
@@ -44,6 +47,15 @@ struct Operand {
   std::int64_t image_stride;
 };
 
+// A buffer's copy in 8 bits: a value is (byte - zero) / levels[channel].
+struct Bytes {
+  std::uint8_t* data;
+  const std::int32_t* offset;  // [pixels]
+  std::int64_t image_stride;
+  const float* levels;  // per channel, padded
+  float zero;
+};
+
 // The part of a pooling window that lies inside the image.
 struct Window {
   std::int32_t rows;
@@ -53,7 +65,7 @@ struct Window {
 
 // One step over a block of images. Every kernel ends in the same epilogue, per output channel:
 //   t = result + bias + residual;  t = first(t);           plain = t
-//   t = t * scale + shift;         t = second(t) & keep;   final = t
+//   t = t * scale + shift;         t = second(t) & keep;   final = t, final_bytes = t in 8 bits
 // Per-channel arrays are padded to a multiple of kChannelBlock.
 struct StepArgs {
   std::int64_t images;
@@ -72,6 +84,14 @@ struct StepArgs {
   std::int64_t segment_length;
   std::int64_t block_stride;
   const std::int32_t* first_channel;  // null: all blocks begin at input channel 0
+
+  // Convolution of bytes: reads `input_bytes` instead of `input`. Weights
+  // [channel blocks][segments][segment_length][kChannelBlock][kQuad], segments and block_stride
+  // in bytes, segment_length in quads of input channels. `unit` times the sum of products, per
+  // output channel, is the result; the bias makes up for the zero of the bytes.
+  Bytes input_bytes;
+  const std::int8_t* byte_weights;
+  const float* unit;
 
   // Pooling: one window per output pixel.
   const Window* windows;
@@ -106,6 +126,7 @@ struct StepArgs {
   Activation second;
   const std::uint32_t* keep;  // per channel all ones (kept) or 0 (pruned); null: all kept
   Operand final;
+  Bytes final_bytes;
 };
 
 struct Kernels {
@@ -114,6 +135,7 @@ struct Kernels {
   void (*winograd2)(const StepArgs&);
   void (*winograd4)(const StepArgs&);  // height and width are multiples of 4
   void (*depthwise)(const StepArgs&);
+  void (*byte_convolution)(const StepArgs&);
   void (*max_pool)(const StepArgs&);
   void (*average_pool)(const StepArgs&);
   void (*concatenation)(const StepArgs&);
@@ -125,6 +147,8 @@ extern const Kernels kGenericKernels;
 #ifdef ONP_X86_KERNELS
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VnniKernels;
+void byte_convolution_vnni(const StepArgs& step);
 #endif
 
 }  // namespace onp

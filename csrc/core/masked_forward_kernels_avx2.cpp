@@ -11,10 +11,15 @@ namespace {
 struct Simd {
   using Vec = __m256;
   typedef std::int32_t IntVec __attribute__((vector_size(32)));
+  typedef std::uint8_t ByteVec __attribute__((vector_size(8)));
   static constexpr int lanes = 8;
   static constexpr int tile_pixels = 6;
   static ONP_INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
   static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static ONP_INLINE ByteVec bytes(Vec value) { return plain_bytes<Simd>(value); }
+  static ONP_INLINE IntVec dot(IntVec sums, IntVec inputs, IntVec weights) {
+    return plain_dot(sums, inputs, weights);
+  }
 };
 
 }  // namespace

@@ -9,10 +9,15 @@ namespace {
 struct Simd {
   typedef float Vec __attribute__((vector_size(16)));
   typedef std::int32_t IntVec __attribute__((vector_size(16)));
+  typedef std::uint8_t ByteVec __attribute__((vector_size(4)));
   static constexpr int lanes = 4;
   static constexpr int tile_pixels = 5;
   static ONP_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
   static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static ONP_INLINE ByteVec bytes(Vec value) { return plain_bytes<Simd>(value); }
+  static ONP_INLINE IntVec dot(IntVec sums, IntVec inputs, IntVec weights) {
+    return plain_dot(sums, inputs, weights);
+  }
 };
 
 }  // namespace

@@ -1,6 +1,7 @@
 #include "core/masked_forward_program.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 
 #include "core/check.h"
@@ -112,6 +113,49 @@ void pack_convolution(Step& step, const Buffer& from) {
   }
 }
 
+// Weights times the inputs' values per level, in 127 levels either way per output channel.
+void pack_byte_convolution(Step& step, const Buffer& from) {
+  const StepSpec& spec = step.spec;
+  const std::int64_t inputs = from.shape.channels;
+  const std::int64_t quads = divide_up(inputs, kQuad);
+  const std::int64_t taps = spec.kernel_height * spec.kernel_width;
+  // Without gaps between pixels a whole kernel row is one segment.
+  const bool rows = quads * kQuad == from.stride;
+  step.kernel = &Kernels::byte_convolution;
+  step.segment_length = rows ? spec.kernel_width * quads : quads;
+  for (std::int64_t y = 0; y < spec.kernel_height; ++y) {
+    for (std::int64_t x = 0; x < (rows ? 1 : spec.kernel_width); ++x) {
+      step.segments.push_back(static_cast<std::int32_t>(y * from.row() + x * from.stride));
+    }
+  }
+  const std::int64_t channels = round_up(step.channels, kChannelBlock);
+  step.block_stride = taps * quads * kChannelBlock * kQuad;
+  step.byte_weights.resize(static_cast<std::size_t>(channels / kChannelBlock * step.block_stride));
+  step.unit = Floats(channels);
+  if (!step.bias) step.bias = Floats(channels);
+  std::vector<double> row(static_cast<std::size_t>(inputs * taps));
+  for (std::int64_t o = 0; o < step.channels; ++o) {
+    double most = 0;
+    for (std::int64_t i = 0; i < inputs * taps; ++i) {
+      row[i] = static_cast<double>(spec.weight[o * inputs * taps + i]) / from.levels[i / taps];
+      most = std::max(most, std::abs(row[i]));
+    }
+    const double unit = most > 0 ? most / 127 : 1;
+    std::int8_t* packed = step.byte_weights.data() + o / kChannelBlock * step.block_stride +
+                          o % kChannelBlock * kQuad;
+    double sum = 0;
+    for (std::int64_t i = 0; i < inputs; ++i) {
+      for (std::int64_t tap = 0; tap < taps; ++tap) {
+        const auto weight = static_cast<std::int8_t>(std::lround(row[i * taps + tap] / unit));
+        packed[(tap * quads + i / kQuad) * kChannelBlock * kQuad + i % kQuad] = weight;
+        sum += weight;
+      }
+    }
+    step.unit[o] = static_cast<float>(unit);
+    step.bias[o] -= static_cast<float>(from.zero * unit * sum);
+  }
+}
+
 // Narrow layers lose more to the transforms than they save.
 bool suits_winograd(const StepSpec& spec, std::int64_t inputs, std::int64_t outputs) {
   return spec.kernel_height == 3 && spec.kernel_width == 3 && spec.stride_height == 1 &&
@@ -166,6 +210,7 @@ const std::vector<const Kernels*>& kernel_tables() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
+      if (__builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
       found.push_back(&kAvx512Kernels);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -196,6 +241,55 @@ auto kernel_of(StepKind kind) -> void (*Kernels::*)(const StepArgs&) {
     default:
       return &Kernels::max_pool;
   }
+}
+
+// Bytes reach this far beyond the ranges: pruning moves values, and what is cut off errs more than
+// what is rounded a little coarser.
+constexpr float kRoom = 1.5f;
+// Of the widest channel's range, so that channels that were silent have some room too.
+constexpr float kLeastShare = 1.0f / 8;
+
+// Appends a buffer of bytes to what a step's `final` writes, has a range and is read by a
+// convolution that suits bytes. The id of each buffer's bytes, -1: none.
+std::vector<std::int64_t> add_bytes(std::vector<Buffer>& buffers,
+                                    const std::vector<StepSpec>& specs,
+                                    const std::vector<RangeSpec>& ranges) {
+  const std::size_t given = buffers.size();
+  std::vector<std::int64_t> bytes_of(given, -1);
+  std::vector<bool> ranged(given, false);
+  for (const RangeSpec& range : ranges) {
+    ONP_CHECK(range.buffer >= 0 && range.buffer < static_cast<std::int64_t>(given) &&
+                  !ranged[range.buffer],
+              "masked_forward: a range must be of a buffer, and one for each, got ", range.buffer);
+    ranged[range.buffer] = true;
+    const BufferShape shape = buffers[range.buffer].shape;
+    ONP_CHECK(static_cast<std::int64_t>(range.highest.size()) == shape.channels,
+              "masked_forward: a range must have ", shape.channels, " channels, got ",
+              range.highest.size());
+    bool written = false, read = false;
+    for (const StepSpec& spec : specs) {
+      const std::int64_t to = written_buffer(spec);
+      written |= spec.final == range.buffer;
+      read |= spec.input == range.buffer && suits_bytes(spec, shape, buffers[to].shape);
+    }
+    if (!written || !read) continue;
+    Buffer bytes;
+    bytes.shape = shape;
+    bytes.stride = round_up(shape.channels, kChannelBlock);
+    bytes.bytes = true;
+    bytes.zero = range.lowest < 0 ? 128 : 0;
+    bytes.levels = Floats(bytes.stride);
+    const float most = *std::max_element(range.highest.begin(), range.highest.end());
+    ONP_CHECK(std::isfinite(most) && std::isfinite(range.lowest),
+              "masked_forward: a range must be finite, got one of buffer ", range.buffer);
+    const float span = range.lowest < 0 ? 127.0f : 255.0f, floor = most > 0 ? most : 1.0f;
+    for (std::int64_t c = 0; c < shape.channels; ++c) {
+      bytes.levels[c] = span / (kRoom * std::max(range.highest[c], kLeastShare * floor));
+    }
+    bytes_of[range.buffer] = static_cast<std::int64_t>(buffers.size());
+    buffers.push_back(std::move(bytes));
+  }
+  return bytes_of;
 }
 
 // Everything that a step reads: its constants too.
@@ -251,6 +345,11 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
                           round_up(to.channels, kChannelBlock));
 }
 
+bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
+  return spec.kind == StepKind::convolution && spec.groups == 1 && from.channels >= kChannelBlock &&
+         pixels_of(to) > 1;
+}
+
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) {
   Step step;
   step.spec = spec;
@@ -261,8 +360,11 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
   } else {
     step.input_offset = from.interior;
   }
+  step.bias = padded(spec.bias, to.channels);
   if (spec.kind != StepKind::convolution) {
     step.kernel = kernel_of(spec.kind);
+  } else if (from.bytes) {
+    pack_byte_convolution(step, from);
   } else if (is_depthwise(spec, from.shape, to)) {
     pack_depthwise(step, from);
   } else if (suits_winograd(spec, from.shape.channels, to.channels)) {
@@ -270,11 +372,16 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
   } else {
     pack_convolution(step, from);
   }
-  step.bias = padded(spec.bias, to.channels);
   step.scale = padded(spec.scale, to.channels);
   step.shift = padded(spec.shift, to.channels);
   step.spec.weight = step.spec.bias = step.spec.scale = step.spec.shift = nullptr;
   return step;
+}
+
+bool Step::reads_floats(std::int64_t buffer) const {
+  const auto& others = spec.others;
+  return (spec.input == buffer && input_bytes < 0) || spec.residual == buffer ||
+         std::find(others.begin(), others.end(), buffer) != others.end();
 }
 
 StepArgs Step::args(const Buffer& from, float* input, std::int64_t images) const {
@@ -282,7 +389,14 @@ StepArgs Step::args(const Buffer& from, float* input, std::int64_t images) const
   args.images = images;
   args.pixels = static_cast<std::int64_t>(input_offset.size());
   args.channels = channels;
-  args.input = {input, input_offset.data(), from.image()};
+  if (from.bytes) {
+    args.input_bytes = from.bytes_at(input);
+    args.input_bytes.offset = input_offset.data();
+    args.byte_weights = byte_weights.data();
+    args.unit = unit.data();
+  } else {
+    args.input = {input, input_offset.data(), from.image()};
+  }
   args.weights = weights.data();
   args.segments = segments.data();
   args.segment_count = static_cast<std::int64_t>(segments.size());
@@ -304,7 +418,7 @@ StepArgs Step::args(const Buffer& from, float* input, std::int64_t images) const
 
 Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,
                      const std::vector<ConstantSpec>& constants, std::int64_t output,
-                     std::int64_t sites) {
+                     std::int64_t sites, const std::vector<RangeSpec>& ranges) {
   Network network;
   ONP_CHECK(output >= 0 && output < static_cast<std::int64_t>(shapes.size()),
             "masked_forward: output must be a buffer, got ", output);
@@ -334,8 +448,15 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     ONP_CHECK(one.values, "masked_forward: a constant must have values");
     written[one.buffer] = constant[one.buffer] = true;
   }
+  for (const StepSpec& spec : specs) check_step(spec, shapes);
+  const std::vector<std::int64_t> bytes_of = add_bytes(network.buffers, specs, ranges);
+  const auto read_by = [&](const StepSpec& spec) {
+    const std::int64_t bytes = bytes_of[spec.input];
+    const bool fits =
+        bytes >= 0 && suits_bytes(spec, shapes[spec.input], shapes[written_buffer(spec)]);
+    return fits ? bytes : spec.input;
+  };
   for (const StepSpec& spec : specs) {
-    check_step(spec, shapes);
     for (const std::int64_t id : all_reads(spec)) {
       ONP_CHECK(written[id], "masked_forward: buffer ", id, " must be written before it is read");
     }
@@ -351,7 +472,7 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     ONP_CHECK(spec.site_start < 0 || spec.site_start + to.channels <= sites,
               "masked_forward: a step's sites must lie in [0, ", sites, "), got ", spec.site_start,
               " and ", to.channels, " channels");
-    Buffer& from = network.buffers[spec.input];
+    Buffer& from = network.buffers[read_by(spec)];
     from.halo = std::max(from.halo, halo_of(spec, from.shape, to));
     const bool attends = spec.kind == StepKind::attention;
     const std::int64_t keys = attends ? pixels_of(shapes[spec.others[0]]) : 0;
@@ -363,8 +484,10 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
   for (Buffer& buffer : network.buffers) buffer.place_pixels();
   for (const StepSpec& spec : specs) {
     const BufferShape to = shapes[written_buffer(spec)];
-    network.steps.push_back(pack_step(spec, network.buffers[spec.input], to));
+    network.steps.push_back(pack_step(spec, network.buffers[read_by(spec)], to));
     Step& step = network.steps.back();
+    if (read_by(spec) != spec.input) step.input_bytes = read_by(spec);
+    if (spec.final >= 0) step.final_bytes = bytes_of[spec.final];
     for (const std::int64_t id : all_reads(spec)) {
       if (!constant[id]) step.reads.push_back(id);
     }
@@ -377,9 +500,15 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
         step.index.push_back(static_cast<std::int32_t>(shapes[id].channels));
       }
     }
-    network.weight_bytes += network.steps.back().weights.bytes();
+    network.weight_bytes += network.steps.back().weights.bytes() +
+                            static_cast<std::int64_t>(network.steps.back().byte_weights.size());
   }
-  network.constants.resize(shapes.size());
+  for (Step& step : network.steps) {
+    if (step.final_bytes < 0 || step.spec.final == output) continue;
+    step.final_floats = std::any_of(network.steps.begin(), network.steps.end(),
+                                    [&](const Step& s) { return s.reads_floats(step.spec.final); });
+  }
+  network.constants.resize(network.buffers.size());
   for (const ConstantSpec& one : constants) {
     const Buffer& buffer = network.buffers[one.buffer];
     network.constants[one.buffer] = Floats(buffer.image() + kChannelBlock);
@@ -396,7 +525,7 @@ std::size_t Slots::claim(const Buffer& buffer) {
     return slot;
   }
   begin.push_back(floats_per_image);
-  floats_per_image += buffer.image();
+  floats_per_image += buffer.image_floats();
   return begin.size() - 1;
 }
 

@@ -32,6 +32,7 @@ class Floats {
       : size_(size), data_(new (kAlignment) float[static_cast<std::size_t>(size)]()) {}
 
   float* data() const { return data_.get(); }
+  float& operator[](std::int64_t i) const { return data_[static_cast<std::size_t>(i)]; }
   explicit operator bool() const { return size_ > 0; }
   std::int64_t bytes() const { return size_ * static_cast<std::int64_t>(sizeof(float)); }
 
@@ -49,13 +50,20 @@ class Floats {
 struct Buffer {
   BufferShape shape;
   std::int64_t halo = 0;
-  std::int64_t stride = 0;  // floats from one pixel to the next
+  std::int64_t stride = 0;             // values from one pixel to the next
   std::vector<std::int32_t> interior;  // [height * width]
+  bool bytes = false;     // of what another buffer holds as floats; what follows is for these
+  std::uint8_t zero = 0;  // byte that stands for 0, of the halo too
+  Floats levels;          // per channel, padded: bytes from one value to that plus 1
 
   std::int64_t row() const { return (shape.width + 2 * halo) * stride; }
   std::int64_t image() const {
-    return round_up((shape.height + 2 * halo) * row(), kChannelBlock);
+    return round_up((shape.height + 2 * halo) * row(), values_a_float() * kChannelBlock);
   }
+  // Of the caller's [C, H, W].
+  std::int64_t floats() const { return shape.channels * shape.height * shape.width; }
+  std::int64_t values_a_float() const { return bytes ? 4 : 1; }
+  std::int64_t image_floats() const { return image() / values_a_float(); }
   // May point into the halo: y and x from -halo.
   std::int64_t offset(std::int64_t y, std::int64_t x) const {
     return (y + halo) * row() + (x + halo) * stride;
@@ -63,6 +71,10 @@ struct Buffer {
   // Once shape, halo and stride stand. Throws onp::Error for an image of 2^31 values or more.
   void place_pixels();
   Operand at(float* data) const { return {data, interior.data(), image()}; }
+  Bytes bytes_at(float* data) const {
+    return {reinterpret_cast<std::uint8_t*>(data), interior.data(), image(), levels.data(),
+            static_cast<float>(zero)};
+  }
 };
 
 struct Step {
@@ -76,11 +88,18 @@ struct Step {
   std::vector<Window> windows;
   std::int64_t segment_length = 0;
   std::int64_t block_stride = 0;
-  std::vector<std::int64_t> reads;  // buffers, constants left out
+  std::vector<std::int64_t> reads;  // buffers, constants left out; bytes by what they are of
+  std::int64_t input_bytes = -1;    // buffers of bytes, -1: none
+  std::int64_t final_bytes = -1;
+  bool final_floats = true;         // whether anything reads the floats of `final`
   std::vector<std::int32_t> index;  // see StepArgs
   std::int64_t keys = 0;
   std::int64_t keep_begin = 0;  // into one thread's keep words of a masked forward
-  Floats weights, bias, scale, shift;
+  Floats weights, bias, scale, shift, unit;
+  std::vector<std::int8_t> byte_weights;
+
+  // Whether it reads a buffer other than by its bytes.
+  bool reads_floats(std::int64_t buffer) const;
 
   // The operation alone, on a block of images: no residual and nothing to write yet.
   StepArgs args(const Buffer& from, float* input, std::int64_t images) const;
@@ -103,12 +122,17 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
 std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
                         std::int64_t keys = 0);
 
-// The step with its weights packed for the kernel that suits it; what it reads besides its input
+// Whether a convolution may read bytes: not of few channels, nor for a single pixel, where that
+// would save little; nor of groups.
+bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
+
+// The step with its weights packed for the kernel that suits it and `from`, which may be the bytes
+// of its input; what it reads besides its input
 // is left to plan_network.
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to);
 
 struct Network {
-  std::vector<Buffer> buffers;
+  std::vector<Buffer> buffers;    // those of the caller, then those of bytes
   std::vector<Floats> constants;  // one a buffer, empty but for constants
   std::vector<Step> steps;
   std::size_t output = 0;
@@ -117,10 +141,11 @@ struct Network {
   std::int64_t weight_bytes = 0;
 };
 
-// Throws onp::Error for a program that does not fit together.
+// Throws onp::Error for a program that does not fit together. With `ranges`, convolutions whose
+// input has one and that are worth it (see suits_bytes) read bytes.
 Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,
                      const std::vector<ConstantSpec>& constants, std::int64_t output,
-                     std::int64_t sites);
+                     std::int64_t sites, const std::vector<RangeSpec>& ranges = {});
 
 // Where buffers lie: slot s begins at begin[s] * images in the block. Only buffers of one shape
 // and halo share a slot: the halo then stays zero.
@@ -133,8 +158,10 @@ class Slots {
   std::vector<std::int64_t> begin;
 
  private:
-  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t>;
-  static Key key(const Buffer& b) { return {b.shape.height, b.shape.width, b.stride, b.halo}; }
+  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>;
+  static Key key(const Buffer& b) {
+    return {b.shape.height, b.shape.width, b.stride, b.halo, b.bytes ? b.zero : -1};
+  }
   std::map<Key, std::vector<std::size_t>> free_;
 };
 

@@ -2,8 +2,9 @@
 // includes this with a Simd of its own; everything here has internal linkage, so that no copy
 // compiled for a wider instruction set can be linked into the baseline.
 //
-// Simd: Vec and IntVec (GCC vector types of `lanes` elements), `tile_pixels`, splat(x) and
-// fma(a, b, c).
+// Simd: Vec and IntVec (GCC vector types of `lanes` elements), `tile_pixels`, splat(x),
+// fma(a, b, c), bytes(x): the nearest of 0 to 255, for NaN some; and dot, see
+// masked_forward_bytes.h.
 #pragma once
 
 #include "core/masked_forward_kernels.h"
@@ -11,6 +12,17 @@
 
 namespace onp {
 namespace {
+
+// bytes() by plain arithmetic.
+template <typename Simd>
+ONP_INLINE typename Simd::ByteVec plain_bytes(typename Simd::Vec value) {
+  const auto least = Simd::splat(0.0f), most = Simd::splat(255.5f);
+  value += Simd::splat(0.5f);
+  value = value > least ? value : least;
+  value = value < most ? value : most;
+  const auto whole = __builtin_convertvector(value, typename Simd::IntVec);
+  return __builtin_convertvector(whole, typename Simd::ByteVec);
+}
 
 template <typename Simd>
 struct Tile {
@@ -30,11 +42,13 @@ struct Tile {
     const float* residual[pixels];
     float* plain[pixels];
     float* final[pixels];
+    std::uint8_t* final_bytes[pixels];
 
     void set(const StepArgs& step, int p, Index image, Index pixel) {
       residual[p] = address(step.residual, image, pixel);
       plain[p] = address(step.plain, image, pixel);
       final[p] = address(step.final, image, pixel);
+      final_bytes[p] = address(step.final_bytes, image, pixel);
     }
   };
 
@@ -48,6 +62,11 @@ struct Tile {
   static ONP_INLINE float* address(const Operand& operand, Index image, Index pixel) {
     if (!operand.data) return nullptr;
     return operand.data + image * operand.image_stride + operand.offset[pixel];
+  }
+
+  static ONP_INLINE std::uint8_t* address(const Bytes& bytes, Index image, Index pixel) {
+    if (!bytes.data) return nullptr;
+    return bytes.data + image * bytes.image_stride + bytes.offset[pixel];
   }
 
   static ONP_INLINE Vec load(const float* from) {
@@ -85,6 +104,11 @@ struct Tile {
     for (int p = 0; p < pixels; ++p) sums[p][v] = values[p];
   }
 
+  static ONP_INLINE void store_bytes(std::uint8_t* to, Vec value, Vec levels, Vec zero) {
+    const auto bytes = Simd::bytes(Simd::fma(value, levels, zero));
+    __builtin_memcpy(to, &bytes, sizeof(bytes));
+  }
+
   static ONP_INLINE Vec mask(Vec value, const std::uint32_t* keep) {
     IntVec bits, kept;
     __builtin_memcpy(&bits, &value, sizeof(bits));
@@ -112,7 +136,7 @@ struct Tile {
       if (step.plain.data) {
         for (int p = 0; p < pixels; ++p) store(outputs.plain[p] + c, sums[p][v]);
       }
-      if (!step.final.data) continue;
+      if (!step.final.data && !step.final_bytes.data) continue;
       if (step.scale) {
         const Vec scale = load(step.scale + c), shift = load(step.shift + c);
         for (int p = 0; p < pixels; ++p) sums[p][v] = Simd::fma(sums[p][v], scale, shift);
@@ -121,7 +145,16 @@ struct Tile {
       if (step.keep) {
         for (int p = 0; p < pixels; ++p) sums[p][v] = mask(sums[p][v], step.keep + c);
       }
-      for (int p = 0; p < pixels; ++p) store(outputs.final[p] + c, sums[p][v]);
+      if (step.final.data) {
+        for (int p = 0; p < pixels; ++p) store(outputs.final[p] + c, sums[p][v]);
+      }
+      if (step.final_bytes.data) {
+        const Vec levels = load(step.final_bytes.levels + c);
+        const Vec zero = Simd::splat(step.final_bytes.zero);
+        for (int p = 0; p < pixels; ++p) {
+          store_bytes(outputs.final_bytes[p] + c, sums[p][v], levels, zero);
+        }
+      }
     }
   }
 

@@ -2,8 +2,8 @@
 // image: concatenation, layer norm and attention. Internal linkage, as in masked_forward_tile.h.
 #pragma once
 
+#include "core/masked_forward_bytes.h"
 #include "core/masked_forward_smooth.h"
-#include "core/masked_forward_tile.h"
 
 namespace onp {
 namespace {
@@ -200,6 +200,7 @@ constexpr Kernels kernel_table(const char* name) {
           Plain::template winograd<2>,
           Plain::template winograd<4>,
           Plain::depthwise,
+          ByteTile<Simd>::convolution,
           Plain::template pool<false>,
           Plain::template pool<true>,
           Tokens::concatenation,

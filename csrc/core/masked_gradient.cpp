@@ -52,7 +52,9 @@ struct Layout {
 
 const GradientKernels& gradient_kernels_for(const Kernels& kernels) {
 #ifdef ONP_X86_KERNELS
-  if (&kernels == &kAvx512Kernels) return kAvx512GradientKernels;
+  if (&kernels == &kAvx512Kernels || &kernels == &kAvx512VnniKernels) {
+    return kAvx512GradientKernels;
+  }
   if (&kernels == &kAvx2Kernels) return kAvx2GradientKernels;
 #endif
   (void)kernels;

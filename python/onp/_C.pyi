@@ -120,7 +120,13 @@ class MaskedForwardPlan:
         constants: list[tuple[int, int]],
         output: int,
         sites: int,
+        ranges: list[tuple[int, float, list[float]]],
     ) -> None: ...
+    @property
+    def byte_steps(self) -> int: ...
+    def ranges(
+        self, *, images: int, count: int, masks: int, batch: int, words: int, isa: str
+    ) -> list[tuple[int, float, list[float]]]: ...
     def least_bytes(self, share: bool) -> int: ...
     def run(
         self,

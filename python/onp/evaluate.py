@@ -20,10 +20,14 @@ from onp.suspect.trace import Trace
 log = logging.getLogger("onp")
 
 Backend = Literal["auto", "native", "torch"]
-
+Precision = Literal["fp32", "int8", "tf32", "bf16"]
 
 SEARCH_PRECISION: masked_forward_gpu.Precision = "tf32"
 """Of masks on a GPU, unless they are wanted exactly."""
+
+
+MOST_ERROR = 0.05
+"""Of logits in 8 bits, in standard deviations of the exact ones, for a search in 8 bits."""
 
 
 class MaskEvaluator:
@@ -50,6 +54,8 @@ class MaskEvaluator:
         self.ledger = ledger or Ledger()
         self.batch = batch
         self.plan: masked_forward.MaskedForwardPlan | None = None
+        self.byte_plan: masked_forward.MaskedForwardPlan | None = None
+        """The same network with 8-bit convolutions, for the search; see ``calibrate``."""
         self.gpu_plans: dict[masked_forward_gpu.Precision, GpuMaskedForwardPlan] = {}
         """By precision; the one for the search, and another once masks were wanted exactly."""
         self._model = model
@@ -76,10 +82,35 @@ class MaskEvaluator:
     def backend(self) -> str:
         return "torch" if self.plan is None and not self.gpu_plans else "native"
 
+    def calibrate(self, pruned: Tensor, images: Tensor) -> None:
+        """Evaluate from now on in 8 bits what is not wanted exactly, where this processor gains by
+        it and this network does not suffer: ranges and errors are those of masks bool [B, S] on
+        images float32 [N, C, H, W], which should be like those of the search."""
+        self.byte_plan = None
+        if self.plan is None or not masked_forward.bytes_pay():
+            return
+        packed = masks.pack(pruned)
+        rough = masked_forward.lower(
+            self.trace, self._model, self.plan.measure_ranges(packed, images)
+        )
+        if not rough.byte_convolutions:
+            return
+        exact, close = (
+            plan.run(packed, images, threads=self.threads) for plan in (self.plan, rough)
+        )
+        self.ledger.count(3 * len(pruned) * len(images))
+        error = float((close - exact).std() / exact.std())
+        if error <= MOST_ERROR:
+            self.byte_plan = rough
+        else:
+            log.info("8 bits err by %.3f of the logits' spread: the search stays in fp32", error)
+
     @property
-    def precision(self) -> masked_forward_gpu.Precision:
+    def precision(self) -> Precision:
         """In which convolutions are multiplied during the search."""
-        return "fp32" if self.network.device.type == "cpu" else SEARCH_PRECISION
+        if self.network.device.type == "cpu":
+            return "fp32" if self.byte_plan is None else "int8"
+        return SEARCH_PRECISION
 
     def run(
         self, pruned: Tensor, images: Tensor, *, share: bool = True, exact: bool = False
@@ -88,19 +119,19 @@ class MaskEvaluator:
         [N, C, H, W].
 
         ``share``: compute what neighbouring masks have in common once (on the CPU). ``exact``: in
-        fp32 throughout, on a GPU too.
+        fp32 throughout, on a GPU and of a calibrated evaluator too.
         """
         self.ledger.count(len(pruned) * len(images))
         try:
             if self.gpu_plans:
-                plan = self._gpu_plan("fp32" if exact else SEARCH_PRECISION)
-                return plan.run(pruned, images).cpu()
+                gpu_plan = self._gpu_plan("fp32" if exact else SEARCH_PRECISION)
+                return gpu_plan.run(pruned, images).cpu()
             if self.plan is not None:
-                packed = masks.pack(pruned)
-                return self.plan.run(packed, images, share=share, threads=self.threads)
+                plan = self.plan if exact or self.byte_plan is None else self.byte_plan
+                return plan.run(masks.pack(pruned), images, share=share, threads=self.threads)
         except ResourceError as error:  # large images: sharing keeps every value
             log.warning("masks are evaluated by torch: %s", error)
-            self.plan = None
+            self.plan = self.byte_plan = None
             self.gpu_plans.clear()
         return self._by_torch(pruned, images, exact=exact)
 

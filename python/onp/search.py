@@ -25,6 +25,9 @@ from onp.features import node_features
 from onp.graph import NeuronGraph
 from onp.probes.responses import activation_statistics
 
+CALIBRATION_IMAGES = 64
+"""Clean and triggered ones that the ranges of an 8-bit search are measured on."""
+
 
 class Search:
     """Improves masks against the counted probes; holds no mask itself."""
@@ -55,14 +58,18 @@ class Search:
         )  # fmt: skip
 
     def cost(
-        self, counted: Sequence[Contender], images: slice, success_weight: float | None = None
+        self,
+        counted: Sequence[Contender],
+        images: slice,
+        success_weight: float | None = None,
+        exact: bool = False,
     ) -> Cost:
         """The cost on a part of the clean images."""
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
         probes = [contender.probe for contender in counted]
-        return Cost(self.evaluator, self.clean[images], probes, config)
+        return Cost(self.evaluator, self.clean[images], probes, config, exact)
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
         """The cost of gates."""
@@ -116,6 +123,7 @@ class Search:
         agent, ledger = self.config.agent, self.evaluator.ledger
         cost = self.cost(counted, slice(agent.images))
         start = torch.cat([self.first_masks(counted, ranking), *(mask[None] for mask in known)])
+        self.evaluator.calibrate(start[:: max(1, len(start) - 1)], cost.sample(CALIBRATION_IMAGES))
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
         features = self.features(counted, ranking)
@@ -140,4 +148,4 @@ class Search:
         if len(self.clean) - seen >= config.least:
             fresh = self.cost(counted, slice(seen, seen + config.images), weight)
             finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
-        return choose(finalists, self.cost(counted, slice(config.judged), weight))
+        return choose(finalists, self.cost(counted, slice(config.judged), weight, exact=True))

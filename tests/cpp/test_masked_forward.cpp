@@ -25,7 +25,9 @@ struct Network {
   std::int64_t output = 0;
   std::int64_t sites = 0;
 
-  onp::MaskedForwardPlan plan() const { return {buffers, steps, constants, output, sites}; }
+  std::vector<onp::RangeSpec> ranges;
+
+  onp::MaskedForwardPlan plan() const { return {buffers, steps, constants, output, sites, ranges}; }
 };
 
 float activate(float value, Activation activation) {
@@ -313,6 +315,194 @@ void test_equals_naive(Build build) {
   }
 }
 
+// A step in whose output bytes are exact: images of whole sixteenths go through unchanged to some
+// channels each, so that only the weights behind it are rounded.
+struct ByteCase {
+  std::int64_t inputs, outputs, height, width, kernel, stride;
+  bool negative;
+};
+
+// As a byte convolution rounds them: 127 levels either way per output channel, of the weights times
+// what one level of their input is worth.
+Values rounded_weights(const Values& weights, std::int64_t outputs, const Values& levels,
+                       std::int64_t taps) {
+  const auto row = static_cast<std::int64_t>(weights.size()) / outputs;
+  Values rounded(weights.size());
+  for (std::int64_t o = 0; o < outputs; ++o) {
+    double most = 0;
+    for (std::int64_t i = 0; i < row; ++i) {
+      most = std::max(most, std::abs(double{weights[o * row + i]} / levels[i / taps]));
+    }
+    for (std::int64_t i = 0; i < row; ++i) {
+      const double level = levels[i / taps], unit = most / 127;
+      const double scaled = double{weights[o * row + i]} / level / unit;
+      rounded[o * row + i] = static_cast<float>(std::round(scaled) * unit * level);
+    }
+  }
+  return rounded;
+}
+
+void test_bytes(const ByteCase& c) {
+  std::mt19937 random(5);
+  const std::int64_t pad = c.kernel / 2, taps = c.kernel * c.kernel;
+  const std::int64_t height = (c.height + 2 * pad - c.kernel) / c.stride + 1;
+  const std::int64_t width = (c.width + 2 * pad - c.kernel) / c.stride + 1;
+  Values copies(c.inputs * 3);  // weights of the first step
+  for (std::int64_t o = 0; o < c.inputs; ++o) copies[o * 3 + o % 3] = 1;
+  Values weights = random_values(c.outputs * c.inputs * taps, random);
+  const Values bias = random_values(c.outputs, random), scale = random_values(c.outputs, random);
+  const Values shift = random_values(c.outputs, random);
+  const Values head = random_values(5 * c.outputs, random);
+  Network network;
+  network.buffers = {{3, c.height, c.width},
+                     {c.inputs, c.height, c.width},
+                     {c.outputs, height, width},
+                     {c.outputs, height, width},
+                     {c.outputs, height, width},
+                     {c.outputs, 1, 1},
+                     {5, 1, 1}};
+  StepSpec first;  // 0 -> 1, some of it pruned
+  first.kind = StepKind::convolution;
+  first.weight = copies.data();
+  first.site_start = 0;
+  first.final = 1;
+  StepSpec middle;  // 1 -> 2 and 3, every part of an epilogue
+  middle.kind = StepKind::convolution;
+  middle.input = 1;
+  middle.kernel_height = middle.kernel_width = c.kernel;
+  middle.stride_height = middle.stride_width = c.stride;
+  middle.pad_height = middle.pad_width = pad;
+  middle.weight = weights.data();
+  middle.bias = bias.data();
+  middle.first = Activation::relu;
+  middle.plain = 2;
+  middle.scale = scale.data();
+  middle.shift = shift.data();
+  middle.second = Activation::relu;
+  middle.site_start = c.inputs;
+  middle.final = 3;
+  StepSpec sum = middle;  // 1 -> 4, a residual and no bias
+  sum.bias = sum.scale = sum.shift = nullptr;
+  sum.first = sum.second = Activation::none;
+  sum.residual = 2;
+  sum.plain = -1;
+  sum.site_start = -1;
+  sum.final = 4;
+  StepSpec pool;  // 4 -> 5
+  pool.kind = StepKind::average_pool;
+  pool.input = 4;
+  pool.kernel_height = height;
+  pool.kernel_width = width;
+  pool.final = 5;
+  StepSpec linear;  // 5 -> 6: floats, of a single pixel
+  linear.kind = StepKind::convolution;
+  linear.input = 5;
+  linear.weight = head.data();
+  linear.final = 6;
+  network.steps = {first, middle, sum, pool, linear};
+  network.output = 6;
+  network.sites = c.inputs + c.outputs;
+  const float level = c.negative ? 16 : 32;
+  onp::RangeSpec range{1, c.negative ? -1.0f : 0.0f, {}};
+  for (std::int64_t i = 0; i < c.inputs; ++i) {
+    // Every third channel has a range of its own; one that is far too small is widened to an
+    // eighth.
+    const float most = (c.negative ? 127 : 255) / level / 1.5f;  // what the plan leaves as room
+    range.highest.push_back(i % 3 == 0 ? most : i % 3 == 1 ? most / 2 : most / 1000);
+  }
+  network.ranges = {range};
+  Values levels;
+  for (std::int64_t i = 0; i < c.inputs; ++i) {
+    levels.push_back(i % 3 == 0 ? level : i % 3 == 1 ? 2 * level : 8 * level);
+  }
+  const onp::MaskedForwardPlan plan = network.plan();
+  CHECK(plan.byte_steps() == 2);
+
+  const std::int64_t count = 3, batch = 3;
+  Values images(count * 3 * c.height * c.width);
+  const std::int64_t pixels = c.height * c.width;
+  for (std::size_t i = 0; i < images.size(); ++i) {
+    // Whole sixteenths inside every channel's range: -15/16 to 15/16, or 0 to 15/16.
+    const int sixteenths = static_cast<int>(random() % 16);
+    images[i] = (c.negative && random() % 2 ? -sixteenths : sixteenths) / 16.0f;
+    if (static_cast<std::int64_t>(i) / pixels % 3 == 2) images[i] *= 0.9375f;
+    images[i] = std::round(images[i] * level) / level;
+  }
+  Words words(2 * batch);
+  for (std::size_t w = 2; w < words.size(); ++w) words[w] = random() & random();
+  const Values rounded = rounded_weights(weights, c.outputs, levels, taps);
+  std::copy(rounded.begin(), rounded.end(), weights.begin());  // the plan holds copies
+  Values expected;
+  for (std::int64_t mask = 0; mask < batch; ++mask) {
+    for (std::int64_t n = 0; n < count; ++n) {
+      const Words bits(words.begin() + 2 * mask, words.begin() + 2 * mask + 2);
+      for (const float x : naive(network, bits, images.data() + n * 3 * pixels)) {
+        expected.push_back(x);
+      }
+    }
+  }
+  for (const std::string& isa : onp::instruction_sets()) {
+    const Values got = run(plan, network, words, images, count, false, 1, 1 << 30, isa);
+    bool close = true;
+    for (std::size_t i = 0; i < expected.size(); ++i) {
+      close &= std::fabs(got[i] - expected[i]) <= 1e-4f + 1e-4f * std::fabs(expected[i]);
+    }
+    CHECK(close);
+    for (const bool share : {false, true}) {
+      for (const int threads : {1, 3}) {
+        for (const std::int64_t times : {1, 2, 100}) {
+          const std::int64_t bytes = times * plan.least_bytes(share);
+          CHECK(run(plan, network, words, images, count, share, threads, bytes, isa) == got);
+        }
+      }
+    }
+  }
+}
+
+// What a plan measures, another takes; ranges that no convolution of bytes reads are left alone.
+void test_ranges(Build build, std::int64_t byte_steps) {
+  std::mt19937 random(6);
+  std::vector<Values> arrays;
+  Network network = build(arrays, random);
+  const onp::MaskedForwardPlan plan = network.plan();
+  CHECK(plan.byte_steps() == 0);
+  const std::int64_t count = 2;
+  const Values images = random_values(count * 3 * 11 * 13, random);
+  const Words words = {0, 0, random() & random(), random() & random()};
+  onp::MaskedForwardRun asked{};
+  asked.images = images.data();
+  asked.count = count;
+  asked.masks = {words.data(), 2, 2};
+  asked.isa = "auto";
+  network.ranges = plan.ranges(asked);
+  CHECK(network.ranges.size() == network.steps.size());
+  const onp::MaskedForwardPlan bytes = network.plan();
+  CHECK(bytes.byte_steps() == byte_steps);
+  CHECK_THROWS(bytes.ranges(asked), onp::Error);
+  const Values floats = run(plan, network, words, images, count, true, 1, 1 << 30, "auto");
+  double most = 0, error = 0;
+  for (const std::string& isa : onp::instruction_sets()) {
+    const Values rough = run(bytes, network, words, images, count, true, 1, 1 << 30, isa);
+    for (std::size_t i = 0; i < floats.size(); ++i) {
+      most = std::max(most, std::abs(double{floats[i]}));
+      error = std::max(error, std::abs(double{floats[i]} - rough[i]));
+    }
+  }
+  CHECK(error > 0 && error < 0.05 * most);
+
+  const auto refuses = [&](auto change) {
+    Network bad = network;
+    change(bad.ranges);
+    CHECK_THROWS(bad.plan(), onp::Error);
+  };
+  refuses([](auto& ranges) { ranges[0].buffer = 99; });
+  refuses([](auto& ranges) { ranges[1].buffer = ranges[0].buffer; });
+  refuses([](auto& ranges) { ranges[0].highest.pop_back(); });
+  refuses([](auto& ranges) {
+    for (auto& one : ranges) one.highest.assign(one.highest.size(), INFINITY);
+  });
+}
+
 void test_empty() {
   std::mt19937 random(2);
   std::vector<Values> arrays;
@@ -393,6 +583,14 @@ void test_refuses_tokens() {
 int main() {
   test_equals_naive(every_step);
   test_equals_naive(token_steps);
+  for (const bool negative : {false, true}) {
+    test_bytes({16, 16, 7, 5, 3, 1, negative});
+    test_bytes({18, 37, 8, 8, 3, 2, negative});
+    test_bytes({32, 5, 6, 9, 1, 1, negative});
+    test_bytes({33, 48, 5, 5, 5, 2, negative});
+  }
+  test_ranges(every_step, 3);
+  test_ranges(token_steps, 1);
   test_empty();
   test_refuses();
   test_refuses_tokens();

@@ -63,10 +63,13 @@ class Cost:
         clean: Clean,
         probes: Sequence[Trigger],
         config: CostConfig,
+        exact: bool = False,
     ) -> None:
+        """exact: see ``MaskEvaluator.run``."""
         images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
+        self.exact = exact
         self.sites = evaluator.trace.sites
         self.images, self.labels = images, labels
         self.hands = dealt_out(len(images), len(probes))
@@ -80,7 +83,7 @@ class Cost:
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call."""
-        logits = self.evaluator.run(pruned, self.both)
+        logits = self.evaluator.run(pruned, self.both, exact=self.exact)
         clean, hit = logits.split(len(self.images), 1)
         masks = len(pruned)
         labels = self.labels.expand(masks, -1)[..., None]
@@ -94,6 +97,10 @@ class Cost:
         return Parts(
             entropy + divergence, excess * others, self.config.success_weight * turned * others
         )
+
+    def sample(self, count: int) -> Tensor:
+        """``count`` of the images, clean and triggered ones alike: float32 [n, C, H, W]."""
+        return self.both[:: max(1, len(self.both) // count)][:count]
 
     def worth(self, pruned: Tensor, parts: Parts | None = None) -> Tensor:
         """Minus the cost, minus the price of every pruned site: float32 [B]; of masks whose

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,10 +22,18 @@ if TYPE_CHECKING:
 
 MAX_BYTES = 256 << 20
 
+Range = tuple[int, float, list[float]]
+"""Of a buffer: its number, the lowest value, and the largest absolute value of each channel."""
+
 
 def instruction_sets() -> list[str]:
     """Names of the kernel sets that this processor runs, widest first."""
     return _C.instruction_sets()
+
+
+def bytes_pay() -> bool:
+    """Whether this processor multiplies bytes faster than floats: has VNNI."""
+    return "avx512vnni" in instruction_sets()
 
 
 class MaskedForwardPlan:
@@ -36,6 +45,7 @@ class MaskedForwardPlan:
         image_shape: tuple[int, ...],
         sites: int,
         num_classes: int,
+        ranges: Sequence[Range] = (),
     ) -> None:
         self.image_shape = image_shape
         """(C, H, W) of the images."""
@@ -43,7 +53,29 @@ class MaskedForwardPlan:
         """S, the number of sites a mask speaks of."""
         self.num_classes = num_classes
         """K, the width of the logits."""
+        self.ranges = list(ranges)
+        """Of the values that convolutions may read as bytes; empty in fp32."""
         self._native = native
+
+    @property
+    def byte_convolutions(self) -> int:
+        """How many convolutions multiply bytes; the others, and all else, are in fp32."""
+        return self._native.byte_steps
+
+    def measure_ranges(self, packed: Tensor, images: Tensor, *, isa: str = "auto") -> list[Range]:
+        """What ``lower`` wants for a plan in 8 bits: what values reach under the masks, int64
+        ``[B, words(S)]``, on the images, float32 ``[N, C, H, W]``, one after the other. Of a plan
+        without ranges. Raises ValueError as ``run``."""
+        self._validate(packed, images)
+        packed, images = packed.contiguous(), images.detach().contiguous()
+        return self._native.ranges(
+            images=images.data_ptr(),
+            count=len(images),
+            masks=packed.data_ptr(),
+            batch=len(packed),
+            words=packed.shape[1],
+            isa=isa,
+        )
 
     def run(
         self,
@@ -133,10 +165,15 @@ def _execution_order(pruned: Tensor) -> Tensor:
     return torch.from_numpy(np.lexsort(digits.T[::-1]))
 
 
-def lower(trace: Trace, model: nn.Module) -> MaskedForwardPlan:
+def lower(trace: Trace, model: nn.Module, ranges: Sequence[Range] = ()) -> MaskedForwardPlan:
     """Plan masked forwards of ``model`` (eval mode, any floating type), traced as ``trace``.
 
-    Weights are copied: later changes of the model do not reach the plan.
+    Weights are copied: later changes of the model do not reach the plan. With ``ranges``, of a
+    plan of the same network (``measure_ranges``), convolutions read and multiply bytes where that
+    is worth it: their inputs in 255 levels per channel, or 127 either way where some are negative,
+    their weights in 127 levels either way per output channel; sums are exact, and everything else
+    is in fp32 (M. Nagel et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295,
+    section 2).
 
     Raises:
         UnsupportedOperation: the engine lacks an operation of the network; the message names it.
@@ -153,5 +190,6 @@ def lower(trace: Trace, model: nn.Module) -> MaskedForwardPlan:
         [(buffer, values.data_ptr()) for buffer, values in floats.items()],
         program.output,
         trace.sites,
+        list(ranges),
     )
-    return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes)
+    return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes, ranges)
