@@ -12,7 +12,7 @@ import copy
 import io
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -26,24 +26,25 @@ from bench.kernels.peak import Ceilings, best_time
 from bench.kernels.rows import Row
 from bench.zoo.architectures import ARCHITECTURES
 from onp import masks
-from onp.ops.masked_forward import instruction_sets, lower
+from onp.ops.masked_forward import MaskedForwardPlan, bytes_pay, instruction_sets, lower
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.surgery import apply_mask
 from onp.suspect.trace import Trace, trace
 
 KERNEL = "masked_forward"
-NETWORKS = {
-    "preactresnet18-64": ("preactresnet18", 64, 1.0),
-    "preactresnet18-16": ("preactresnet18", 16, 1.2),
-    "resnet20-16": ("resnet20", 16, None),
-    "vgg16_bn-64": ("vgg16_bn", 64, None),
-    "mobilenetv2-1": ("mobilenetv2", 1.0, 1.2),
+SEARCH = "onp, 8 bits"
+NETWORKS: dict[str, tuple[str, float, dict[str, float]]] = {
+    "preactresnet18-64": ("preactresnet18", 64, {"fp32": 1.0, "reduced": 1.2}),
+    "preactresnet18-16": ("preactresnet18", 16, {"fp32": 1.2, "reduced": 1.3}),
+    "resnet20-16": ("resnet20", 16, {"reduced": 1.3}),
+    "vgg16_bn-64": ("vgg16_bn", 64, {}),
+    "mobilenetv2-1": ("mobilenetv2", 1.0, {"fp32": 1.2, "reduced": 1.3}),
 }
-"""Architecture, width, and the ratio to the best baseline that is aimed at in fp32."""
-OTHERS = {
-    "densenet-16": ("densenet", 16, None),
-    "convnext-32": ("convnext", 32, None),
-    "vit-64": ("vit", 64, None),
+"""Architecture, width, and the ratios to the best baseline that are aimed at, by precision."""
+OTHERS: dict[str, tuple[str, float, dict[str, float]]] = {
+    "densenet-16": ("densenet", 16, {}),
+    "convnext-32": ("convnext", 32, {}),
+    "vit-64": ("vit", 64, {}),
 }
 """With concatenations, layer norms, attention: fewer masks and images, one share."""
 LINEAR = "preactresnet18-16, 1% pruned"
@@ -76,7 +77,8 @@ class Case:
     """bool [B, S]."""
     gflop: float
     """Of all masks on all images, direct convolutions."""
-    target: float | None
+    targets: Mapping[str, float]
+    """By precision."""
 
     @cached_property
     def expected(self) -> Tensor:
@@ -91,7 +93,7 @@ class Case:
 
 def cases(network: str, count: int, images: int, shares: tuple[float, ...]) -> Iterator[Case]:
     """One a share of pruned sites, with masks that are independent of each other."""
-    arch, width, target = (NETWORKS | OTHERS)[network]
+    arch, width, targets = (NETWORKS | OTHERS)[network]
     torch.manual_seed(0)
     model = settled(ARCHITECTURES[arch](width, CLASSES))
     traced = trace(model, (3, 32, 32))
@@ -100,7 +102,7 @@ def cases(network: str, count: int, images: int, shares: tuple[float, ...]) -> I
     gflop = counter.get_total_flops() * count * images / 1e9
     case = Case(
         network, model, traced, gated(model, traced), torch.rand(images, 3, 32, 32),
-        torch.zeros(count, traced.sites, dtype=torch.bool), gflop, target,
+        torch.zeros(count, traced.sites, dtype=torch.bool), gflop, targets,
     )  # fmt: skip
     for share in shares:
         pruned = torch.rand(count, traced.sites) < share
@@ -126,6 +128,8 @@ class Way:
     """Whether it is timed on all masks, unless the network is large."""
     depends: bool = False
     """Whether it is run at every share of pruned sites, and not only at the smallest."""
+    forced: bool = False
+    """Whether it is one of ours that is only shown."""
     emulated: bool = False
     """Whether the processor has no instructions for its precision: it takes minutes."""
 
@@ -259,11 +263,29 @@ def ours(isa: str | None = None) -> Callable[[Case], Run]:
     return make
 
 
+def in_bytes(case: Case) -> MaskedForwardPlan:
+    """The native engine's plan in 8 bits, its ranges those of a few masks and images."""
+    plan = lower(case.trace, case.model)
+    ranges = plan.measure_ranges(masks.pack(case.pruned[:2]), case.images[:32])
+    return lower(case.trace, case.model, ranges)
+
+
+def ours_in_bytes(case: Case) -> Run:
+    """The native engine as it searches."""
+    plan = in_bytes(case)
+    return lambda pruned: plan.run(masks.pack(pruned), case.images, share=False)
+
+
 _BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 WAYS = [
     Way("onp", "fp32", ours(), every_mask=True, depends=True),
-    *(Way(f"onp, {isa}", "fp32", ours(isa)) for isa in instruction_sets()[1:]),
+    *(
+        [Way(SEARCH, "reduced", ours_in_bytes, every_mask=True, depends=True)]
+        if bytes_pay()
+        else []
+    ),
+    *(Way(f"onp, {isa}", "fp32", ours(isa), forced=True) for isa in instruction_sets()[1:]),
     Way("torch eager, NCHW", "fp32", eager(FIRST)),
     Way("torch eager, channels last", "fp32", eager(LAST)),
     Way("torch.compile", "fp32", eager(LAST, compiled=True)),
@@ -307,16 +329,21 @@ def measure(case: Case, way: Way, repeats: int, peak: float | None) -> Row:
     some = case.pruned if whole else case.pruned[:FEW]
     often = min(repeats, 1) if large else repeats
     seconds = best_time(lambda: run(some), often) * len(case.pruned) / len(some)
-    main = way.name == "onp"
+    main = way.precision if way.name in ("onp", SEARCH) else ""
     return replace(
         row,
         seconds=seconds,
         correct=True,
         share_of_peak=None if peak is None else round(case.gflop / seconds / peak, 3),
-        target=case.target if main else None,
-        forced=way.name.startswith("onp, "),
+        target=case.targets.get(main),
+        forced=way.forced,
         note="" if whole else f"timed on {len(some)} masks",
     )
+
+
+def peak_of(way: Way, ceilings: Ceilings) -> float | None:
+    """What the machine can do in the way's arithmetic, in GFLOP/s."""
+    return ceilings.int8_gops if way.name == SEARCH else ceilings.gflops(way.precision)
 
 
 def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
@@ -334,7 +361,7 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
                 if way.name in known:
                     yield replace(known[way.name], case=case.name)
                     continue
-                row = measure(case, way, repeats, ceilings.gflops(way.precision))
+                row = measure(case, way, repeats, peak_of(way, ceilings))
                 if not way.depends:
                     known[way.name] = replace(row, note=f"{row.note}, of {case.name}")
                 yield row
@@ -348,4 +375,4 @@ def others(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
         for case in cases(network, count, images, SHARES[:1]):
             for way in (one for one in WAYS if not one.emulated):
                 print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
-                yield measure(case, way, repeats, ceilings.gflops(way.precision))
+                yield measure(case, way, repeats, peak_of(way, ceilings))

@@ -30,10 +30,13 @@ class Ceilings:
     tf32_gflops: float | None = None
     """On a GPU; of a matrix product there, as the others are."""
     bf16_gflops: float | None = None
+    int8_gops: float | None = None
+    """On a processor with AVX-512 VNNI."""
 
     @classmethod
     def measured(cls, threads: int) -> Ceilings:
-        return cls(round(fp32_gflops(threads), 1), round(copy_gbytes(threads), 1))
+        fp32, int8 = multiply_adds(threads)
+        return cls(fp32, round(copy_gbytes(threads), 1), int8_gops=int8)
 
     @classmethod
     def measured_on_gpu(cls) -> Ceilings:
@@ -67,8 +70,9 @@ def best_time(run: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def fp32_gflops(threads: int) -> float:
-    """Multiply-adds in fp32 on ``threads`` cores, counted as two operations each, in GFLOP/s.
+def multiply_adds(threads: int) -> tuple[float, float | None]:
+    """Multiply-adds in fp32 and of bytes on ``threads`` cores, counted as two operations each, in
+    1e9 a second; None without VNNI.
 
     Compiled on the spot for this processor; raises RuntimeError where there is no compiler.
     """
@@ -83,11 +87,17 @@ def fp32_gflops(threads: int) -> float:
             subprocess.run(command, check=True, capture_output=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(f"the peak needs a C compiler called cc: {error}") from error
-        loop = ctypes.CDLL(str(library)).fma_loop
-        loop.argtypes, loop.restype = [ctypes.c_long], ctypes.c_float
-        with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-            seconds = best_time(lambda: list(pool.map(loop, [STEPS] * threads)), 3)
-    return 2 * CHAINS * lanes * STEPS * threads / seconds / 1e9
+        loaded = ctypes.CDLL(str(library))
+        found = []
+        for name, width in (("fma_loop", lanes), ("byte_loop", 4 * lanes)):
+            loop = getattr(loaded, name, None)
+            if loop is None:
+                return found[0], None
+            loop.argtypes, loop.restype = [ctypes.c_long], ctypes.c_float
+            with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
+                seconds = best_time(lambda loop=loop: list(pool.map(loop, [STEPS] * threads)), 3)
+            found.append(round(2 * CHAINS * width * STEPS * threads / seconds / 1e9, 1))
+    return found[0], found[1]
 
 
 def copy_gbytes(threads: int, device: str = "cpu") -> float:

@@ -13,13 +13,22 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.kernels.gated import gated
-from bench.kernels.masked_forward import LAST, TOLERANCES, Case, Way, eager, openvino
+from bench.kernels.masked_forward import (
+    LAST,
+    SEARCH,
+    TOLERANCES,
+    Case,
+    Way,
+    eager,
+    in_bytes,
+    openvino,
+)
 from bench.kernels.peak import Ceilings, best_time
 from bench.kernels.rows import Row
 from bench.recordings import NETWORKS, Recording
 from bench.zoo.checkpoints import load_set
 from onp import masks
-from onp.ops.masked_forward import lower
+from onp.ops.masked_forward import bytes_pay, lower
 from onp.suspect.trace import trace
 
 KERNEL = "recorded evaluations"
@@ -56,7 +65,7 @@ class Repair:
         case = Case(
             name, network.model, traced, gated(network.model, traced), images,
             torch.zeros(0, traced.sites, dtype=torch.bool),
-            counter.get_total_flops() * recording.image_forwards / 1e9, TARGET,
+            counter.get_total_flops() * recording.image_forwards / 1e9, {},
         )  # fmt: skip
         return cls(recording, case)
 
@@ -69,9 +78,11 @@ class Repair:
     def row(self, way: str, precision: str) -> Row:
         return Row(KERNEL, self.case.name, way, precision, None, False)
 
-    def ours(self, ceilings: Ceilings, repeats: int, *, share: bool) -> Row:
-        """Every evaluation as the repair asked for it."""
-        plan = lower(self.case.trace, self.case.model)
+    def ours(self, ceilings: Ceilings, repeats: int, *, share: bool, search: bool) -> Row:
+        """Every evaluation as the repair asked for it; ``search``: in 8 bits."""
+        largest = max(self.by_count(), key=lambda case: len(case.pruned))
+        plan = in_bytes(largest) if search else lower(self.case.trace, self.case.model)
+        precision = "reduced" if search else "fp32"
         calls = [
             (masks.pack(pruned), self.case.images[:count]) for pruned, count in self.recording.calls
         ]
@@ -80,14 +91,16 @@ class Repair:
             for packed, images in calls:
                 plan.run(packed, images, share=share)
 
-        row = self.row("onp" if share else "onp, nothing shared", "fp32")
+        name = SEARCH if search else "onp"
+        row = self.row(name if share else f"{name}, nothing shared", precision)
         for case in self.by_count():
             few = case.images[: case.expected.shape[1]]
             off = wrong_by(case, plan.run(masks.pack(case.pruned[:2]), few, share=share))
-            if not off < TOLERANCES["fp32"]:
+            if not off < TOLERANCES[precision]:
                 return replace(row, note=f"off by {off:.2g} of the largest logit")
         seconds = best_time(run, repeats)
-        share_of_peak = round(self.case.gflop / seconds / ceilings.fp32_gflops, 3)
+        peak = ceilings.int8_gops if search else ceilings.fp32_gflops
+        share_of_peak = None if peak is None else round(self.case.gflop / seconds / peak, 3)
         return replace(
             row, seconds=seconds, correct=True, share_of_peak=share_of_peak, forced=not share,
             target=TARGET if share else None,
@@ -120,9 +133,10 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
     """Every recording; if quick the first."""
     for name in NETWORKS[: 1 if quick else None]:
         repair = Repair.of(name)
-        for share in (True, False):
-            print(f"{name}: onp, share={share}", file=sys.stderr, flush=True)
-            yield repair.ours(ceilings, repeats, share=share)
+        for search in (False, True) if bytes_pay() else (False,):
+            for share in (True, False):
+                print(f"{name}: onp, {search=}, {share=}", file=sys.stderr, flush=True)
+                yield repair.ours(ceilings, repeats, share=share, search=search)
         for way in WAYS:
             print(f"{name}: {way.name}", file=sys.stderr, flush=True)
             yield repair.other(way, repeats)

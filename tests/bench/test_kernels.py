@@ -83,7 +83,7 @@ def test_gates_as_inputs_are_masks() -> None:
 )  # fmt: skip
 def test_every_way_gives_the_same(way: Way, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "bench.kernels.masked_forward.NETWORKS", {"small": ("preactresnet10", 4, None)}
+        "bench.kernels.masked_forward.NETWORKS", {"small": ("preactresnet10", 4, {})}
     )
     case = next(cases("small", 4, 3, (0.1,)))
     found = measure(case, way, 1, peak=1.0)
