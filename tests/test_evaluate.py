@@ -83,6 +83,17 @@ def test_calibrated_for_8_bits_where_they_pay_and_exact_on_demand(
     assert torch.equal(evaluator.run(masks, images, exact=True), before)
 
 
+def test_a_network_that_suffers_from_8_bits_stays_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onp.ops.masked_forward.bytes_pay", lambda: True)
+    monkeypatch.setattr("onp.evaluate.MOST_ERROR", 1e-6)
+    model = network("resnet20")
+    traced = trace(model, (3, 32, 32))
+    evaluator = MaskEvaluator(traced, model)
+    nothing, images = torch.zeros(1, traced.sites, dtype=torch.bool), torch.rand(3, 3, 32, 32)
+    evaluator.calibrate(nothing, images)
+    assert evaluator.precision == "fp32"
+
+
 def test_an_unknown_backend_is_refused() -> None:
     model = network("resnet20")
     with pytest.raises(UsageError, match="backend must be"):

@@ -42,9 +42,8 @@ def compared(rows: Sequence[Row]) -> list[Row]:
     best: dict[tuple[str, str, str], float] = {}
     for row in rows:
         if not row.ours and not row.forced and row.correct and row.seconds is not None:
-            for precision in (
-                {row.precision, "reduced"} if row.precision == "fp32" else {row.precision}
-            ):
+            rivals = (row.precision, "reduced") if row.precision == "fp32" else (row.precision,)
+            for precision in rivals:
                 key = (row.kernel, row.case, precision)
                 best[key] = min(row.seconds, best.get(key, row.seconds))
     done = []

@@ -43,6 +43,13 @@ def test_ours_are_compared_with_the_best_correct_baseline_of_their_precision() -
     assert "| wrong | fp32 | – |" in table(rows)
 
 
+def test_ours_in_reduced_precision_are_compared_with_whatever_is_fastest() -> None:
+    ours = row("onp, 8 bits", 2.0, precision="reduced")
+    for half, whole, ratio in ((4.0, 6.0, 2.0), (8.0, 6.0, 3.0)):
+        rows = compared([ours, row("half", half, precision="reduced"), row("whole", whole)])
+        assert rows[0].ratio_to_best_baseline == ratio
+
+
 def test_a_wrong_result_has_no_speed() -> None:
     good = torch.arange(5.0)
     assert timed(row("a", None), lambda: [good], [good], 1).correct
