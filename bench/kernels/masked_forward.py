@@ -264,9 +264,10 @@ def ours(isa: str | None = None) -> Callable[[Case], Run]:
 
 
 def in_bytes(case: Case) -> MaskedForwardPlan:
-    """The native engine's plan in 8 bits, its ranges those of a few masks and images."""
+    """The native engine's plan in 8 bits, its ranges those of a few masks and images, the last
+    ones: the first are checked."""
     plan = lower(case.trace, case.model)
-    ranges = plan.measure_ranges(masks.pack(case.pruned[:2]), case.images[:32])
+    ranges = plan.measure_ranges(masks.pack(case.pruned[-2:]), case.images[-32:])
     return lower(case.trace, case.model, ranges)
 
 

@@ -117,10 +117,10 @@ def others(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
 
 def measured(case: Case, ways: Sequence[Way], repeats: int, ceilings: Ceilings) -> Iterator[Row]:
     """A row for each way."""
-    case = replace(on_gpu(case), target=TARGETS.get(case.name.partition(",")[0]))
+    aimed = TARGETS.get(case.name.partition(",")[0])
+    case = replace(on_gpu(case), targets={} if aimed is None else {"reduced": aimed})
     for way in ways:
         print(f"{case.name}: {way.name}", file=sys.stderr, flush=True)
         exact = way.precision == "fp32"
         with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=not exact):
-            row = measure(case, way, repeats, ceilings.gflops(way.precision))
-        yield row if way.precision == "reduced" else replace(row, target=None)
+            yield measure(case, way, repeats, ceilings.gflops(way.precision))

@@ -16,7 +16,8 @@ struct Simd {
   static ONP_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
   static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static ONP_INLINE __m128i bytes(Vec value) {
-    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(value), __m512i{}));
+    const __m512 most = _mm512_min_ps(value, _mm512_set1_ps(255.0f));
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(most), __m512i{}));
   }
   static ONP_INLINE IntVec dot(IntVec sums, IntVec inputs, IntVec weights) {
     return plain_dot(sums, inputs, weights);
@@ -26,11 +27,12 @@ struct Simd {
 }  // namespace
 
 const Kernels kAvx512Kernels = kernel_table<Simd>("avx512");
-const Kernels kAvx512VnniKernels = [] {
+const Kernels kAvx512VnniKernels = []() constexpr {
   Kernels table = kernel_table<Simd>("avx512vnni");
   table.byte_convolution = byte_convolution_vnni;
   return table;
-}();
+}
+();
 const GradientKernels kAvx512GradientKernels = GradientTile<Simd>::table("avx512");
 
 }  // namespace onp

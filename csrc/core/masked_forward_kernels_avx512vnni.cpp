@@ -14,7 +14,8 @@ struct Simd {
   static ONP_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
   static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
   static ONP_INLINE __m128i bytes(Vec value) {
-    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(value), __m512i{}));
+    const __m512 most = _mm512_min_ps(value, _mm512_set1_ps(255.0f));
+    return _mm512_cvtusepi32_epi8(_mm512_max_epi32(_mm512_cvtps_epi32(most), __m512i{}));
   }
   static ONP_INLINE IntVec dot(IntVec sums, IntVec inputs, IntVec weights) {
     return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)inputs, (__m512i)weights);

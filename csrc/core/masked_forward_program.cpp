@@ -346,8 +346,10 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
 }
 
 bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
+  constexpr std::int64_t kMostProducts = std::numeric_limits<std::int32_t>::max() / (255 * 127);
+  const std::int64_t taps = spec.kernel_height * spec.kernel_width;
   return spec.kind == StepKind::convolution && spec.groups == 1 && from.channels >= kChannelBlock &&
-         pixels_of(to) > 1;
+         pixels_of(to) > 1 && round_up(from.channels, kQuad) * taps <= kMostProducts;
 }
 
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) {

@@ -123,7 +123,7 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
                         std::int64_t keys = 0);
 
 // Whether a convolution may read bytes: not of few channels, nor for a single pixel, where that
-// would save little; nor of groups.
+// would save little; nor of groups, nor where its sums might not fit 32 bits.
 bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
 
 // The step with its weights packed for the kernel that suits it and `from`, which may be the bytes

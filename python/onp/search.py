@@ -16,17 +16,20 @@ from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back, improve
 from onp.agent.gates import learn_gates
 from onp.agent.learner import Learner
-from onp.agent.race import Contender, heads_of
+from onp.agent.race import Contender, heads_of, ranking_masks
 from onp.agent.relaxed import RelaxedCost
 from onp.agent.state import State
 from onp.agent.weights import load_policy
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
 from onp.graph import NeuronGraph
+from onp.probes.probe import Trigger
 from onp.probes.responses import activation_statistics
 
 CALIBRATION_IMAGES = 64
-"""Clean and triggered ones that the ranges of an 8-bit search are measured on."""
+"""Clean and triggered ones that an 8-bit search is calibrated on,"""
+CALIBRATION_SHARES = (0.003, 0.01)
+"""under masks that prune so much of the probes' ranking."""
 
 
 class Search:
@@ -43,6 +46,8 @@ class Search:
         self.graph = graph
         self.norm_shift = norm_shift
         self.evidence = evidence
+        self.calibrated_for: list[Trigger] = []
+        """The probes that the evaluator was last calibrated with."""
 
     def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
         """The node features, float32 [S, F]."""
@@ -68,8 +73,14 @@ class Search:
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
-        probes = [contender.probe for contender in counted]
-        return Cost(self.evaluator, self.clean[images], probes, config, exact)
+        probes: list[Trigger] = [contender.probe for contender in counted]
+        cost = Cost(self.evaluator, self.clean[images], probes, config, exact)
+        if [*map(id, probes)] != [*map(id, self.calibrated_for)]:
+            self.calibrated_for = probes
+            ranking = torch.stack([contender.ranking for contender in counted]).mean(0)
+            masks = ranking_masks(ranking, CALIBRATION_SHARES)
+            self.evaluator.calibrate(masks, cost.sample(CALIBRATION_IMAGES))
+        return cost
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
         """The cost of gates."""
@@ -123,7 +134,6 @@ class Search:
         agent, ledger = self.config.agent, self.evaluator.ledger
         cost = self.cost(counted, slice(agent.images))
         start = torch.cat([self.first_masks(counted, ranking), *(mask[None] for mask in known)])
-        self.evaluator.calibrate(start[:: max(1, len(start) - 1)], cost.sample(CALIBRATION_IMAGES))
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
         features = self.features(counted, ranking)

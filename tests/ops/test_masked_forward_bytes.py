@@ -115,3 +115,5 @@ def test_wrong_arguments() -> None:
         exact.measure_ranges(packed[:, :1], images)
     with pytest.raises(ValueError, match="images must be"):
         exact.measure_ranges(packed, images[:, :2])
+    with pytest.raises(ValueError, match="isa must be"):
+        exact.measure_ranges(packed, images, isa="mmx")

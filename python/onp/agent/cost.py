@@ -65,7 +65,7 @@ class Cost:
         config: CostConfig,
         exact: bool = False,
     ) -> None:
-        """exact: see ``MaskEvaluator.run``."""
+        """exact: in fp32, and not as rough as the evaluator may be for a search."""
         images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
@@ -83,7 +83,7 @@ class Cost:
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call."""
-        logits = self.evaluator.run(pruned, self.both, exact=self.exact)
+        logits = self.evaluator.run(pruned, self.both, exact=self.exact, rough=not self.exact)
         clean, hit = logits.split(len(self.images), 1)
         masks = len(pruned)
         labels = self.labels.expand(masks, -1)[..., None]
@@ -100,7 +100,8 @@ class Cost:
 
     def sample(self, count: int) -> Tensor:
         """``count`` of the images, clean and triggered ones alike: float32 [n, C, H, W]."""
-        return self.both[:: max(1, len(self.both) // count)][:count]
+        count = min(count, len(self.both))
+        return self.both[torch.linspace(0, len(self.both) - 1, count).long()]
 
     def worth(self, pruned: Tensor, parts: Parts | None = None) -> Tensor:
         """Minus the cost, minus the price of every pruned site: float32 [B]; of masks whose

@@ -65,8 +65,9 @@ class MaskedForwardPlan:
     def measure_ranges(self, packed: Tensor, images: Tensor, *, isa: str = "auto") -> list[Range]:
         """What ``lower`` wants for a plan in 8 bits: what values reach under the masks, int64
         ``[B, words(S)]``, on the images, float32 ``[N, C, H, W]``, one after the other. Of a plan
-        without ranges. Raises ValueError as ``run``."""
+        without ranges; ``isa`` and ValueError as of ``run``."""
         self._validate(packed, images)
+        _check_isa(isa)
         packed, images = packed.contiguous(), images.detach().contiguous()
         return self._native.ranges(
             images=images.data_ptr(),
@@ -108,10 +109,7 @@ class MaskedForwardPlan:
         threads = torch.get_num_threads() if threads is None else threads
         if threads < 1:
             raise ValueError(f"masked_forward: threads must be positive, got {threads}")
-        if isa not in ("auto", *instruction_sets()):
-            raise ValueError(
-                f"masked_forward: isa must be auto or one of {instruction_sets()}, got {isa!r}"
-            )
+        _check_isa(isa)
         needed = self._native.least_bytes(share)
         if needed > max_bytes:
             raise ResourceError(
@@ -154,6 +152,13 @@ class MaskedForwardPlan:
         for name, tensor in (("packed", packed), ("images", images)):
             if tensor.device.type != "cpu":
                 raise ValueError(f"masked_forward: {name} must be on the CPU, got {tensor.device}")
+
+
+def _check_isa(isa: str) -> None:
+    if isa not in ("auto", *instruction_sets()):
+        raise ValueError(
+            f"masked_forward: isa must be auto or one of {instruction_sets()}, got {isa!r}"
+        )
 
 
 def _execution_order(pruned: Tensor) -> Tensor:
