@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -16,20 +17,21 @@ from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back, improve
 from onp.agent.gates import learn_gates
 from onp.agent.learner import Learner
-from onp.agent.race import Contender, heads_of, ranking_masks
+from onp.agent.race import Contender, heads_of
 from onp.agent.relaxed import RelaxedCost
 from onp.agent.state import State
 from onp.agent.weights import load_policy
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
 from onp.graph import NeuronGraph
-from onp.probes.probe import Trigger
 from onp.probes.responses import activation_statistics
 
+log = logging.getLogger("onp")
+
 CALIBRATION_IMAGES = 64
-"""Clean and triggered ones that an 8-bit search is calibrated on,"""
-CALIBRATION_SHARES = (0.003, 0.01)
-"""under masks that prune so much of the probes' ranking."""
+"""Clean and triggered ones that an 8-bit search is calibrated on."""
+CONFIRMED = 0.05
+"""Nats by which the worth of its best mask may be off what fp32 says, or it goes on in fp32."""
 
 
 class Search:
@@ -46,8 +48,6 @@ class Search:
         self.graph = graph
         self.norm_shift = norm_shift
         self.evidence = evidence
-        self.calibrated_for: list[Trigger] = []
-        """The probes that the evaluator was last calibrated with."""
 
     def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
         """The node features, float32 [S, F]."""
@@ -73,13 +73,14 @@ class Search:
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
-        probes: list[Trigger] = [contender.probe for contender in counted]
-        cost = Cost(self.evaluator, self.clean[images], probes, config, exact)
-        if [*map(id, probes)] != [*map(id, self.calibrated_for)]:
-            self.calibrated_for = probes
-            ranking = torch.stack([contender.ranking for contender in counted]).mean(0)
-            masks = ranking_masks(ranking, CALIBRATION_SHARES)
-            self.evaluator.calibrate(masks, cost.sample(CALIBRATION_IMAGES))
+        probes = [contender.probe for contender in counted]
+        return Cost(self.evaluator, self.clean[images], probes, config, exact)
+
+    def calibrated(self, cost: Cost, start: Tensor) -> Cost:
+        """The cost, which may be as rough as masks from the first to the last of ``start`` bool
+        [B, S] let it: what they prune moves values too far for ranges that have not seen it."""
+        masks = start[:: max(1, len(start) - 1)]
+        self.evaluator.calibrate(masks, cost.sample(CALIBRATION_IMAGES))
         return cost
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
@@ -131,9 +132,25 @@ class Search:
     ) -> tuple[list[Tensor], list[Round]]:
         """From the best of the first and of the ``known`` masks on: the best masks, bool [S] each,
         and the rounds' logs."""
+        first = self.first_masks(counted, ranking)
+        cost = self.calibrated(self.cost(counted, slice(self.config.agent.images)), first)
+        start = torch.cat([first, *(mask[None] for mask in known)])
+        elite, rounds = self._improved(cost, start, counted, ranking)
+        if self.evaluator.byte_plan is not None:
+            cost.exact = True
+            off = abs(float(cost.worth(elite.best[None])) - elite.worths[0])
+            if off > CONFIRMED:
+                log.info("8 bits err by %.3f nats: the search goes on in fp32", off)
+                self.evaluator.byte_plan = None
+                start = torch.cat([start, torch.stack(elite.masks)])
+                elite, more = self._improved(cost, start, counted, ranking)
+                rounds = rounds + more
+        return elite.masks, rounds
+
+    def _improved(
+        self, cost: Cost, start: Tensor, counted: Sequence[Contender], ranking: Tensor
+    ) -> tuple[Elite, list[Round]]:
         agent, ledger = self.config.agent, self.evaluator.ledger
-        cost = self.cost(counted, slice(agent.images))
-        start = torch.cat([self.first_masks(counted, ranking), *(mask[None] for mask in known)])
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
         features = self.features(counted, ranking)
@@ -147,8 +164,7 @@ class Search:
             ledger.tick(number + 1, agent.rounds, message)
 
         learner = Learner(model, self.graph, features, agent, seed=self.seed)
-        rounds = improve(elite, cost, learner, agent, tell)
-        return elite.masks, rounds
+        return elite, improve(elite, cost, learner, agent, tell)
 
     def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:
         """Give back what images that the search has not seen do not need pruned, then take what is
