@@ -264,10 +264,11 @@ def ours(isa: str | None = None) -> Callable[[Case], Run]:
 
 
 def in_bytes(case: Case) -> MaskedForwardPlan:
-    """The native engine's plan in 8 bits, its ranges those of a few masks and images, the last
-    ones: the first are checked."""
+    """The native engine's plan in 8 bits, its ranges those of no mask and the last one on the
+    last images: the first are checked."""
     plan = lower(case.trace, case.model)
-    ranges = plan.measure_ranges(masks.pack(case.pruned[-2:]), case.images[-32:])
+    some = torch.stack([torch.zeros_like(case.pruned[0]), case.pruned[-1]])
+    ranges = plan.measure_ranges(masks.pack(some), case.images[-32:])
     return lower(case.trace, case.model, ranges)
 
 
