@@ -58,6 +58,18 @@ def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: Im
     assert repaired.report["target_classes"] == [demo.TARGET]
 
 
+@pytest.mark.parametrize("confirmed", [True, False])
+def test_a_search_in_8_bits_repairs_and_goes_on_in_fp32_where_that_does_not_confirm_it(
+    confirmed: bool, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onp.ops.masked_forward.bytes_pay", lambda: True)
+    monkeypatch.setattr("onp.search.CONFIRMED", 0.05 if confirmed else -1.0)
+    result = onp.sanitize(suspect(), demo.clean_images(), seed=0, budget="quick")
+    assert result.report["precision"] == ("int8" if confirmed else "fp32")
+    after = onp.score(result.model, test_set, load_trigger(str(demo.TRIGGER)), demo.TARGET)
+    assert after["attack_success_rate"] < 0.2
+
+
 def test_a_policy_proposes_the_gates(tmp_path: Path) -> None:
     """One that was taught nothing: a repair asks it, and takes its own few steps from there."""
     save_policy(PruningPolicy(len(NAMES), 3, rounds=1, seed=0), tmp_path / "p.safetensors")
