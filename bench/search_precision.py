@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from bench.scoreboard.provenance import provenance
 from bench.zoo.checkpoints import load_set
 from bench.zoo.datasets import load
 from onp.agent.cost import Cost, Parts
+from onp.config import BUDGETS
 from onp.data import draw_balanced
 from onp.files import write_atomically
 from onp.ops.masked_forward import bytes_pay
@@ -135,7 +136,9 @@ def main() -> int:
             continue
         images = load(network.recipe.dataset, args.data, "train")
         with compared() as found:
-            result = sanitize(network.model, draw_balanced(images, 500, args.seed), seed=args.seed)
+            clean = draw_balanced(images, 500, args.seed)
+            config = replace(BUDGETS["standard"], search_in_8_bits=True)
+            result = sanitize(network.model, clean, seed=args.seed, budget=config)
         row: dict[str, Any] = {"model": network.name, "seed": args.seed}
         row |= {"precision": result.report["precision"]}
         if found.worth:

@@ -64,7 +64,8 @@ def test_a_search_in_8_bits_repairs_and_goes_on_in_fp32_where_that_does_not_conf
 ) -> None:
     monkeypatch.setattr("onp.ops.masked_forward.bytes_pay", lambda: True)
     monkeypatch.setattr("onp.search.CONFIRMED", 0.05 if confirmed else -1.0)
-    result = onp.sanitize(suspect(), demo.clean_images(), seed=0, budget="quick")
+    budget = replace(BUDGETS["quick"], search_in_8_bits=True)
+    result = onp.sanitize(suspect(), demo.clean_images(), seed=0, budget=budget)
     assert result.report["precision"] == ("int8" if confirmed else "fp32")
     after = onp.score(result.model, test_set, load_trigger(str(demo.TRIGGER)), demo.TARGET)
     assert after["attack_success_rate"] < 0.2

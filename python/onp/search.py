@@ -79,8 +79,9 @@ class Search:
     def calibrated(self, cost: Cost, start: Tensor) -> Cost:
         """The cost, which may be as rough as masks from the first to the last of ``start`` bool
         [B, S] let it: what they prune moves values too far for ranges that have not seen it."""
-        masks = start[:: max(1, len(start) - 1)]
-        self.evaluator.calibrate(masks, cost.sample(CALIBRATION_IMAGES))
+        if self.config.search_in_8_bits:
+            masks = start[:: max(1, len(start) - 1)]
+            self.evaluator.calibrate(masks, cost.sample(CALIBRATION_IMAGES))
         return cost
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
