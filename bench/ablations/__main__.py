@@ -93,7 +93,7 @@ def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
         cost = search.cost(setting.counted, slice(search.config.agent.images))
         elite = Elite(search.config.choice.leaders)
         start = search.first_masks(setting.counted, setting.gates)
-        cost = search.calibrated(cost, start)
+        search.calibrate(cost, start)
         elite.offer(start, cost.worth(start))
         left = (limit - (ledger.total - started)) // len(cost.both)
         RIVALS[name](elite, cost, max(0, left), torch.Generator().manual_seed(seed))

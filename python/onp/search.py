@@ -76,13 +76,13 @@ class Search:
         probes = [contender.probe for contender in counted]
         return Cost(self.evaluator, self.clean[images], probes, config, exact)
 
-    def calibrated(self, cost: Cost, start: Tensor) -> Cost:
-        """The cost, which may be as rough as masks from the first to the last of ``start`` bool
-        [B, S] let it: what they prune moves values too far for ranges that have not seen it."""
+    def calibrate(self, cost: Cost, start: Tensor) -> None:
+        """Let the cost be told in 8 bits, if that is configured: with ranges of the first and the
+        last of the masks bool [B, S] that the search starts from, as what they prune moves values
+        too far for ranges that have not seen it."""
         if self.config.search_in_8_bits:
-            masks = start[:: max(1, len(start) - 1)]
-            self.evaluator.calibrate(masks, cost.sample(CALIBRATION_IMAGES))
-        return cost
+            ends = start[:: max(1, len(start) - 1)]
+            self.evaluator.calibrate(ends, cost.sample(CALIBRATION_IMAGES))
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
         """The cost of gates."""
@@ -134,7 +134,8 @@ class Search:
         """From the best of the first and of the ``known`` masks on: the best masks, bool [S] each,
         and the rounds' logs."""
         first = self.first_masks(counted, ranking)
-        cost = self.calibrated(self.cost(counted, slice(self.config.agent.images)), first)
+        cost = self.cost(counted, slice(self.config.agent.images))
+        self.calibrate(cost, first)
         start = torch.cat([first, *(mask[None] for mask in known)])
         elite, rounds = self._improved(cost, start, counted, ranking)
         if self.evaluator.byte_plan is not None:
@@ -151,6 +152,7 @@ class Search:
     def _improved(
         self, cost: Cost, start: Tensor, counted: Sequence[Contender], ranking: Tensor
     ) -> tuple[Elite, list[Round]]:
+        """What an agent of its own makes of the masks ``start`` bool [B, S]."""
         agent, ledger = self.config.agent, self.evaluator.ledger
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))

@@ -45,7 +45,6 @@ class MaskedForwardPlan:
         image_shape: tuple[int, ...],
         sites: int,
         num_classes: int,
-        ranges: Sequence[Range] = (),
     ) -> None:
         self.image_shape = image_shape
         """(C, H, W) of the images."""
@@ -53,8 +52,6 @@ class MaskedForwardPlan:
         """S, the number of sites a mask speaks of."""
         self.num_classes = num_classes
         """K, the width of the logits."""
-        self.ranges = list(ranges)
-        """Of the values that convolutions may read as bytes; empty in fp32."""
         self._native = native
 
     @property
@@ -197,4 +194,4 @@ def lower(trace: Trace, model: nn.Module, ranges: Sequence[Range] = ()) -> Maske
         trace.sites,
         list(ranges),
     )
-    return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes, ranges)
+    return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes)
