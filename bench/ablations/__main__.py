@@ -99,8 +99,8 @@ def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
         RIVALS[name](elite, cost, max(0, left), torch.Generator().manual_seed(seed))
         masks, worth = elite.masks, elite.worths[0]
     else:
-        masks, rounds = search.run(setting.counted, setting.gates, [])
-        worth = rounds[-1].worth
+        elite, _ = search.run(setting.counted, setting.gates, [])
+        masks, worth = elite.masks, elite.worths[0]
     searched = ledger.total
     choice = search.choose(masks, setting.counted)
     return Found(choice.mask, worth, choice.cost, searched - started, ledger.total - searched)

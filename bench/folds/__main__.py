@@ -89,8 +89,7 @@ class Case:
             started = scene.ledger.total
             counted = search.evidence.counted
             with torch.enable_grad():
-                gates = search.gates(counted)
-                masks, _ = search.run(counted, gates, [])
+                masks, _ = search.find(counted, [])
                 mask = search.choose(masks, counted).mask
             forwards = scene.ledger.total - started
             after = self.exam.score(apply_mask(model, scene.evaluator.trace, mask).eval())

@@ -124,8 +124,12 @@ class AgentConfig:
 
     images: int = 128
     """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
+    starts: int = 3
+    """At most, each from gates of its own: there is another one as long as"""
+    dear: float = 0.15
+    """the best mask costs more, in nats an image."""
     rounds: int = 8
-    """At most."""
+    """Of a start, at most."""
     tried: int = 1
     """Flips evaluated alone in a round, those that promise most."""
     pool: int = 96
@@ -150,6 +154,9 @@ class CostConfig:
 
     success_weight: float = 1.5
     """Of a triggered image's nats over a clean one's."""
+    strengths: tuple[float, ...] = (1.0, 1.5)
+    """Multiples of a replayed trigger's change, in turn: what it would be had .06 of the images
+    been poisoned, and .04."""
     price: float = 0.0005
     """Of a pruned site, in the search."""
 
@@ -264,7 +271,7 @@ BUDGETS: dict[str, Config] = {
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=64, rounds=2, tried=2, pool=64, heads=(3, 8)),
+        agent=AgentConfig(images=64, starts=1, rounds=2, tried=2, pool=64, heads=(3, 8)),
         choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
         aftercare=AftercareConfig(epochs=4),
     ),

@@ -137,9 +137,9 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
 
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
-    """Replay the norms' shift, as a label shift too if no class speaks clearly; None where there is
-    nothing to replay, or where it leads to a class without clean images: the class itself is then
-    what they lack."""
+    """Replay the norms' shift, as a label shift too if no class speaks clearly: by the first
+    family and, if that explains more, by all. None where there is nothing to replay, or where it
+    leads to a class without clean images: the class itself is then what they lack."""
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
         return None
@@ -158,7 +158,10 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
             )
             shifted = by_label_shift(shift.excess, one, two, config.verdict)
             if shifted.score > verdict.score:
-                verdict, probes = shifted, [one.probe]
+                others = config.replay.families[1:]
+                verdict = shifted
+                probes = [one.probe]
+                probes += [scene.replayed(shift, other, one.probe.target).probe for other in others]
     if verdict.target is None:
         return Evidence(verdict, [], [], verdict)
     with scene.ledger.stage("respond"):

@@ -111,19 +111,13 @@ def sanitize(
     choice: Choice | None = None
     if evidence.verdict.target is not None:
         search = Search(scene, graph, by_site(shift, trace), evidence)
-        with ledger.stage("gates"):
-            gates = search.gates(counted)
-        with ledger.stage("agent"):
-            finalists, rounds = search.run(counted, gates, [])
+        finalists, rounds = search.find(counted, [])
         with ledger.stage("renew"):
             renewed = renew(scene, evidence, finalists[0])
         if renewed:
             counted = [*counted, *renewed]
-            with ledger.stage("gates"):
-                gates = search.gates(counted)
-            with ledger.stage("agent"):
-                finalists, more = search.run(counted, gates, finalists)
-                rounds = rounds + more
+            finalists, more = search.find(counted, finalists)
+            rounds = rounds + more
         with ledger.stage("choose"):
             choice = search.choose(finalists, counted)
             mask = choice.mask

@@ -24,9 +24,13 @@ from onp.agent.weights import load_policy
 from onp.evidence import Evidence, Scene
 from onp.features import node_features
 from onp.graph import NeuronGraph
+from onp.probes.probe import Probe, Strengthened, Trigger
 from onp.probes.responses import activation_statistics
 
 log = logging.getLogger("onp")
+
+ANOTHER = 101
+"""What is added to the seed of gates for every further start."""
 
 CALIBRATION_IMAGES = 64
 """Clean and triggered ones that an 8-bit search is calibrated on."""
@@ -73,8 +77,17 @@ class Search:
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
-        probes = [contender.probe for contender in counted]
-        return Cost(self.evaluator, self.clean[images], probes, config, exact)
+        triggers = [self._trigger(contender.probe) for contender in counted]
+        reached = [contender.success for contender in counted]
+        return Cost(self.evaluator, self.clean[images], triggers, config, exact, reached)
+
+    def _trigger(self, probe: Probe) -> Trigger:
+        """What stands for the attacker's trigger: a replayed one at several strengths, as how much
+        of it the norms remember hangs on the share of poisoned images, which is not known. A shift
+        of labels needs the image left as it is."""
+        if self.evidence.verdict.by == "norm statistics" and isinstance(probe.target, int):
+            return Strengthened(probe, self.config.cost.strengths)
+        return probe
 
     def calibrate(self, cost: Cost, start: Tensor) -> None:
         """Let the cost be told in 8 bits, if that is configured: with ranges of the first and the
@@ -106,9 +119,10 @@ class Search:
             closed: Tensor = policy(self.graph, features, inputs)
         return closed
 
-    def gates(self, counted: Sequence[Contender]) -> Tensor:
+    def gates(self, counted: Sequence[Contender], number: int = 0) -> Tensor:
         """The relaxed mask against the counted probes, float32 [S]: how far each gate closes, as
-        the policy proposes and descent adapts it to this network."""
+        the policy proposes and descent adapts it to this network. number: of the start; each draws
+        images of its own."""
         config = self.config.gates
         start = torch.ones(self.evaluator.trace.sites)
         steps, rate = config.steps, config.learning_rate
@@ -117,7 +131,7 @@ class Search:
             steps, rate = config.adapted_steps, config.adapted_rate
         return learn_gates(
             self.relaxed(counted), start, steps=steps, learning_rate=rate,
-            seed=self.seed, ledger=self.evaluator.ledger,
+            seed=self.seed + ANOTHER * number, ledger=self.evaluator.ledger,
         )  # fmt: skip
 
     def first_masks(self, counted: Sequence[Contender], ranking: Tensor) -> Tensor:
@@ -128,11 +142,30 @@ class Search:
         heads = heads_of(ranking, [n for n in self.config.gates.counts if n <= closed])
         return torch.cat([torch.zeros(1, len(ranking), dtype=torch.bool), heads, *raced])
 
+    def find(
+        self, counted: Sequence[Contender], known: Sequence[Tensor]
+    ) -> tuple[list[Tensor], list[Round]]:
+        """The best masks, bool [S] each, and the rounds' logs: gates are learned and the agent goes
+        on from there, and again from other gates, as long as what was found is dear."""
+        agent, ledger = self.config.agent, self.evaluator.ledger
+        best, rounds = Elite(self.config.choice.leaders), list[Round]()
+        for number in range(agent.starts):
+            with ledger.stage("gates"):
+                gates = self.gates(counted, number)
+            with ledger.stage("agent"):
+                found, more = self.run(counted, gates, known)
+            best.offer(torch.stack(found.masks), torch.tensor(found.worths))
+            rounds += [replace(log, start=number) for log in more]
+            if best.worths[0] >= -agent.dear:
+                break
+            log.info("the best mask of start %d costs %.3f nats", number + 1, -best.worths[0])
+        return best.masks, rounds
+
     def run(
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
-    ) -> tuple[list[Tensor], list[Round]]:
-        """From the best of the first and of the ``known`` masks on: the best masks, bool [S] each,
-        and the rounds' logs."""
+    ) -> tuple[Elite, list[Round]]:
+        """One start: from the best of the first and of the ``known`` masks on. The best masks and
+        the rounds' logs."""
         first = self.first_masks(counted, ranking)
         cost = self.cost(counted, slice(self.config.agent.images))
         self.calibrate(cost, first)
@@ -147,7 +180,7 @@ class Search:
                 start = torch.cat([start, torch.stack(elite.masks)])
                 elite, more = self._improved(cost, start, counted, ranking)
                 rounds = rounds + more
-        return elite.masks, rounds
+        return elite, rounds
 
     def _improved(
         self, cost: Cost, start: Tensor, counted: Sequence[Contender], ranking: Tensor

@@ -23,21 +23,29 @@ from onp.ledger import Ledger
 from onp.suspect.trace import trace
 from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
 
+REACHED = (1.0, 0.5)
+"""Share of the images that the cost is told its two probes move."""
+
 
 @pytest.fixture(scope="module")
 def cost() -> Cost:
     model, images, labels, probe = toy()
     evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model, ledger=Ledger())
-    return Cost(evaluator, Clean.seen_by(evaluator, images, labels), [probe, probe], CostConfig())
+    seen = Clean.seen_by(evaluator, images, labels)
+    return Cost(evaluator, seen, [probe, probe], CostConfig(), reached=REACHED)
 
 
 def naive_worth(cost: Cost, gates: Tensor) -> float:
     """Minus cost and price of gates [S], written out image by image."""
     network, config = cost.evaluator.network, cost.config
     total = 0.0
-    for image, hit, label, wanted in zip(
-        cost.images, cost.triggered, cost.labels.tolist(), cost.wanted.tolist(), strict=True
-    ):
+    share = torch.empty(len(cost.images))
+    for hand, reached in zip(cost.hands, REACHED, strict=True):
+        share[hand] = reached
+    for image, hit, label, wanted, reached in zip(
+        cost.images, cost.triggered, cost.labels.tolist(), cost.wanted.tolist(), share.tolist(),
+        strict=True,
+    ):  # fmt: skip
         before = network(image[None])[0].log_softmax(0)
         after = network(image[None], gates)[0].log_softmax(0)
         triggered = network(hit[None], gates)[0].softmax(0)
@@ -45,7 +53,8 @@ def naive_worth(cost: Cost, gates: Tensor) -> float:
                                                                 reduction="sum"))  # fmt: skip
         if wanted != label:
             excess = max(0.0, float(triggered[wanted] - after[wanted].exp()))
-            total -= config.success_weight * math.log(1 - 0.98 * excess)
+            weight = config.success_weight / math.sqrt(reached)
+            total -= weight * math.log(1 - 0.98 * excess)
     return -total / len(cost.images) - config.price * float((1 - gates).sum())
 
 

@@ -2,12 +2,14 @@
 
     cost(m) = mean over the images of
                 cross-entropy over the original's + KL(original || masked), on the clean image
-                - success_weight * log(1 - excess probability of the target), on the image triggered
+                - weight * log(1 - excess probability of the target), on the image triggered
 
 in nats an image. The divergence tells masks apart where the label alone cannot: on a few hundred
 images some mask of many is always right by luck, but it does not answer as the original did. The
 logarithm makes an image that the trigger turns for sure cost more than many that it makes doubtful:
-the first is what a backdoor does, the others what natural directions do to every network.
+the first is what a backdoor does, the others what natural directions do to every network. The
+weight is success_weight / sqrt(q) for a trigger that moves a share q of the images before anything
+is pruned: an attacker's moves nearly all, so one that moves few understates what is left of it.
 """
 
 from __future__ import annotations
@@ -26,6 +28,8 @@ from onp.probes.probe import Trigger
 
 SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
+LEAST_REACHED = 1 / 3
+"""Share of the images below which no trigger is said to move fewer."""
 
 
 @dataclass(frozen=True)
@@ -64,8 +68,10 @@ class Cost:
         probes: Sequence[Trigger],
         config: CostConfig,
         exact: bool = False,
+        reached: Sequence[float] | None = None,
     ) -> None:
-        """exact: in fp32, and not as rough as the evaluator may be for a search."""
+        """exact: in fp32, and not as rough as the evaluator may be for a search. reached: share of
+        the images that each probe moves to its target, nothing pruned; default: all."""
         images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
@@ -75,9 +81,14 @@ class Cost:
         self.hands = dealt_out(len(images), len(probes))
         """Which of the images each probe triggers."""
         self.triggered, self.wanted = torch.empty_like(images), torch.empty_like(labels)
-        for probe, hand in zip(probes, self.hands, strict=True):
+        self.weight = torch.full((len(images),), config.success_weight)
+        """Of a nat on each triggered image, float32 [N]; 0 where the trigger wants the label."""
+        reached = [1.0] * len(probes) if reached is None else reached
+        for probe, hand, share in zip(probes, self.hands, reached, strict=True):
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
+            self.weight[hand] /= max(share, LEAST_REACHED) ** 0.5
+        self.weight *= self.wanted != labels
         self.both = torch.cat([images, self.triggered])
         self.original = clean.original
 
@@ -92,10 +103,9 @@ class Cost:
         entropy = (self.original - logs).gather(2, labels).squeeze(2)
         divergence = (self.original.exp() * (self.original - logs)).sum(2)
         excess = (hit.softmax(2) - logs.exp()).gather(2, wanted).squeeze(2).clamp_min(0)
-        others = (wanted != labels).squeeze(2)
         turned = F.softplus(margin(hit, wanted.squeeze(2)))
         return Parts(
-            entropy + divergence, excess * others, self.config.success_weight * turned * others
+            entropy + divergence, excess * (self.wanted != self.labels), self.weight * turned
         )
 
     def sample(self, count: int) -> Tensor:
@@ -115,7 +125,7 @@ class Cost:
 
     def of_success(self, success: Tensor) -> Tensor:
         """What a triggered image costs by the probability of the target that the trigger adds."""
-        return -self.config.success_weight * torch.log1p(-SUREST * success)
+        return -self.weight * torch.log1p(-SUREST * success)
 
 
 def dealt_out(count: int, hands: int) -> list[Tensor]:

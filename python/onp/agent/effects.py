@@ -131,6 +131,6 @@ def flip_effects(cost: Cost, mask: Tensor) -> Effects:
     return Effects(
         clean, clean_change, triggered, triggered_change,
         cost.original.exp().gather(1, cost.labels[:, None]).squeeze(1),
-        cost.config.success_weight * (cost.wanted != cost.labels).float(),
+        cost.weight,
         cost.config.price * towards,
     )  # fmt: skip

@@ -37,6 +37,8 @@ class Round:
     """Of what was foreseen against the gains, before the agent learned from them."""
     worth: float
     """Of the best mask after the round."""
+    start: int = 0
+    """Number of the start that it belongs to."""
 
 
 def improve(

@@ -79,3 +79,21 @@ class Probe:
             for part in images.split(CPU_CHUNK)
         ]
         return torch.cat(parts)
+
+
+@dataclass(frozen=True, eq=False)
+class Strengthened:
+    """A probe that changes images by several multiples of its change, in turn."""
+
+    probe: Probe
+    strengths: tuple[float, ...]
+
+    def wanted(self, labels: Tensor) -> Tensor:
+        """As the probe's."""
+        return self.probe.wanted(labels)
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Trigger images float32 [N, C, H, W], image i by ``strengths[i % len(strengths)]``."""
+        strengths = torch.tensor(self.strengths)[torch.arange(len(images)) % len(self.strengths)]
+        changed = images + strengths.view(-1, 1, 1, 1) * (self.probe(images) - images)
+        return changed.clamp(*self.probe.valid)
