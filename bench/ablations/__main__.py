@@ -2,7 +2,7 @@
 
 One JSON line per (network, variant, seed, budget), appended when it is done; lines that are there
 are not made again. Evidence is made once per network, seed and budget and kept in --work; gates are
-shared by the variants that do not change them; one search, without renewal. The true trigger only
+shared by the variants that do not change them; one start, without renewal. The true trigger only
 scores. A variant's forwards are those of its gates (not in older rows), its search and the final
 choice, its seconds without the gates. Rivals get as many forwards for their search as ``onp`` took;
 its own variants as many rounds. ``policy`` and ``policy-no-gnn`` let the gates start from what a

@@ -45,7 +45,7 @@ MADE_FOR = {
     "wanet": "warp",
     "input-aware": "generator", "ssba": "generator", "bpp": "generator",
 }  # fmt: skip
-"""The probe family that stands for each attack best; nothing but the generator knows all-to-all."""
+"""The probe family that stands for each attack best; only the generator tells all-to-all."""
 Row = dict[str, Any]
 
 

@@ -62,7 +62,8 @@ class ReplayConfig:
     judged: int = 250
     """Images, at most, on which is seen what a trigger reaches."""
     families: tuple[str, ...] = ("generator", "patch", "additive", "low_frequency", "warp")
-    """One trigger of each is learned; the first also tries label shifts."""
+    """One trigger of each is learned; the first also tries label shifts and, if one is called,
+    the others too."""
     poisoned: float = 0.06
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
@@ -127,7 +128,7 @@ class AgentConfig:
     starts: int = 3
     """At most, each from gates of its own: there is another one as long as"""
     dear: float = 0.15
-    """the best mask costs more, in nats an image."""
+    """the best mask costs more, its sites' price included, in nats an image."""
     rounds: int = 8
     """Of a start, at most."""
     tried: int = 1

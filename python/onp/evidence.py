@@ -138,7 +138,7 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     """Replay the norms' shift, as a label shift too if no class speaks clearly: by the first
-    family and, if that explains more, by all. None where there is nothing to replay, or where it
+    family and, if a shift is called, by all. None where there is nothing to replay, or where it
     leads to a class without clean images: the class itself is then what they lack."""
     config = scene.config
     if shift is None or shift.excess < config.replay.least_excess:
@@ -158,10 +158,10 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
             )
             shifted = by_label_shift(shift.excess, one, two, config.verdict)
             if shifted.score > verdict.score:
-                others = config.replay.families[1:]
-                verdict = shifted
-                probes = [one.probe]
-                probes += [scene.replayed(shift, other, one.probe.target).probe for other in others]
+                verdict, probes = shifted, [one.probe]
+                if shifted.target is not None:
+                    others = config.replay.families[1:]
+                    probes += [scene.replayed(shift, name, shifted.target).probe for name in others]
     if verdict.target is None:
         return Evidence(verdict, [], [], verdict)
     with scene.ledger.stage("respond"):

@@ -29,8 +29,8 @@ from onp.probes.responses import activation_statistics
 
 log = logging.getLogger("onp")
 
-ANOTHER = 101
-"""What is added to the seed of gates for every further start."""
+SEEDS_APART = 101
+"""Seeds of the gates of one start and the next."""
 
 CALIBRATION_IMAGES = 64
 """Clean and triggered ones that an 8-bit search is calibrated on."""
@@ -52,6 +52,8 @@ class Search:
         self.graph = graph
         self.norm_shift = norm_shift
         self.evidence = evidence
+        self.starts = 0
+        """Made so far."""
 
     def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
         """The node features, float32 [S, F]."""
@@ -131,7 +133,7 @@ class Search:
             steps, rate = config.adapted_steps, config.adapted_rate
         return learn_gates(
             self.relaxed(counted), start, steps=steps, learning_rate=rate,
-            seed=self.seed + ANOTHER * number, ledger=self.evaluator.ledger,
+            seed=self.seed + SEEDS_APART * number, ledger=self.evaluator.ledger,
         )  # fmt: skip
 
     def first_masks(self, counted: Sequence[Contender], ranking: Tensor) -> Tensor:
@@ -155,7 +157,8 @@ class Search:
             with ledger.stage("agent"):
                 found, more = self.run(counted, gates, known)
             best.offer(torch.stack(found.masks), torch.tensor(found.worths))
-            rounds += [replace(log, start=number) for log in more]
+            rounds += [replace(one, start=self.starts) for one in more]
+            self.starts += 1
             if best.worths[0] >= -agent.dear:
                 break
             log.info("the best mask of start %d costs %.3f nats", number + 1, -best.worths[0])
@@ -164,8 +167,8 @@ class Search:
     def run(
         self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
     ) -> tuple[Elite, list[Round]]:
-        """One start: from the best of the first and of the ``known`` masks on. The best masks and
-        the rounds' logs."""
+        """One start: from the best of the first and of the ``known`` masks on. The best masks, with
+        worths in fp32, and the rounds' logs."""
         first = self.first_masks(counted, ranking)
         cost = self.cost(counted, slice(self.config.agent.images))
         self.calibrate(cost, first)
@@ -173,8 +176,13 @@ class Search:
         elite, rounds = self._improved(cost, start, counted, ranking)
         if self.evaluator.byte_plan is not None:
             cost.exact = True
-            off = abs(float(cost.worth(elite.best[None])) - elite.worths[0])
-            if off > CONFIRMED:
+            exact = cost.worth(torch.stack(elite.masks))
+            off = abs(float(exact[0]) - elite.worths[0])
+            if off <= CONFIRMED:
+                confirmed = Elite(elite.capacity)
+                confirmed.offer(torch.stack(elite.masks), exact)
+                elite = confirmed
+            else:
                 log.info("8 bits err by %.3f nats: the search goes on in fp32", off)
                 self.evaluator.byte_plan = None
                 start = torch.cat([start, torch.stack(elite.masks)])

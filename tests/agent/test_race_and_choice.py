@@ -5,9 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from onp.agent.choice import choose
-from onp.agent.contenders import advantage, counted_contenders, getting_through
-from onp.agent.cost import Cost
+from onp.agent.choice import choose, halved
+from onp.agent.contenders import (
+    advantage,
+    counted_contenders,
+    getting_through,
+    success_of,
+)
+from onp.agent.cost import Cost, dealt_out
 from onp.agent.flips import give_back
 from onp.agent.race import Contender, race, ranking_masks
 from onp.clean import Clean
@@ -77,6 +82,24 @@ def test_giving_back_keeps_what_matters_and_choosing_takes_the_cheapest() -> Non
     assert torch.equal(choice.mask, only)
     assert choice.success_after[0] < 0.1 * choice.success_before[0]
     assert choice.interval[0] <= choice.crossfit <= choice.interval[1]
+
+
+def test_halves_share_every_probe_at_every_strength() -> None:
+    hands = dealt_out(101, 5)
+    first = halved(hands, 101)
+    for hand in hands:
+        for turn in (0, 1):  # a hand's images are triggered at two strengths in turn
+            own = first[hand[turn::2]]
+            assert 0.4 < float(own.float().mean()) < 0.65
+    assert not halved([torch.tensor([], dtype=torch.int64)], 3).any()
+
+
+def test_a_probe_without_images_to_turn_has_no_success() -> None:
+    model, images, _, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    nothing = torch.zeros(CHANNELS, dtype=torch.bool)
+    own = probe.wanted(torch.zeros(len(images), dtype=torch.int64))
+    assert success_of(probe, evaluator, nothing, images, own) == 0.0
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

@@ -21,7 +21,7 @@ from onp.evidence import REPLAYED, RESPONSE_IMAGES, Scene, from_statistics, meas
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift
-from onp.probes.probe import LabelShift
+from onp.probes.probe import LabelShift, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import activations
 from onp.suspect.load import load_suspect
@@ -168,6 +168,34 @@ def test_only_a_class_that_the_shift_was_measured_on_is_named(
         assert evidence.verdict.target == 4
     else:
         assert evidence is None
+
+
+@pytest.mark.parametrize("called", [True, False])
+def test_every_family_is_asked_for_a_label_shift_that_is_called(
+    shift: NormShift, monkeypatch: pytest.MonkeyPatch, called: bool
+) -> None:
+    """Where none is called, the first family alone is asked."""
+    clean = demo.clean_images()[torch.arange(200)]
+    probe = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1)).probe
+    asked: list[tuple[str, Target | None]] = []
+
+    def replayed(_: Scene, __: NormShift, family: str, target: Target | None = None) -> Replayed:
+        asked.append((family, target))
+        share = 0.6 if called and target == LabelShift(CLASSES, 1) else 0.0
+        return Replayed(replace(probe, target=4 if target is None else target), share, 0.9)
+
+    monkeypatch.setattr(Scene, "replayed", replayed)
+    model = load_suspect(demo.CHECKPOINT, demo.ARCH).model
+    evaluator = MaskEvaluator(shift.moments.network.trace, model)
+    before = activations(evaluator.network, clean.floats()[:RESPONSE_IMAGES])
+    scene = Scene(model, evaluator, known(shift, clean), before, Config(), (0.0, 1.0), 0)
+    evidence = from_statistics(scene, replace(shift, excess=3.0))
+    assert evidence is not None
+    families = Config().replay.families
+    by_one = [family for family, target in asked if target == LabelShift(CLASSES, 1)]
+    assert by_one == list(families if called else families[:1])
+    assert len(evidence.contenders) == (len(families) if called else 0)
+    assert evidence.verdict.target == (LabelShift(CLASSES, 1) if called else None)
 
 
 def test_a_shift_of_fewer_images_is_replayed_on_these(trained: nn.Module) -> None:

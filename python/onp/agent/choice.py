@@ -36,9 +36,7 @@ def choose(finalists: Sequence[Tensor], cost: Cost) -> Choice:
     parts = cost.parts(masks)
     costs = cost.each(parts)  # [M, N]
     best = int(costs.mean(1).argmin())
-    halves = torch.zeros(costs.shape[1], dtype=torch.bool)
-    for hand in cost.hands:  # either half sees every probe
-        halves[hand[::2]] = True
+    halves = halved(cost.hands, costs.shape[1])
     fitted = torch.empty(costs.shape[1])
     for half in (halves, ~halves):
         fitted[~half] = costs[int(costs[:, half].mean(1).argmin())][~half]
@@ -53,3 +51,12 @@ def choose(finalists: Sequence[Tensor], cost: Cost) -> Choice:
         [float(success[0]) for success in successes],
         [float(success[best]) for success in successes],
     )
+
+
+def halved(hands: Sequence[Tensor], count: int) -> Tensor:
+    """Which of ``count`` images are in the first half, bool [count]. Either half sees every probe,
+    whose hands int64 [n] are given, at both of its strengths: these take turns in a hand."""
+    first = torch.zeros(count, dtype=torch.bool)
+    for hand in hands:
+        first[hand[torch.arange(len(hand)) % 4 < 2]] = True
+    return first

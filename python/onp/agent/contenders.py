@@ -87,9 +87,11 @@ def success_of(
     probe: Probe, evaluator: MaskEvaluator, mask: Tensor, images: Tensor, labels: Tensor
 ) -> float:
     """Mean excess probability of the probe's target under ``mask`` bool [S], on the images of
-    other classes."""
+    other classes; 0 where there are none."""
     wanted = probe.wanted(labels)
     others = wanted != labels
+    if not bool(others.any()):
+        return 0.0
     clean = images[others]
     chance = evaluator.run(mask[None], torch.cat([clean, probe(clean)]))[0].softmax(1)
     own, hit = chance.gather(1, wanted[others].repeat(2)[:, None]).squeeze(1).chunk(2)

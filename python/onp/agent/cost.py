@@ -8,8 +8,8 @@ in nats an image. The divergence tells masks apart where the label alone cannot:
 images some mask of many is always right by luck, but it does not answer as the original did. The
 logarithm makes an image that the trigger turns for sure cost more than many that it makes doubtful:
 the first is what a backdoor does, the others what natural directions do to every network. The
-weight is success_weight / sqrt(q) for a trigger that moves a share q of the images before anything
-is pruned: an attacker's moves nearly all, so one that moves few understates what is left of it.
+weight is success_weight / sqrt(q) for a trigger that adds a probability q on average before
+anything is pruned: an attacker's adds nearly 1, so one that adds little understates what is left.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from onp.probes.probe import Trigger
 SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
 LEAST_REACHED = 1 / 3
-"""Share of the images below which no trigger is said to move fewer."""
+"""A trigger that adds less probability counts as if it added so much."""
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ class Cost:
         exact: bool = False,
         reached: Sequence[float] | None = None,
     ) -> None:
-        """exact: in fp32, and not as rough as the evaluator may be for a search. reached: share of
-        the images that each probe moves to its target, nothing pruned; default: all."""
+        """exact: in fp32, and not as rough as the evaluator may be for a search. reached: mean
+        probability of its target that each probe adds, nothing pruned; default: 1."""
         images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
@@ -87,7 +87,7 @@ class Cost:
         for probe, hand, share in zip(probes, self.hands, reached, strict=True):
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
-            self.weight[hand] /= max(share, LEAST_REACHED) ** 0.5
+            self.weight[hand] /= max(LEAST_REACHED, share) ** 0.5
         self.weight *= self.wanted != labels
         self.both = torch.cat([images, self.triggered])
         self.original = clean.original

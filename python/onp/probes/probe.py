@@ -83,7 +83,7 @@ class Probe:
 
 @dataclass(frozen=True, eq=False)
 class Strengthened:
-    """A probe that changes images by several multiples of its change, in turn."""
+    """A probe that changes pixels by several multiples of its change, in turn."""
 
     probe: Probe
     strengths: tuple[float, ...]
@@ -95,5 +95,5 @@ class Strengthened:
     def __call__(self, images: Tensor) -> Tensor:
         """Trigger images float32 [N, C, H, W], image i by ``strengths[i % len(strengths)]``."""
         strengths = torch.tensor(self.strengths)[torch.arange(len(images)) % len(self.strengths)]
-        changed = images + strengths.view(-1, 1, 1, 1) * (self.probe(images) - images)
+        changed = images.lerp(self.probe(images), strengths.view(-1, 1, 1, 1))
         return changed.clamp(*self.probe.valid)
