@@ -1,4 +1,4 @@
-"""What stands for the attacker's trigger in the search."""
+"""What stands for the attacker's trigger in the search, and when the search starts again."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_replayed_triggers_of_a_class_come_at_several_strengths(
     torch.testing.assert_close(changes[~stronger], weaker[~stronger])
 
 
-def test_a_trigger_that_moves_few_images_weighs_more(scene: Scene) -> None:
+def test_a_trigger_that_adds_little_weighs_more(scene: Scene) -> None:
     probe = toy()[3]
     for reached, factor in ((1.0, 1.0), (0.5, 2**0.5), (0.01, 3**0.5)):
         search, contender = search_of(scene, probe, reached, "probes")

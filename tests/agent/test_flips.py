@@ -24,7 +24,7 @@ from onp.suspect.trace import trace
 from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
 
 REACHED = (1.0, 0.5)
-"""Share of the images that the cost is told its two probes move."""
+"""Mean probability of its target that the cost is told each of its two probes adds."""
 
 
 @pytest.fixture(scope="module")
