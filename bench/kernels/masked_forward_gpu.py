@@ -26,6 +26,7 @@ from bench.kernels.masked_forward import (
 from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row
 from onp.ops import masked_forward_gpu
+from onp.ops._gpu_program import Precision
 
 LARGEST = "preactresnet18-64"
 TARGETS = {LARGEST: 1.5}
@@ -44,7 +45,7 @@ def on_gpu(case: Case) -> Case:
     )  # fmt: skip
 
 
-def ours(precision: masked_forward_gpu.Precision, case: Case) -> Run:
+def ours(precision: Precision, case: Case) -> Run:
     """The GPU plan."""
     plan = masked_forward_gpu.lower(case.trace, case.model, "cuda", precision)
     return lambda pruned: plan.run(pruned, case.images)

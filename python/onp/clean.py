@@ -30,6 +30,10 @@ class Clean:
         """int64 [N]."""
         return self.original.argmax(1)
 
+    def to(self, device: torch.device) -> Clean:
+        """On a device."""
+        return Clean(self.images.to(device), self.labels.to(device), self.original.to(device))
+
     def __len__(self) -> int:
         return len(self.labels)
 

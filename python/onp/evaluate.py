@@ -13,6 +13,7 @@ from onp import masks
 from onp.errors import NativeError, NotBuiltError, ResourceError, UnsupportedOperation, UsageError
 from onp.ledger import Ledger
 from onp.ops import masked_forward, masked_forward_gpu
+from onp.ops._gpu_program import Precision as GpuPrecision
 from onp.ops.masked_forward_gpu import GpuMaskedForwardPlan
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace
@@ -22,7 +23,7 @@ log = logging.getLogger("onp")
 Backend = Literal["auto", "native", "torch"]
 Precision = Literal["fp32", "int8", "tf32", "bf16"]
 
-SEARCH_PRECISION: masked_forward_gpu.Precision = "tf32"
+SEARCH_PRECISION: GpuPrecision = "tf32"
 """Of masks on a GPU, unless they are wanted exactly."""
 
 
@@ -56,7 +57,7 @@ class MaskEvaluator:
         self.plan: masked_forward.MaskedForwardPlan | None = None
         self.byte_plan: masked_forward.MaskedForwardPlan | None = None
         """The same network with 8-bit convolutions, for the search; see ``calibrate``."""
-        self.gpu_plans: dict[masked_forward_gpu.Precision, GpuMaskedForwardPlan] = {}
+        self.gpu_plans: dict[GpuPrecision, GpuMaskedForwardPlan] = {}
         """By precision; the one for the search, and another once masks were wanted exactly."""
         self._model = model
         if backend == "torch":
@@ -71,7 +72,7 @@ class MaskEvaluator:
                 raise
             log.warning("masks are evaluated by torch: %s", error)
 
-    def _gpu_plan(self, precision: masked_forward_gpu.Precision) -> GpuMaskedForwardPlan:
+    def _gpu_plan(self, precision: GpuPrecision) -> GpuMaskedForwardPlan:
         if precision not in self.gpu_plans:
             self.gpu_plans[precision] = masked_forward_gpu.lower(
                 self.trace, self._model, self.network.device, precision
@@ -123,18 +124,21 @@ class MaskEvaluator:
         share: bool = True,
         exact: bool = False,
         rough: bool = False,
+        stay: bool = False,
     ) -> Tensor:
         """Logits float32 [B, N, K], on the CPU, of masks bool [B, S] on images float32
         [N, C, H, W].
 
         ``share``: compute what neighbouring masks have in common once (on the CPU). ``exact``: in
-        fp32 throughout, on a GPU too. ``rough``: in 8 bits, if calibrated for them.
+        fp32 throughout, on a GPU too. ``rough``: in 8 bits, if calibrated for them. ``stay``: the
+        logits stay on the network's device.
         """
         self.ledger.count(len(pruned) * len(images))
         try:
             if self.gpu_plans:
                 gpu_plan = self._gpu_plan("fp32" if exact else SEARCH_PRECISION)
-                return gpu_plan.run(pruned, images).cpu()
+                logits = gpu_plan.run(pruned, images)
+                return logits if stay else logits.cpu()
             if self.plan is not None:
                 plan = self.byte_plan if rough and self.byte_plan is not None else self.plan
                 return plan.run(masks.pack(pruned), images, share=share, threads=self.threads)
@@ -142,16 +146,18 @@ class MaskEvaluator:
             log.warning("masks are evaluated by torch: %s", error)
             self.plan = self.byte_plan = None
             self.gpu_plans.clear()
-        return self._by_torch(pruned, images, exact=exact)
+        logits = self._by_torch(pruned, images, exact=exact)
+        return logits if stay else logits.cpu()
 
     @torch.no_grad()
     def _by_torch(self, pruned: Tensor, images: Tensor, *, exact: bool) -> Tensor:
         if not len(pruned):
-            return torch.empty(0, len(images), self.trace.num_classes)
+            size = (0, len(images), self.trace.num_classes)
+            return torch.empty(size, device=self.network.device)
         gates = (~pruned).float().to(self.network.device)
         with cudnn.flags(enabled=True, allow_tf32=not exact):
             rows = [
                 torch.cat([self.network(part, gate) for part in images.split(self.batch)])
                 for gate in gates
             ]
-        return torch.stack(rows).cpu()
+        return torch.stack(rows)

@@ -28,6 +28,10 @@ class Relation:
     weight: Tensor
     """float32 [E]; the weights of a row sum to 1, so that a message is a weighted mean."""
 
+    def to(self, device: torch.device | str) -> Relation:
+        """On a device."""
+        return Relation(self.graph.to(device), self.weight.to(device))
+
     def __post_init__(self) -> None:
         if self.weight.shape != (self.graph.edges,):
             raise ValueError(
@@ -50,6 +54,15 @@ class NeuronGraph:
     """float32 [S]: summed strength of a site's incoming connections over its layer's mean."""
     strength_out: Tensor
     """float32 [S]: the same for outgoing connections."""
+
+    def to(self, device: torch.device | str | None) -> NeuronGraph:
+        """On a device; None: as it is."""
+        if device is None or self.strength_in.device == torch.device(device):
+            return self
+        return NeuronGraph(
+            self.nodes, self.incoming.to(device), self.outgoing.to(device), self.similar.to(device),
+            self.strength_in.to(device), self.strength_out.to(device),
+        )  # fmt: skip
 
     @property
     def relations(self) -> tuple[Relation, ...]:

@@ -116,7 +116,7 @@ class Search:
         """How far a policy closes each gate, float32 [S]: one pass."""
         policy = load_policy(name)
         features = self.features(counted, torch.zeros(self.evaluator.trace.sites))
-        inputs = self.nothing_pruned(counted).inputs
+        inputs = self.nothing_pruned(counted).inputs.cpu()
         with torch.no_grad():
             closed: Tensor = policy(self.graph, features, inputs)
         return closed
@@ -207,7 +207,7 @@ class Search:
             message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
             ledger.tick(number + 1, agent.rounds, message)
 
-        learner = Learner(model, self.graph, features, agent, seed=self.seed)
+        learner = Learner(model, self.graph, features, agent, seed=self.seed, device=cost.device)
         return elite, improve(elite, cost, learner, agent, tell)
 
     def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:

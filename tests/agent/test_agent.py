@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onp.agent.caution import CautionModel
-from onp.agent.effects import CAUTION, Effects
+from onp.agent.effects import CAUTION, Effects, columns
 from onp.agent.learner import Experience, Learner
 from onp.agent.objective import Objective
 from onp.agent.policy import PruningPolicy
@@ -115,9 +115,11 @@ def test_the_loss_is_none_where_moves_bring_what_is_foreseen() -> None:
     state = a_state(6)
     moves = [torch.tensor([1]), torch.tensor([0, 2, 5])]
     caution = torch.rand(6, 2) + 0.5
-    gains = torch.stack(state.effects.scaled(caution).together(moves))
-    assert float(Experience(state, moves, gains).loss(caution)) == pytest.approx(0, abs=1e-9)
-    assert float(Experience(state, moves, gains + 0.05).loss(caution)) > 0.1
+    flips = columns(moves, 6)
+    gains = torch.stack(state.effects.scaled(caution).together(flips))
+    torch.testing.assert_close(gains, torch.stack(state.effects.together(flips, caution)))
+    assert float(Experience(state, flips, gains).loss(caution)) == pytest.approx(0, abs=1e-9)
+    assert float(Experience(state, flips, gains + 0.05).loss(caution)) > 0.1
 
 
 @pytest.mark.parametrize("rounds", [0, 1, 2])
@@ -137,7 +139,7 @@ def test_the_agent_learns_what_the_model_does_not_foresee(
     for number in range(25):
         state = a_state(CHANNELS, number)
         moves = [told[torch.randperm(len(told), generator=random)[:size]] for size in (1, 1, 2, 4)]
-        gains = torch.stack(state.effects.scaled(truth).together(moves))
+        gains = torch.stack(state.effects.scaled(truth).together(columns(moves, CHANNELS)))
         losses.append(learner.learn(state, moves, gains))
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     caution = learner.caution(a_state(CHANNELS, 99))[CHANNELS // 2 :, 0]  # of sites not told of

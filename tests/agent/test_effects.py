@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from onp.agent.cost import Cost, margin
-from onp.agent.effects import Effects, flip_effects
+from onp.agent.effects import Effects, columns, flip_effects
 from onp.agent.flips import flipped
 from onp.clean import Clean
 from onp.config import CostConfig
@@ -64,7 +64,7 @@ def test_the_gains_are_what_flips_really_bring(cost: Cost) -> None:
     effects = flip_effects(cost, mask)
     moves = [*torch.arange(CHANNELS).split(1), torch.tensor([0, 3, PLANTED])]
     gains = cost.parts(flipped(mask, moves)).gains(cost.parts(mask[None]))
-    found = torch.stack(effects.together(moves))
+    found = torch.stack(effects.together(columns(moves, CHANNELS)))
     torch.testing.assert_close(found, gains, atol=1e-4, rtol=1e-3)
     alone = gains.sum(0)[:-1] + torch.where(mask, 1.0, -1.0) * cost.config.price
     torch.testing.assert_close(effects.alone(), alone, atol=1e-4, rtol=1e-3)
@@ -96,7 +96,7 @@ def test_a_set_grows_by_what_adds_to_it(cost: Cost) -> None:
     assert effects.grown(pool[pool != PLANTED], 0) == []
     assert effects.grown(torch.empty(0, dtype=torch.int64), 3) == []
     moves = [torch.tensor(grown[:size]) for size in range(1, len(grown) + 1)]
-    clean, hit = effects.together(moves)
+    clean, hit = effects.together(columns(moves, CHANNELS))
     prices = torch.stack([effects.price[sites].sum() for sites in moves])
     found = (clean + hit + prices).tolist()
     assert found == sorted(found)

@@ -119,6 +119,8 @@ def test_what_need_not_be_pruned_is_given_back(cost: Cost) -> None:
 class Linear:
     """Worth = weights of the pruned sites; the effects are told wrongly where ``lies`` says so."""
 
+    device = torch.device("cpu")
+
     def __init__(self, weights: list[float], lies: list[float] | None = None) -> None:
         self.weights = torch.tensor(weights)
         self.lies = self.weights if lies is None else torch.tensor(lies)

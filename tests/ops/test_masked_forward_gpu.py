@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from onp.errors import NotBuiltError, ResourceError
 from onp.ops import masked_forward_gpu, reference
 from onp.ops import masked_forward_triton as kernels
+from onp.ops._gpu_program import Precision
 from onp.suspect.trace import Trace, trace
 from tests.networks import network
 
@@ -221,7 +222,7 @@ def expected(model: nn.Module, traced: Trace, pruned: Tensor, images: Tensor) ->
         ("mobilenetv2", 8, "fp32"),
     ],
 )
-def test_networks(name: str, size: int, precision: masked_forward_gpu.Precision) -> None:
+def test_networks(name: str, size: int, precision: Precision) -> None:
     model, traced = settled(name, size)
     pruned = torch.rand(2, traced.sites) < 0.1
     images = torch.rand(3, 3, size, size)
@@ -345,12 +346,12 @@ for tile, stride in [(tile, stride) for tile in kernels.TILES for stride in (1, 
     constants = dict(
         STEPS=6, START=-64, POSITION=64 * stride, ROWS_K=3, STRIDE=stride, IMAGES=box[0],
         ROWS=box[1], COLS=box[2], BLOCK_C=32, BLOCK_O=tile.outputs, FIRST=0, SECOND=1,
-        TF32=dtype == "fp32", PLAIN_TF32=False, WIDEN=False,
+        TF32=dtype == "fp32", PLAIN_TF32=False, PER_IMAGE=False, PRODUCTS="tf32", WIDEN=False,
     )
     types = dict.fromkeys(kernel.arg_names, "i32")
     types |= {"x_desc": f"tensordesc<{dtype}{block}>"}
     types |= {"w_desc": f"tensordesc<{dtype}[{tile.outputs}, 32]>"}
-    outputs = ("residual_desc", "plain_desc", "final_desc")
+    outputs = [name for name in kernel.arg_names if name.endswith("_desc")][2:]
     types |= dict.fromkeys(outputs, f"tensordesc<{dtype}[{tile.pixels}, {tile.outputs}]>")
     types |= dict.fromkeys(("bias", "scale", "shift", "gates"), "*fp32")
     types |= dict.fromkeys(constants, "constexpr")

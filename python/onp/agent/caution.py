@@ -49,4 +49,4 @@ class CautionModel(nn.Module):
         for layer in self.layers:
             h = layer(h, graph)
         corrections: Tensor = self.factors(h).clamp(-FURTHEST, FURTHEST).exp()
-        return corrections * torch.tensor(CAUTION)
+        return corrections * torch.tensor(CAUTION, device=corrections.device)

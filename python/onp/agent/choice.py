@@ -34,7 +34,7 @@ def choose(finalists: Sequence[Tensor], cost: Cost) -> Choice:
     """The cheapest of the finalists (masks bool [S]) and of pruning nothing."""
     masks = torch.stack([torch.zeros_like(finalists[0]), *finalists])
     parts = cost.parts(masks)
-    costs = cost.each(parts)  # [M, N]
+    costs, parts = cost.each(parts).cpu(), parts.cpu()  # [M, N]
     best = int(costs.mean(1).argmin())
     halves = halved(cost.hands, costs.shape[1])
     fitted = torch.empty(costs.shape[1])

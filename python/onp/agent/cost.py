@@ -34,7 +34,7 @@ LEAST_REACHED = 1 / 3
 
 @dataclass(frozen=True)
 class Parts:
-    """The cost of B masks image by image, float32 [B, N] each."""
+    """The cost of B masks image by image, float32 [B, N] each, on the network's device."""
 
     harm: Tensor
     """Cross-entropy added and divergence, in nats."""
@@ -48,6 +48,10 @@ class Parts:
         """One mask's."""
         row = slice(number, number + 1)
         return Parts(self.harm[row], self.success[row], self.turned[row])
+
+    def cpu(self) -> Parts:
+        """In host memory."""
+        return Parts(self.harm.cpu(), self.success.cpu(), self.turned.cpu())
 
     def gains(self, present: Parts) -> Tensor:
         """What every mask gains over the one mask of ``present``, on clean and on triggered images:
@@ -72,6 +76,8 @@ class Cost:
     ) -> None:
         """exact: in fp32, and not as rough as the evaluator may be for a search. reached: mean
         probability of its target that each probe adds, nothing pruned; default: 1."""
+        self.device = evaluator.network.device
+        clean = clean.to(self.device)
         images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
@@ -81,7 +87,7 @@ class Cost:
         self.hands = dealt_out(len(images), len(probes))
         """Which of the images each probe triggers."""
         self.triggered, self.wanted = torch.empty_like(images), torch.empty_like(labels)
-        self.weight = torch.full((len(images),), config.success_weight)
+        self.weight = torch.full((len(images),), config.success_weight, device=self.device)
         """Of a nat on each triggered image, float32 [N]; 0 where the trigger wants the label."""
         reached = [1.0] * len(probes) if reached is None else reached
         for probe, hand, share in zip(probes, self.hands, reached, strict=True):
@@ -94,7 +100,9 @@ class Cost:
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call."""
-        logits = self.evaluator.run(pruned, self.both, exact=self.exact, rough=not self.exact)
+        logits = self.evaluator.run(
+            pruned, self.both, exact=self.exact, rough=not self.exact, stay=True
+        )
         clean, hit = logits.split(len(self.images), 1)
         masks = len(pruned)
         labels = self.labels.expand(masks, -1)[..., None]
@@ -115,9 +123,10 @@ class Cost:
 
     def worth(self, pruned: Tensor, parts: Parts | None = None) -> Tensor:
         """Minus the cost, minus the price of every pruned site: float32 [B]; of masks whose
-        ``parts`` are known without asking the engine."""
+        ``parts`` are known without asking the engine. On the network's device."""
         parts = self.parts(pruned) if parts is None else parts
-        return -self.each(parts).mean(1) - self.config.price * pruned.sum(1).float()
+        sites = pruned.sum(1).float().to(self.device)
+        return -self.each(parts).mean(1) - self.config.price * sites
 
     def each(self, parts: Parts) -> Tensor:
         """The cost image by image, float32 [B, N]."""

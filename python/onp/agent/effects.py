@@ -30,7 +30,8 @@ are judged by default: networks bend, and on clean images more often towards har
 
 @dataclass(frozen=True)
 class Effects:
-    """Of flips of one mask, on N images each clean and triggered and S sites."""
+    """Of flips of one mask, on N images each clean and triggered and S sites; on the network's
+    device."""
 
     clean: Tensor
     """float32 [N]: margins of the labels."""
@@ -70,36 +71,43 @@ class Effects:
         clean, triggered = self.gains(self.clean_change, self.triggered_change)
         return clean + triggered + self.price
 
-    def together(self, moves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Gains on clean and on triggered images by flipping the sites of each move int64 [n]
-        together, float32 [len(moves)] each; keeps gradients."""
-        parts = [
-            torch.stack([change[:, sites].sum(1) for sites in moves], 1)
-            for change in (self.clean_change, self.triggered_change)
-        ]
-        return self.gains(*parts)
+    def together(self, moves: Tensor, caution: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Gains on clean and on triggered images by flipping the sites of each move (``columns``,
+        float32 [S, B]) together, the changes multiplied by ``caution`` float32 [S, 2]: float32 [B]
+        each; keeps gradients."""
+        if caution is None:
+            caution = moves.new_ones(len(moves), 2)
+        clean, triggered = caution.unbind(1)
+        return self.gains(
+            self.clean_change @ (clean[:, None] * moves),
+            self.triggered_change @ (triggered[:, None] * moves),
+        )
 
     def grown(self, pool: Tensor, size: int) -> list[int]:
         """Sites of ``pool`` int64 [n] in the order in which they are best flipped together: each
         adds most to the gain of those before it; at most ``size``, all that add anything."""
-        chosen: list[int] = []
-        clean_change = torch.zeros(len(self.clean), 1)
-        triggered_change, price, best = torch.zeros_like(clean_change), 0.0, 0.0
-        left = torch.ones(len(pool), dtype=torch.bool)
-        while len(chosen) < min(size, len(pool)):
+        changes = self.clean_change[:, pool], self.triggered_change[:, pool]
+        prices = self.price[pool]
+        sums, price = [change.new_zeros(len(change), 1) for change in changes], prices.new_zeros(1)
+        taken = torch.zeros(len(pool), dtype=torch.bool, device=prices.device)
+        picks, reached = [pool.new_empty(0)], [prices.new_zeros(1)]
+        for _ in range(min(size, len(pool))):
             clean, hit = self.gains(
-                clean_change + self.clean_change[:, pool],
-                triggered_change + self.triggered_change[:, pool],
+                *(one + change for one, change in zip(sums, changes, strict=True))
             )
-            gains = (clean + hit + price + self.price[pool]).masked_fill(~left, -torch.inf)
-            pick = int(gains.argmax())
-            if float(gains[pick]) <= best:
+            gains = (clean + hit + price + prices).masked_fill(taken, -torch.inf)
+            gain, pick = gains.max(0, keepdim=True)
+            # A GPU is not waited for: it goes on, and what adds nothing is dropped at the end.
+            if gain.device.type == "cpu" and float(gain) <= float(reached[-1]):
                 break
-            site, best, left[pick] = int(pool[pick]), float(gains[pick]), False
-            chosen.append(site)
-            clean_change = clean_change + self.clean_change[:, [site]]
-            triggered_change = triggered_change + self.triggered_change[:, [site]]
-            price += float(self.price[site])
+            picks.append(pick)
+            reached.append(gain)
+            taken[pick] = True
+            sums = [one + change[:, pick] for one, change in zip(sums, changes, strict=True)]
+            price = price + prices[pick]
+        order, worths = torch.cat(picks), torch.cat(reached).cpu()
+        better = int((worths.diff() > 0).long().cumprod(0).sum())
+        chosen: list[int] = pool[order[:better]].tolist()
         return chosen
 
     def _harm(self, margins: Tensor) -> Tensor:
@@ -109,22 +117,32 @@ class Effects:
         return lost + sure * lost + (1 - sure) * kept
 
 
+def columns(moves: Sequence[Tensor], sites: int) -> Tensor:
+    """Moves as columns, float32 [S, B]: 1 at the sites int64 [n] that each flips."""
+    flips = torch.zeros(sites, len(moves))
+    for number, move in enumerate(moves):
+        flips[move, number] = 1
+    return flips
+
+
 def flip_effects(cost: Cost, mask: Tensor) -> Effects:
     """The effects on ``cost`` of flips of a mask bool [S], as far as they are linear.
 
     Costs 2 image-forwards an image, clean and triggered.
     """
     network = cost.evaluator.network
+    mask = mask.to(network.device)
     towards = torch.where(mask, 1.0, -1.0)  # a flip opens a closed gate, closes an open one
     parts: list[list[Tensor]] = []
-    for index in torch.arange(len(cost.images)).split(CHUNK):
+    for first in range(0, len(cost.images), CHUNK):
+        index = slice(first, first + CHUNK)
         both = torch.cat([cost.images[index], cost.triggered[index]])
-        answers = torch.cat([cost.labels[index], cost.wanted[index]]).to(network.device)
-        gates = (~mask).float().to(network.device).expand(len(both), -1).requires_grad_(True)
+        answers = torch.cat([cost.labels[index], cost.wanted[index]])
+        gates = (~mask).float().expand(len(both), -1).requires_grad_(True)
         margins = margin(network(both, gates), answers)
         (slopes,) = torch.autograd.grad(margins.sum(), gates)
-        clean, triggered = margins.detach().cpu().chunk(2)
-        clean_change, triggered_change = (slopes.cpu() * towards).chunk(2)
+        clean, triggered = margins.detach().chunk(2)
+        clean_change, triggered_change = (slopes * towards).chunk(2)
         parts.append([clean, clean_change, triggered, triggered_change])
         cost.evaluator.ledger.count(2 * len(both))
     clean, clean_change, triggered, triggered_change = map(torch.cat, zip(*parts, strict=True))

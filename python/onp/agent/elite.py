@@ -17,7 +17,7 @@ class Elite:
     _seen: set[bytes] = field(default_factory=set)
 
     def offer(self, masks: Tensor, worths: Tensor) -> None:
-        """Take masks bool [B, S] of worth [B] if they are new and good enough."""
+        """Take masks bool [B, S], in host memory, of worth [B] if they are new and good enough."""
         for mask, worth in zip(masks, worths.tolist(), strict=True):
             key = mask.numpy().tobytes()
             if key in self._seen:

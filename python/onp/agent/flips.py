@@ -62,16 +62,15 @@ def improve(
         mask, best = elite.best, elite.worths[0]
         state = State.of(mask, flip_effects(cost, mask))
         effects = state.effects.scaled(None if learner is None else learner.caution(state))
-        values = effects.alone().masked_fill(harmful, -torch.inf)
+        values = effects.alone().cpu().masked_fill(harmful, -torch.inf)
         open_to = values.argsort(descending=True, stable=True)[: int((~harmful).sum())]
         alone = open_to[: config.tried].split(1)
-        together = torch.tensor(
-            effects.grown(open_to[: config.pool], max(config.heads)), dtype=torch.int64
-        )
+        pool = open_to[: config.pool].to(cost.device)
+        together = torch.tensor(effects.grown(pool, max(config.heads)), dtype=torch.int64)
         moves = [*alone, *heads(together, config.heads)]
         masks = flipped(mask, moves)
         parts = cost.parts(masks)
-        gains = cost.worth(masks, parts) - best
+        gains = cost.worth(masks, parts).cpu() - best
         elite.offer(masks, gains + best)
         loss = 0.0
         if learner is not None and present is not None:
@@ -94,12 +93,13 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
     best = float(cost.worth(mask[None]))
     for _ in range(rounds):
         effects = flip_effects(cost, mask).scaled()
-        order = effects.grown(mask.nonzero().squeeze(1), int(mask.sum()))
+        pool = mask.nonzero().squeeze(1).to(cost.device)
+        order = effects.grown(pool, len(pool))
         sizes = sorted({len(order) * share // 8 for share in (1, 2, 4, 6, 8)} - {0})
         if not sizes:
             break
         opened = flipped(mask, [torch.tensor(order[:size]) for size in sizes])
-        worths = cost.worth(opened)
+        worths = cost.worth(opened).cpu()
         if float(worths.max()) <= best:
             break
         mask, best = opened[int(worths.argmax())], float(worths.max())

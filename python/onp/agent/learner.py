@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onp.agent.caution import CautionModel
+from onp.agent.effects import columns
 from onp.agent.state import UNIT, State
 from onp.config import AgentConfig
 from onp.graph import NeuronGraph
@@ -23,17 +24,17 @@ from onp.optimizers import Adam
 
 @dataclass(frozen=True)
 class Experience:
-    """Moves that were evaluated in a state."""
+    """B moves that were evaluated in a state."""
 
     state: State
-    moves: list[Tensor]
-    """Sites flipped, int64 [n] each."""
+    moves: Tensor
+    """float32 [S, B]: see ``columns``."""
     gains: Tensor
-    """float32 [2, moves]: on clean and on triggered images, in nats an image."""
+    """float32 [2, B]: on clean and on triggered images, in nats an image."""
 
     def loss(self, caution: Tensor) -> Tensor:
         """How far the gains are from what is foreseen with factors float32 [S, 2]."""
-        foreseen = torch.stack(self.state.effects.scaled(caution).together(self.moves))
+        foreseen = torch.stack(self.state.effects.together(self.moves, caution))
         return F.smooth_l1_loss(torch.asinh(foreseen / UNIT), torch.asinh(self.gains / UNIT))
 
 
@@ -48,11 +49,12 @@ class Learner:
         config: AgentConfig,
         *,
         seed: int,
+        device: torch.device | None = None,
     ) -> None:
-        """features: float32 [S, F]."""
-        self.model = model
-        self.graph = graph
-        self.features = features
+        """features: float32 [S, F]. All are brought to the states' ``device``."""
+        self.model = model.to(device)
+        self.graph = graph.to(device)
+        self.features = features.to(device)
         self.config = config
         self.memory: list[Experience] = []
         self.random = torch.Generator().manual_seed(seed)
@@ -65,20 +67,22 @@ class Learner:
         return factors
 
     def learn(self, state: State, moves: Sequence[Tensor], gains: Tensor) -> float:
-        """Take note of the gains float32 [2, n] of the moves, sites flipped int64 each, and learn
+        """Take note of the gains float32 [2, B] of the moves, sites flipped int64 each, and learn
         from them and some earlier ones; returns the loss on them before (0 where nothing is
         learned)."""
         if not moves:
             return 0.0
-        now, first = Experience(state, list(moves), gains), 0.0
+        flips = columns(moves, len(self.features)).to(gains.device)
+        now = Experience(state, flips, gains)
+        first = torch.zeros(())
         for step in range(self.config.steps):
             draw = torch.randperm(len(self.memory), generator=self.random)[: self.config.replayed]
             batch = [now, *(self.memory[i] for i in draw.tolist())]
             factors = self.model(self.graph, self.features, [seen.state for seen in batch])
             losses = [seen.loss(caution) for seen, caution in zip(batch, factors, strict=True)]
-            first = float(losses[0].detach()) if step == 0 else first
+            first = losses[0].detach() if step == 0 else first
             self.optimizer.zero_grad()
             torch.stack(losses).mean().backward()
             self.optimizer.step()
         self.memory.append(now)
-        return first
+        return float(first)

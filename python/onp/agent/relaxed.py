@@ -34,12 +34,12 @@ class RelaxedCost:
         config: GatesConfig,
     ) -> None:
         """response: float32 [S], to the probes."""
-        self.network, self.clean, self.probes, self.config = network, clean, probes, config
+        self.network, self.probes, self.config = network, probes, config
+        self.clean = clean.to(network.device)
         self.response = response
-        device, labels = network.device, clean.labels
+        device, labels = network.device, clean.labels.cpu()
         self.sites = network.trace.sites
         self.price = config.price / response.to(device).clamp(*config.responses)
-        self.original = clean.original.to(device)
         self.others = [(labels != probe.wanted(labels)).nonzero().squeeze(1) for probe in probes]
         """Images that each probe would turn."""
         draw = config.images_per_step
@@ -51,17 +51,19 @@ class RelaxedCost:
         """Of gates float32 [S] on the network's device, with a gradient; in nats."""
         images, labels = self.clean.images, self.clean.labels
         device, draw = self.network.device, self.config.images_per_step
-        kept = torch.randint(len(images), (draw,), generator=random)
-        hit = [o[torch.randint(len(o), (self.each,), generator=random)] for o in self.others]
+        kept = torch.randint(len(images), (draw,), generator=random).to(device)
+        hit = [
+            o[torch.randint(len(o), (self.each,), generator=random)].to(device) for o in self.others
+        ]
         with torch.no_grad():
             pairs = list(zip(self.probes, hit, strict=True))
             triggered = [probe(images[index]) for probe, index in pairs]
             wanted = torch.cat([probe.wanted(labels[index]) for probe, index in pairs])
-        answers = wanted.to(device)[:, None]
+        answers = wanted[:, None]
         logits = self.network(torch.cat([images[kept], *triggered]), gates)
         logs = logits[:draw].log_softmax(1)
-        harm = F.nll_loss(logs, labels[kept].to(device)) + F.kl_div(
-            logs, self.original[kept.to(device)], log_target=True, reduction="batchmean"
+        harm = F.nll_loss(logs, labels[kept]) + F.kl_div(
+            logs, self.clean.original[kept], log_target=True, reduction="batchmean"
         )
         own = logits[draw:].gather(1, answers).squeeze(1)
         rest = logits[draw:].scatter(1, answers, -torch.inf).logsumexp(1)

@@ -27,11 +27,12 @@ class State:
 
     @classmethod
     def of(cls, pruned: Tensor, effects: Effects) -> State:
-        """Of a mask bool [S]."""
+        """Of a mask bool [S], on the effects' device."""
         changes = (effects.clean_change, effects.triggered_change)
         cautious = effects.scaled()
         gains = effects.gains(cautious.clean_change, cautious.triggered_change)
         columns = [torch.asinh(gain / UNIT) for gain in gains]
         columns += [torch.asinh(change.square().mean(0).sqrt() / 0.3) for change in changes]
         columns += [torch.asinh(change.mean(0) / 0.3) for change in changes]
-        return cls(torch.cat([torch.stack(columns, 1) / 2, pruned[:, None].float()], 1), effects)
+        own = pruned.to(effects.price.device, torch.float32)[:, None]
+        return cls(torch.cat([torch.stack(columns, 1) / 2, own], 1), effects)

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -48,6 +49,10 @@ class Tile:
 
 TILES = (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(256, 128, 8, 4))
 """Below 128 outputs; above; and above with sums of at least DEEP products."""
+LEAN_TILES = TILES[:1]
+"""With three products for one, or a long epilogue: larger ones spill registers."""
+FEWEST = 100
+"""Programs of a launch: with fewer, a smaller tile is taken; Hopper has 132 multiprocessors."""
 DEEP = 2304
 HOPPER = 226 << 10
 """Bytes of shared memory of a program on an H100 or H200, some left for barriers."""
@@ -85,6 +90,12 @@ class Epilogue:
     """rounded to TF32, which the matrix units would else cut it to;"""
     plain_tf32: bool = False
     """and whether ``plain`` is."""
+    result: Tensor | None = None
+    """Where a backward pass wants to see t + bias, before the residual,"""
+    scaled: Tensor | None = None
+    """t * scale + shift,"""
+    active: Tensor | None = None
+    """and what is gated; float32 all, as they are."""
 
 
 @triton.jit
@@ -104,12 +115,52 @@ def _rounded(t):
 
 
 @triton.jit
+def convolved(
+    x_desc,
+    w_desc,
+    image,
+    top,
+    o0,
+    STEPS: tl.constexpr,  # as of conv_kernel
+    START: tl.constexpr,
+    POSITION: tl.constexpr,
+    ROWS_K: tl.constexpr,
+    STRIDE: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    PRODUCTS: tl.constexpr,
+    WIDEN: tl.constexpr,
+):
+    """The sums of a box, float32 [BLOCK_M, BLOCK_O], with nothing behind them."""
+    acc = tl.zeros([BLOCK_O, BLOCK_M], dtype=tl.float32)
+    for k in tl.range(0, ROWS_K * STEPS):
+        dy = k // STEPS - ROWS_K // 2
+        channel = k % STEPS * BLOCK_C + (START + POSITION)  # not negative
+        left = channel // POSITION - 1
+        if STRIDE == 1:
+            box = x_desc.load([image, top + dy, left, channel % POSITION])
+        else:
+            box = x_desc.load([image, top + (dy >> 1), dy & 1, left, channel % POSITION])
+        pixels = box.reshape([BLOCK_M, BLOCK_C])
+        weights = w_desc.load([o0, k * BLOCK_C])
+        if WIDEN:
+            pixels = pixels.to(tl.float32)
+            weights = weights.to(tl.float32)
+        acc = tl.dot(weights, pixels.T, acc, input_precision=PRODUCTS)
+    return acc.T
+
+
+@triton.jit
 def conv_kernel(
     x_desc,  # stride 1: [I, H, W / G, G * C]; stride 2: [I, H / 2, 2, W / 2, 2 * C]
     w_desc,  # [G * O, ROWS_K * STEPS * BLOCK_C]
-    residual_desc,  # [I * height * width, G * O], as plain and final
+    residual_desc,  # [I * height * width, G * O], as those written
     plain_desc,
     final_desc,
+    result_desc,
+    scaled_desc,
+    active_desc,
     bias,  # [O] fp32
     scale,
     shift,
@@ -134,6 +185,8 @@ def conv_kernel(
     SECOND: tl.constexpr,
     TF32: tl.constexpr,
     PLAIN_TF32: tl.constexpr,
+    PER_IMAGE: tl.constexpr,  # images of a box are of several masks
+    PRODUCTS: tl.constexpr,  # of fp32: "tf32", or "tf32x3", which are exact
     WIDEN: tl.constexpr,  # the interpreter multiplies fp32 alone
 ):
     """One program: a box of IMAGES x ROWS x COLS positions of the output, BLOCK_O of their
@@ -144,26 +197,16 @@ def conv_kernel(
     boxes = height // ROWS
     image = tile // boxes * IMAGES
     top = tile % boxes * ROWS
-    acc = tl.zeros([BLOCK_O, BLOCK_M], dtype=tl.float32)
-    for k in tl.range(0, ROWS_K * STEPS):
-        dy = k // STEPS - ROWS_K // 2
-        channel = k % STEPS * BLOCK_C + (START + POSITION)  # not negative
-        left = channel // POSITION - 1
-        if STRIDE == 1:
-            box = x_desc.load([image, top + dy, left, channel % POSITION])
-        else:
-            box = x_desc.load([image, top + (dy >> 1), dy & 1, left, channel % POSITION])
-        pixels = box.reshape([BLOCK_M, BLOCK_C])
-        weights = w_desc.load([o0, k * BLOCK_C])
-        if WIDEN:
-            pixels = pixels.to(tl.float32)
-            weights = weights.to(tl.float32)
-        acc = tl.dot(weights, pixels.T, acc)
-    t = acc.T
+    t = convolved(
+        x_desc, w_desc, image, top, o0, STEPS, START, POSITION, ROWS_K, STRIDE, BLOCK_M, BLOCK_C,
+        BLOCK_O, PRODUCTS, WIDEN,
+    )  # fmt: skip
     row = tile * BLOCK_M
     o = (o0 + tl.arange(0, BLOCK_O)) % outputs
     if bias is not None:
         t += tl.load(bias + o)[None, :]
+    if result_desc is not None:
+        result_desc.store([row, o0], t)
     if residual_desc is not None:
         t += residual_desc.load([row, o0]).to(tl.float32)
     t = _activated(t, FIRST)
@@ -172,8 +215,15 @@ def conv_kernel(
         plain_desc.store([row, o0], plain.to(plain_desc.dtype))
     if scale is not None:
         t = t * tl.load(scale + o)[None, :] + tl.load(shift + o)[None, :]
+    if scaled_desc is not None:
+        scaled_desc.store([row, o0], t)
     t = _activated(t, SECOND)
-    if gates is not None:
+    if active_desc is not None:
+        active_desc.store([row, o0], t)
+    if PER_IMAGE:
+        own = (image + tl.arange(0, BLOCK_M) // (ROWS * COLS)) // per_mask * gate_stride
+        t *= tl.load(gates + own[:, None] + (site_start + o)[None, :])
+    elif gates is not None:
         mask = (image // per_mask).to(tl.int64)
         t *= tl.load(gates + mask * gate_stride + site_start + o)[None, :]
     if TF32:
@@ -184,9 +234,12 @@ def conv_kernel(
 @triton.jit
 def epilogue_kernel(
     x,  # [rows, given]
-    residual,  # [rows, channels], as plain and final
+    residual,  # [rows, channels], as those written
     plain,
     final,
+    result,
+    scaled,
+    active,
     bias,
     scale,
     shift,
@@ -214,6 +267,8 @@ def epilogue_kernel(
     in_channels = c < channels
     if bias is not None:
         t += tl.load(bias + c, mask=in_channels, other=0.0)[None, :]
+    if result is not None:
+        tl.store(result + place, t, mask=inside)
     if residual is not None:
         t += tl.load(residual + place, mask=inside, other=0.0).to(tl.float32)
     t = _activated(t, FIRST)
@@ -223,7 +278,11 @@ def epilogue_kernel(
     if scale is not None:
         factor = tl.load(scale + c, mask=in_channels, other=0.0)
         t = t * factor[None, :] + tl.load(shift + c, mask=in_channels, other=0.0)[None, :]
+    if scaled is not None:
+        tl.store(scaled + place, t, mask=inside)
     t = _activated(t, SECOND)
+    if active is not None:
+        tl.store(active + place, t, mask=inside)
     if gates is not None:
         own = row // images_pixels * gate_stride + site_start
         t *= tl.load(gates + own[:, None] + c[None, :], mask=inside, other=0.0)
@@ -242,6 +301,7 @@ def box_of(pixels: int, height: int, width: int) -> tuple[int, int, int] | None:
     return pixels // (rows * width), rows, width
 
 
+@cache
 def shared_memory(device: torch.device) -> int:
     """Bytes that a program can have, some left for barriers: of the GPU; off one Hopper's."""
     if device.type != "cuda":
@@ -270,6 +330,19 @@ class Convolution:
     """Channels that are loaded at a time."""
     box: tuple[int, int, int]
     tile: Tile
+    exact: bool
+    """Whether float32 is multiplied as it is, by three TF32 products, and not rounded."""
+    smaller: tuple[tuple[Tile, tuple[int, int, int]], ...]
+    """Tiles and boxes for calls of few images, which would leave processors idle."""
+
+    def cut(self, positions: int) -> tuple[Tile, tuple[int, int, int]]:
+        """The tile and box for so many positions of the output."""
+        total = self.columns * self.outputs
+        ways = ((self.tile, self.box), *self.smaller)
+        for tile, box in ways:
+            if positions // tile.pixels * triton.cdiv(total, tile.outputs) >= FEWEST:
+                return tile, box
+        return ways[-1]
 
     @property
     def steps(self) -> int:
@@ -286,11 +359,14 @@ def prepare(
     *,
     residual: bool = False,
     columns: int | None = None,
+    exact: bool = False,
+    lean: bool = False,
 ) -> Convolution | None:
     """A convolution with ``weight [O, C, k, k]`` (O and C multiples of ALIGNMENT, k 1 or 3, padded
     by k // 2) at stride 1 or 2 to maps of height x width; None where there is no tile for these.
-    float32 is rounded to TF32. ``residual``: whether the epilogue reads one. ``columns``: of a
-    position, at stride 1; default: what is fastest."""
+    float32 is rounded to TF32, unless ``exact``. ``residual``: whether the epilogue reads one.
+    ``columns``: of a position, at stride 1; default: what is fastest. ``lean``: for an epilogue
+    that needs many registers."""
     outputs, channels, kernel, _ = weight.shape
     if columns is None:
         narrow = stride == 1 and kernel == 3 and not (residual and outputs == 64)
@@ -308,19 +384,25 @@ def prepare(
             first = (column + dx - pad) * channels - start
             taps = weight[:, :, :, dx].transpose(1, 2)  # [O, k, C]
             spread[column, :, :, first : first + channels] = taps
-    spread = rounded_to_tf32(spread) if dtype == torch.float32 else spread.to(dtype)
+    rounds = dtype == torch.float32 and not exact
+    spread = rounded_to_tf32(spread) if rounds else spread.to(dtype)
     total = columns * outputs
+    room = shared_memory(weight.device)
     least = 0 if total < 128 else 1
     most = 2 if least and kernel * length >= DEEP else least
-    room = shared_memory(weight.device)
-    tiles = (TILES[number] for number in range(most, -1, -1))
-    tile = next((tile for tile in tiles if tile.shared(block * dtype.itemsize) <= room), None)
-    box = None if tile is None else box_of(tile.pixels, height, width // columns)
-    if tile is None or box is None:
+    tiles = [
+        (tile, box)
+        for tile in (LEAN_TILES if exact or lean else TILES[most::-1])
+        if tile.shared(block * dtype.itemsize) <= room
+        and (box := box_of(tile.pixels, height, width // columns)) is not None
+    ]
+    if not tiles:
         return None
+    (tile, box), *smaller = tiles
+    smaller = [one for one in smaller if one[0].outputs == tile.outputs]
     return Convolution(
         spread.reshape(total, kernel * length), outputs, columns, stride, kernel, start,
-        position, block, box, tile,
+        position, block, box, tile, exact, tuple(smaller),
     )  # fmt: skip
 
 
@@ -336,8 +418,9 @@ def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
     tile's pixels times columns."""
     check_device(x)
     images, rows_in, columns_in, _ = x.shape
-    final, tile, box, block = epilogue.final, conv.tile, conv.box, conv.block
+    final, block = epilogue.final, conv.block
     height, width = final.shape[1], final.shape[2]
+    tile, box = conv.cut(images * height * (width // conv.columns))
     if conv.stride == 1:
         positions = x.view(images, rows_in, columns_in // conv.columns, conv.position)
         x_desc = TensorDescriptor.from_tensor(positions, [*box, block])
@@ -356,15 +439,18 @@ def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
     gates = epilogue.gates
     conv_kernel[(tiles * output_tiles,)](
         x_desc, TensorDescriptor.from_tensor(conv.weight, [tile.outputs, block]),
-        flat(epilogue.residual), flat(epilogue.plain), flat(final),
+        flat(epilogue.residual), flat(epilogue.plain), flat(final), flat(epilogue.result),
+        flat(epilogue.scaled), flat(epilogue.active),
         epilogue.bias, epilogue.scale, epilogue.shift,
         gates, 0 if gates is None else gates.stride(0), epilogue.site_start, epilogue.per_mask,
         height, output_tiles, conv.outputs,
         STEPS=conv.steps, START=conv.start, POSITION=conv.position, ROWS_K=conv.kernel,
         STRIDE=conv.stride, IMAGES=box[0], ROWS=box[1], COLS=box[2], BLOCK_C=block,
         BLOCK_O=tile.outputs, FIRST=epilogue.first, SECOND=epilogue.second, TF32=epilogue.tf32,
-        PLAIN_TF32=epilogue.plain_tf32, WIDEN=INTERPRETED,
-        num_warps=tile.warps, num_stages=tile.stages,
+        PLAIN_TF32=epilogue.plain_tf32,
+        PER_IMAGE=gates is not None and epilogue.per_mask % box[0] != 0,
+        PRODUCTS="tf32x3" if conv.exact else "tf32", WIDEN=INTERPRETED, num_warps=tile.warps,
+        num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -378,7 +464,8 @@ def launch_epilogue(x: Tensor, epilogue: Epilogue) -> None:
     block_c = min(128, triton.next_power_of_2(channels))
     block_r = EPILOGUE_BLOCK // block_c
     epilogue_kernel[(triton.cdiv(rows, block_r), triton.cdiv(channels, block_c))](
-        x, epilogue.residual, epilogue.plain, final, epilogue.bias, epilogue.scale, epilogue.shift,
+        x, epilogue.residual, epilogue.plain, final, epilogue.result, epilogue.scaled,
+        epilogue.active, epilogue.bias, epilogue.scale, epilogue.shift,
         gates, 0 if gates is None else gates.stride(0), epilogue.site_start,
         epilogue.per_mask * x.shape[1] * x.shape[2], rows, x.shape[3], channels,
         FIRST=epilogue.first, SECOND=epilogue.second, TF32=epilogue.tf32,

@@ -62,6 +62,11 @@ class Norm:
     """Its columns among the plan's U."""
     pixels: int
 
+    @property
+    def width(self) -> int:
+        """Its channels."""
+        return int(self.units.stop - self.units.start)
+
 
 class MaskedGradientPlan:
     """A network prepared for gradients: fp32 weights of its own, packed for the engine on the first
@@ -83,7 +88,7 @@ class MaskedGradientPlan:
         """S, the number of gates."""
         self.num_classes = num_classes
         """K, the width of the logits."""
-        self.units = sum(_width(norm) for norm in norms.values())
+        self.units = sum(norm.width for norm in norms.values())
         """U, the channels of all batch norms."""
         found = {index for pair in program.norms for index in pair}
         self.tells_moments = found >= norms.keys()
@@ -208,10 +213,6 @@ class MaskedGradientPlan:
         return self._plan
 
 
-def _width(norm: Norm) -> int:
-    return int(norm.units.stop - norm.units.start)
-
-
 @dataclass(frozen=True)
 class _Options:
     plan: MaskedGradientPlan
@@ -315,12 +316,12 @@ class _Gradient(torch.autograd.Function):
         if logits is None:
             logits = _floats(len(batch.images), plan.num_classes).zero_()
         _, _, means = ctx.saved_tensors
-        slope, offset = _pull_of_moments(plan._pixels, means, mean, variance)
+        slope, offset = pull_of_moments(plan._pixels, means, mean, variance)
         images, gates = batch.backward(logits.contiguous(), slope, offset, ctx.needs_input_grad[:2])
         return images, gates, None
 
 
-def _pull_of_moments(
+def pull_of_moments(
     pixels: Tensor, at: Tensor | None, mean: Tensor | None, variance: Tensor | None
 ) -> tuple[Tensor | None, Tensor | None]:
     """The gradient by each value x of a norm's output, of those by the moments [N, U], is
@@ -336,6 +337,17 @@ def _pull_of_moments(
     return slope.contiguous(), offset.contiguous()
 
 
+def norms_of(trace: Trace) -> dict[int, Norm]:
+    """The batch norms of a network, by op index in execution order."""
+    norms: dict[int, Norm] = {}
+    start = 0
+    for index, (op, shape) in enumerate(zip(trace.ops, trace.shapes, strict=True)):
+        if op.kind == "norm":
+            norms[index] = Norm(slice(start, start + shape[0]), math.prod(shape[1:]))
+            start += shape[0]
+    return norms
+
+
 def lower(trace: Trace, model: nn.Module) -> MaskedGradientPlan:
     """Plan gradients of ``model`` (eval mode, any floating type), traced as ``trace``.
 
@@ -346,10 +358,5 @@ def lower(trace: Trace, model: nn.Module) -> MaskedGradientPlan:
     """
     program = Lowering(trace, model).run()
     program.check_convolutional("masked_gradient")
-    norms: dict[int, Norm] = {}
-    start = 0
-    for index, (op, shape) in enumerate(zip(trace.ops, trace.shapes, strict=True)):
-        if op.kind == "norm":
-            norms[index] = Norm(slice(start, start + shape[0]), math.prod(shape[1:]))
-            start += shape[0]
+    norms = norms_of(trace)
     return MaskedGradientPlan(program, norms, trace.shapes[0], trace.sites, trace.num_classes)

@@ -20,7 +20,7 @@ show.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -81,16 +81,24 @@ class NormMoments:
         """Training images behind a running statistic, as far as its noise goes."""
         self.live = self.scale.abs() > 1e-3 * self.scale.abs().amax() if scales else self.scale > 0
         """bool [U]: channels that the norm lets through at all."""
+        self._there: tuple[Tensor, ...] | None = None
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits [N, K] and moments [N, 2U] of images [N, C, H, W], all first ones before the
         second; keeps gradients."""
         logits, mean, variance = self.network.with_moments(images)
-        live = self.live.to(mean.device)
-        scale = torch.where(self.live, self.scale, torch.ones_like(self.scale)).to(mean.device)
-        first = (mean - self.offset.to(mean.device)) / scale
-        second = variance / scale.square() + first.square() - self.square.to(mean.device)
+        live, offset, square, scale = self._on(mean.device)
+        first = (mean - offset) / scale
+        second = variance / scale.square() + first.square() - square
         return logits, torch.cat([first * live, second * live], 1)
+
+    def _on(self, device: torch.device) -> tuple[Tensor, ...]:
+        """``live``, ``offset``, ``square`` and the scale to divide by, on a device."""
+        if self._there is None or self._there[0].device != device:
+            scale = torch.where(self.live, self.scale, torch.ones_like(self.scale))
+            parts = (self.live, self.offset, self.square, scale)
+            self._there = tuple(part.to(device) for part in parts)
+        return self._there
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,12 +121,19 @@ class NormShift:
     """Root mean square of the residual over what random halves of the clean images and the fitted
     class shares would have: 1 is chance."""
 
+    def to(self, device: torch.device) -> NormShift:
+        """On a device."""
+        return replace(
+            self, clean=self.clean.to(device), noise=self.noise.to(device),
+            nuisances=self.nuisances.to(device), solver=self.solver.to(device),
+            residual=self.residual.to(device),
+        )  # fmt: skip
+
     def explained(self, change: Tensor) -> Tensor:
         """A change of the moments float32 [2U] in the residual's terms; keeps gradients."""
-        scaled = change / self.noise.to(change.device)
-        nuisances = self.nuisances.to(change.device)
-        weights = self.solver.to(change.device) @ (nuisances @ scaled)
-        return scaled - weights @ nuisances
+        scaled = change / self.noise
+        weights = self.solver @ (self.nuisances @ scaled)
+        return scaled - weights @ self.nuisances
 
 
 @torch.no_grad()

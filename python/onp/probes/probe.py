@@ -73,10 +73,11 @@ class Probe:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Trigger images float32 [N, C, H, W]."""
+        """Trigger images float32 [N, C, H, W], on their device."""
+        parameters = [parameter.to(images.device) for parameter in self.parameters]
+        size = CPU_CHUNK if images.device.type == "cpu" else max(len(images), 1)
         parts = [
-            self.family.apply(self.parameters, part[None], self.valid)[0]
-            for part in images.split(CPU_CHUNK)
+            self.family.apply(parameters, part[None], self.valid)[0] for part in images.split(size)
         ]
         return torch.cat(parts)
 
@@ -95,5 +96,6 @@ class Strengthened:
     def __call__(self, images: Tensor) -> Tensor:
         """Trigger images float32 [N, C, H, W], image i by ``strengths[i % len(strengths)]``."""
         strengths = torch.tensor(self.strengths)[torch.arange(len(images)) % len(self.strengths)]
-        changed = images.lerp(self.probe(images), strengths.view(-1, 1, 1, 1))
+        weights = strengths.view(-1, 1, 1, 1).to(images.device)
+        changed = images.lerp(self.probe(images), weights)
         return changed.clamp(*self.probe.valid)

@@ -68,6 +68,7 @@ def replay(
     random = torch.Generator().manual_seed(seed)
     network = shift.moments.network
     device = network.device
+    shift, clean = shift.to(device), clean.to(device)
     shape = (images.shape[1], images.shape[2], images.shape[3])
     state = [parameter.to(device) for parameter in family.start(1, shape, random)]
     for parameter in state:
@@ -81,25 +82,27 @@ def replay(
     held_back = 0 if target is None else round(config.held_back * len(images))
     learned_on = min(len(shift.clean), len(images) - held_back)
     aim = None if target is None else found(target).wanted(labels)
-    residual = shift.residual.to(device)
+    residual = shift.residual
     enough = (
         0.0 if aim is not None else max((config.least_excess / shift.excess) ** 2, config.enough)
     )
     unexplained, agreement = 1.0, 0.0
     for step in range(config.steps):
-        index = torch.randint(learned_on, (config.images_per_step,), generator=random)
-        triggered = family.apply(state, images[index][None].to(device), valid)[0]
+        index = torch.randint(learned_on, (config.images_per_step,), generator=random).to(device)
+        triggered = family.apply(state, images[index][None], valid)[0]
         logits, moments = shift.moments(triggered)
-        effect = shift.explained((moments - shift.clean[index].to(device)).mean(0))
+        effect = shift.explained((moments - shift.clean[index]).mean(0))
         loss = (residual - config.poisoned * effect).square().sum() / residual.square().sum()
-        unexplained = 0.8 * unexplained + 0.2 * float(loss.detach())
+        alike = F.cosine_similarity(residual, effect.detach(), dim=0)
+        told = torch.stack([loss.detach(), alike])
         if aim is not None:
-            reached = F.cross_entropy(logits, aim[index].to(device))
+            reached = F.cross_entropy(logits, aim[index])
             loss = loss + config.target_weight * reached
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        agreement = float(F.cosine_similarity(residual, effect.detach(), dim=0))
+        left, agreement = told.tolist()
+        unexplained = 0.8 * unexplained + 0.2 * left
         ledger.count(2 * len(index))
         ledger.tick(step + 1, config.steps, f"agreement {agreement:.2f}")
         if unexplained <= enough:
@@ -120,5 +123,5 @@ def replay(
 
 @torch.no_grad()
 def answers(network: FrozenNetwork, images: Tensor) -> Tensor:
-    """Answers int64 [N] to images [N, C, H, W]."""
-    return torch.cat([network(part).argmax(1).cpu() for part in images.split(BATCH)])
+    """Answers int64 [N] to images [N, C, H, W], on the network's device."""
+    return torch.cat([network(part).argmax(1) for part in images.split(BATCH)])

@@ -18,9 +18,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.backends import cudnn
 
-from onp.errors import UnsupportedOperation
-from onp.ops import masked_gradient
+from onp.errors import NotBuiltError, UnsupportedOperation
+from onp.ops import masked_gradient, masked_gradient_gpu
 from onp.suspect.movement import in_order
 from onp.suspect.operations import tensor_of
 from onp.suspect.replayed import Replayed
@@ -28,9 +29,12 @@ from onp.suspect.trace import SiteLayer, Trace
 
 log = logging.getLogger("onp")
 
-REPLAYED_FROM = 3
+REPLAYED_FROM = 2
 """Calls of one shape after which gradients on a GPU are replayed from a CUDA graph."""
 MOST_GRAPHS = 4
+
+
+_Plan = masked_gradient.MaskedGradientPlan | masked_gradient_gpu.GpuMaskedGradientPlan
 
 
 @dataclass
@@ -81,17 +85,19 @@ class FrozenNetwork:
         *,
         native: bool = True,
     ) -> None:
-        """native: let the native engine, or CUDA graphs, compute what they can: their gradients
-        cannot be differentiated again."""
+        """native: let the native engine, or Triton kernels and CUDA graphs, compute what they can:
+        their gradients cannot be differentiated again."""
         self.trace = trace
         self.device = torch.device(device)
-        self._plan: masked_gradient.MaskedGradientPlan | None = None
+        self._plan: _Plan | None = None
         self._native = native
         self._calls: dict[Hashable, int] = {}
         self._graphs: dict[Hashable, Replayed] = {}
-        if native and self.device.type == "cpu":
-            with contextlib.suppress(UnsupportedOperation):
+        with contextlib.suppress(UnsupportedOperation, NotBuiltError):
+            if native and self.device.type == "cpu":
                 self._plan = masked_gradient.lower(trace, model)
+            elif native and self.device.type == "cuda":
+                self._plan = masked_gradient_gpu.lower(trace, model, self.device)
         self._layer_at = {layer.value: layer for layer in trace.layers}
         readers: list[list[int]] = [[] for _ in trace.ops]
         for index, op in enumerate(trace.ops):
@@ -172,17 +178,24 @@ class FrozenNetwork:
         and its activations, [N, C, H, W], [N, C, T] or [N, C], before the gate. observe_norm:
         called with each batch norm's op index and its output.
         """
-        watched = observe is not None or observe_norm is not None
-        if self._plan is not None and not watched and self._plan.accepts(images, gates):
-            return self._plan(images, gates)
-        if not watched:
-            replayed = self._replayed(self._logits, images, gates)
-            if replayed is not None:
-                return replayed[0]
-        return self._run(images, gates, observe, observe_norm)
+        if observe is not None or observe_norm is not None:
+            return self._run(images, gates, observe, observe_norm)
+        if self.device.type == "cuda":
+            images = images.to(self.device)
+            gates = None if gates is None else gates.to(self.device)
+        return (self._replayed(self._logits, images, gates) or self._logits(images, gates))[0]
 
     def _logits(self, images: Tensor, gates: Tensor | None) -> tuple[Tensor]:
+        if (plan := self._plan_for(images, gates)) is not None:
+            return (plan(images, gates),)
         return (self._run(images, gates, None, None),)
+
+    def _plan_for(self, images: Tensor, gates: Tensor | None = None) -> _Plan | None:
+        """The plan, if it takes these and, on a GPU, TF32 is allowed, in which it multiplies."""
+        plan = self._plan
+        if plan is None or not plan.accepts(images, gates):
+            return None
+        return plan if self.device.type == "cpu" or cudnn.allow_tf32 else None
 
     def _run(
         self,
@@ -222,13 +235,15 @@ class FrozenNetwork:
     def with_moments(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logits [N, K] of images [N, C, H, W], and mean and variance over the pixels of every
         batch norm's output, float32 [N, U] each, norms in execution order."""
-        plan = self._plan
-        if plan is not None and plan.tells_moments and plan.accepts(images):
-            return plan.with_moments(images)
+        if self.device.type == "cuda":
+            images = images.to(self.device)
         logits, mean, variance = self._replayed(self._moments, images) or self._moments(images)
         return logits, mean, variance
 
     def _moments(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        plan = self._plan_for(images)
+        if plan is not None and plan.tells_moments:
+            return plan.with_moments(images)
         seen: list[tuple[Tensor, Tensor]] = []
 
         def keep(_: int, values: Tensor) -> None:
@@ -249,8 +264,7 @@ class FrozenNetwork:
         wanted = [one is not None and one.requires_grad for one in inputs]
         if not any(wanted):
             return None
-        given = [None if one is None else one.to(self.device) for one in inputs]
-        shapes = [None if one is None else one.shape for one in given]
+        shapes = [None if one is None else one.shape for one in inputs]
         key = (function.__name__, *zip(shapes, wanted, strict=True))
         self._calls[key] = self._calls.get(key, 0) + 1
         if key not in self._graphs:
@@ -259,13 +273,13 @@ class FrozenNetwork:
             if len(self._graphs) == MOST_GRAPHS:  # the activations of each stay where they are
                 self._graphs.pop(next(iter(self._graphs)))
             try:
-                self._graphs[key] = Replayed(function, given)
+                self._graphs[key] = Replayed(function, inputs)
             except torch.OutOfMemoryError:
                 log.warning("no room on %s to keep activations: steps take longer", self.device)
                 self._graphs.clear()
                 self._calls[key] = -(10**9)
                 return None
-        return self._graphs[key](*given)
+        return self._graphs[key](*inputs)
 
     def _step(self, index: int, kind: str, inputs: list[Tensor], images: Tensor) -> Tensor:
         op = self.trace.ops[index]

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from onp.ops._gpu_program import captured
+
 Function = Callable[..., tuple[Tensor, ...]]
 """Of tensors or None; must launch the same work for all inputs of one shape."""
-WARMUPS = 2
-"""Runs before a capture: libraries set themselves up in the first."""
+WARMUPS = 1
+"""Runs before a capture: libraries set themselves up for its stream."""
 
 
 class Replayed:
@@ -44,12 +46,10 @@ class Replayed:
                     self.output_grads = [torch.zeros_like(one) for one in outputs]
                     backward(outputs)
                 del outputs
-            torch.cuda.current_stream().wait_stream(stream)
-            self.forward_graph, self.backward_graph = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self.forward_graph, pool=pool, stream=stream):
-                self.outputs = function(*self.inputs)
-            with torch.cuda.graph(self.backward_graph, pool=pool, stream=stream):
-                self.grads = backward(self.outputs)
+            self.forward_graph, self.outputs = captured(
+                lambda: function(*self.inputs), stream, pool
+            )
+            self.backward_graph, self.grads = captured(lambda: backward(self.outputs), stream, pool)
         self.outputs = tuple(one.detach() for one in self.outputs)
         self.runs = 0
         """Passes so far: the activations are the last one's, and a backward pass uses them up."""
