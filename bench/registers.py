@@ -27,7 +27,7 @@ from triton.compiler import ASTSource
 
 from bench.kernels.convolution_gpu import SHAPES
 from onp.files import write_json
-from onp.ops import masked_forward_triton, message_passing_triton
+from onp.ops import masked_forward_triton, masked_gradient_triton, message_passing_triton
 
 _BENCH = Path(__file__).parent
 _CUDA = _BENCH.parent / "csrc"
@@ -97,14 +97,17 @@ def convolutions() -> Iterator[Usage]:
                 types |= {"x_desc": f"tensordesc<{dtype}{[*box, block]}>"}
                 types |= {"w_desc": f"tensordesc<{dtype}[{tile.outputs}, {block}]>"}
                 written = f"tensordesc<{dtype}[{tile.pixels}, {tile.outputs}]>"
-                types |= dict.fromkeys(("residual_desc", "plain_desc", "final_desc"), written)
+                maps = [name for name in kernel.arg_names if name.endswith("_desc")][2:]
+                types |= dict.fromkeys(maps, written)
                 types |= dict.fromkeys(("bias", "scale", "shift", "gates"), "*fp32")
                 constants = {
                     "STEPS": conv.steps, "START": conv.start, "POSITION": conv.position,
                     "ROWS_K": size, "STRIDE": stride, "IMAGES": images, "ROWS": rows,
                     "COLS": columns, "BLOCK_C": block, "BLOCK_O": tile.outputs, "FIRST": 0,
                     "SECOND": 1, "TF32": dtype == "fp32", "PLAIN_TF32": False, "WIDEN": False,
+                    "PER_IMAGE": False, "PRODUCTS": "tf32",
                 }  # fmt: skip
+                constants |= dict.fromkeys(("result_desc", "scaled_desc", "active_desc"))
                 if not full:
                     absent = ("residual_desc", "plain_desc", "scale", "shift")
                     constants |= dict.fromkeys(absent)
@@ -115,12 +118,54 @@ def convolutions() -> Iterator[Usage]:
                 yield usage("conv_kernel", form, made, tile.warps)
 
 
+BACK = {
+    "gates": ("active", "gates", "ungated", "out"),
+    "gates, scaled and plain": ("active", "plain", "gates", "scale", "ungated", "out"),
+    "moments": ("passed", "result", "result_slope", "result_offset", "out"),
+    "moments, scaled and plain": (
+        "active", "plain", "scaled", "scaled_slope", "scaled_offset", "scale", "out",
+    ),
+}  # fmt: skip
+"""What the epilogues that are taken back in PreActResNet-18 read and write."""
+
+
+def convolutions_back() -> Iterator[Usage]:
+    """Gradients by the inputs of the layers of stride 1."""
+    kernel = masked_gradient_triton.convolution_back_kernel
+    maps = ["other", "plain", "active", "passed", "scaled", "result", "ungated", "flow", "out"]
+    rows = ["gates", "scale", "scaled_slope", "scaled_offset", "result_slope", "result_offset"]
+    for layer, (channels, outputs, side, stride, size) in LAYERS.items():
+        if stride != 1:
+            continue
+        conv = masked_forward_triton.prepare(
+            torch.zeros(channels, outputs, size, size), 1, side, side, torch.float32,
+            residual=True, lean=True,
+        )  # fmt: skip
+        assert conv is not None
+        tile, (images, high, wide), block = conv.tile, conv.box, conv.block
+        for form, present in BACK.items():
+            types = dict.fromkeys(kernel.arg_names, "i32") | dict.fromkeys(rows, "*fp32")
+            types |= dict.fromkeys(maps, f"tensordesc<fp32[{tile.pixels}, {tile.outputs}]>")
+            types |= {"x_desc": f"tensordesc<fp32{[images, high, wide, block]}>"}
+            types |= {"w_desc": f"tensordesc<fp32[{tile.outputs}, {block}]>"}
+            constants = {
+                "STEPS": conv.steps, "START": conv.start, "POSITION": conv.position,
+                "ROWS_K": size, "IMAGES": images, "ROWS": high, "COLS": wide, "BLOCK_C": block,
+                "BLOCK_O": tile.outputs, "COLUMNS": conv.columns, "FIRST": int("passed" in present),
+                "SECOND": int("active" in present), "TF32": True, "ONE_MASK": True,
+                "PRODUCTS": "tf32", "WIDEN": False,
+            } | dict.fromkeys(name for name in (*maps, *rows) if name not in present)  # fmt: skip
+            made = compiled(kernel, types, constants, num_warps=tile.warps, num_stages=tile.stages)
+            yield usage("convolution_back_kernel", f"{layer}, {form}", made, tile.warps)
+
+
 def epilogues() -> Iterator[Usage]:
     kernel = masked_forward_triton.epilogue_kernel
     block = masked_forward_triton.EPILOGUE_BLOCK // 64
     for dtype in DTYPES:
         types = dict.fromkeys(kernel.arg_names, "i32")
         types |= dict.fromkeys(("x", "residual", "plain", "final"), f"*{dtype}")
+        types |= dict.fromkeys(("result", "scaled", "active"), "*fp32")
         types |= dict.fromkeys(("bias", "scale", "shift", "gates"), "*fp32")
         constants = {
             "FIRST": 0,
@@ -179,7 +224,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "registers_sm90.json")
     args = parser.parse_args()
     found = []
-    for part in (convolutions, epilogues, messages, cuda_sources):
+    for part in (convolutions, convolutions_back, epilogues, messages, cuda_sources):
         for one in part():
             print(json.dumps(asdict(one)), flush=True)
             found.append(one)

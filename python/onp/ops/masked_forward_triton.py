@@ -49,8 +49,12 @@ class Tile:
 
 TILES = (Tile(128, 64, 4, 3), Tile(128, 128, 4, 3), Tile(256, 128, 8, 4))
 """Below 128 outputs; above; and above with sums of at least DEEP products."""
-LEAN_TILES = TILES[:1]
-"""With three products for one, or a long epilogue: larger ones spill registers."""
+NARROW = Tile(128, 64, 4, 4)
+"""For calls of few images."""
+EXACT_TILES = TILES[:1]
+LEAN_TILES = (Tile(128, 128, 8, 3), NARROW)
+"""With three products for one, and with a long epilogue: larger ones spill registers. The first
+is for maps that fill a tile alone."""
 FEWEST = 100
 """Programs of a launch: with fewer, a smaller tile is taken; Hopper has 132 multiprocessors."""
 DEEP = 2304
@@ -388,18 +392,23 @@ def prepare(
     spread = rounded_to_tf32(spread) if rounds else spread.to(dtype)
     total = columns * outputs
     room = shared_memory(weight.device)
-    least = 0 if total < 128 else 1
-    most = 2 if least and kernel * length >= DEEP else least
+    wide = total >= 128
+    most = 0 if not wide else 2 if kernel * length >= DEEP else 1
+    candidates: tuple[Tile, ...] = (*TILES[most:0:-1], NARROW) if wide else TILES[:1]
+    if exact:
+        candidates = EXACT_TILES
+    elif lean:
+        alone = wide and height * width // columns >= LEAN_TILES[0].pixels
+        candidates = LEAN_TILES if alone else LEAN_TILES[1:]
     tiles = [
         (tile, box)
-        for tile in (LEAN_TILES if exact or lean else TILES[most::-1])
+        for tile in candidates
         if tile.shared(block * dtype.itemsize) <= room
         and (box := box_of(tile.pixels, height, width // columns)) is not None
     ]
     if not tiles:
         return None
     (tile, box), *smaller = tiles
-    smaller = [one for one in smaller if one[0].outputs == tile.outputs]
     return Convolution(
         spread.reshape(total, kernel * length), outputs, columns, stride, kernel, start,
         position, block, box, tile, exact, tuple(smaller),

@@ -64,11 +64,11 @@ def replay(
     the last ``held_back`` of the images and learned on others. Costs 2 image-forwards an image and
     step.
     """
-    images, labels, before = clean.images, clean.labels, clean.answers
     random = torch.Generator().manual_seed(seed)
     network = shift.moments.network
     device = network.device
     shift, clean = shift.to(device), clean.to(device)
+    images, labels, before = clean.images, clean.labels, clean.answers
     shape = (images.shape[1], images.shape[2], images.shape[3])
     state = [parameter.to(device) for parameter in family.start(1, shape, random)]
     for parameter in state:
