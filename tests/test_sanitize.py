@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -145,6 +146,20 @@ def test_the_whole_path_on_cuda(test_set: ImageSet) -> None:
     assert result.verdict == "backdoor"
     assert result.report["backend"] == "native"
     assert after["attack_success_rate"] < 0.08
+
+
+@pytest.mark.parametrize(
+    ("network", "stage"), [("suspect", "replay"), ("clean", "race")], ids=["norms", "probes"]
+)
+def test_the_whole_path_keeps_to_one_device(network: str, stage: str) -> None:
+    """On a device that refuses the CPU's tensors; in a process of its own, as it has to be
+    registered. Either way that a backdoor can be called."""
+    command = [sys.executable, "-m", "tests.other_device", "quick", network]
+    done = subprocess.run(
+        command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert f"'{stage}'" in done.stdout
 
 
 def test_a_clean_network_comes_back_untouched() -> None:

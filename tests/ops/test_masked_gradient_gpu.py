@@ -91,11 +91,16 @@ def test_one_row_of_gates_is_for_all_images() -> None:
     images, gates = images_of((16, 16), 19), gates_for(traced, 1)[0]
     plan = lower(traced, model, DEVICE, "fp32")
     one = computed(plan, images, gates, moments=False)
-    each = computed(plan, images, gates.expand(19, -1), moments=False)
+    rows = gates.expand(19, -1)
+    each = computed(plan, images, rows, moments=False)  # computed() copies: 19 rows
     torch.testing.assert_close(one.logits, each.logits, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(one.images, each.images, rtol=1e-3, atol=1e-5)
     assert one.gates.shape == gates.shape
     torch.testing.assert_close(one.gates, each.gates.sum(0), rtol=1e-3, atol=1e-4)
+    expanded = rows.to(DEVICE).detach().requires_grad_(True)
+    logits = plan(images.to(DEVICE), expanded)
+    (found,) = torch.autograd.grad(logits.square().sum(), expanded)
+    torch.testing.assert_close(found.cpu(), each.gates, rtol=1e-3, atol=1e-5)
 
 
 def test_only_what_is_wanted_is_computed() -> None:

@@ -339,10 +339,13 @@ class Convolution:
     smaller: tuple[tuple[Tile, tuple[int, int, int]], ...]
     """Tiles and boxes for calls of few images, which would leave processors idle."""
 
-    def cut(self, positions: int) -> tuple[Tile, tuple[int, int, int]]:
-        """The tile and box for so many positions of the output."""
+    def cut(self, positions: int, *, lean: bool = False) -> tuple[Tile, tuple[int, int, int]]:
+        """The tile and box for so many positions of the output; the smallest if ``lean``: gates of
+        each image by itself need room that large tiles do not leave."""
         total = self.columns * self.outputs
         ways = ((self.tile, self.box), *self.smaller)
+        if lean:
+            return ways[-1]
         for tile, box in ways:
             if positions // tile.pixels * triton.cdiv(total, tile.outputs) >= FEWEST:
                 return tile, box
@@ -429,7 +432,9 @@ def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
     images, rows_in, columns_in, _ = x.shape
     final, block = epilogue.final, conv.block
     height, width = final.shape[1], final.shape[2]
-    tile, box = conv.cut(images * height * (width // conv.columns))
+    gates, per_mask = epilogue.gates, epilogue.per_mask
+    places = images * height * (width // conv.columns)
+    tile, box = conv.cut(places, lean=gates is not None and per_mask % ALIGNMENT != 0)
     if conv.stride == 1:
         positions = x.view(images, rows_in, columns_in // conv.columns, conv.position)
         x_desc = TensorDescriptor.from_tensor(positions, [*box, block])
@@ -445,19 +450,18 @@ def launch_conv(x: Tensor, conv: Convolution, epilogue: Epilogue) -> None:
 
     output_tiles = triton.cdiv(total, tile.outputs)
     tiles = images * height * (width // conv.columns) // tile.pixels
-    gates = epilogue.gates
     conv_kernel[(tiles * output_tiles,)](
         x_desc, TensorDescriptor.from_tensor(conv.weight, [tile.outputs, block]),
         flat(epilogue.residual), flat(epilogue.plain), flat(final), flat(epilogue.result),
         flat(epilogue.scaled), flat(epilogue.active),
         epilogue.bias, epilogue.scale, epilogue.shift,
-        gates, 0 if gates is None else gates.stride(0), epilogue.site_start, epilogue.per_mask,
+        gates, 0 if gates is None else gates.stride(0), epilogue.site_start, per_mask,
         height, output_tiles, conv.outputs,
         STEPS=conv.steps, START=conv.start, POSITION=conv.position, ROWS_K=conv.kernel,
         STRIDE=conv.stride, IMAGES=box[0], ROWS=box[1], COLS=box[2], BLOCK_C=block,
         BLOCK_O=tile.outputs, FIRST=epilogue.first, SECOND=epilogue.second, TF32=epilogue.tf32,
         PLAIN_TF32=epilogue.plain_tf32,
-        PER_IMAGE=gates is not None and epilogue.per_mask % box[0] != 0,
+        PER_IMAGE=gates is not None and per_mask % box[0] != 0,
         PRODUCTS="tf32x3" if conv.exact else "tf32", WIDEN=INTERPRETED, num_warps=tile.warps,
         num_stages=tile.stages,
     )  # fmt: skip

@@ -50,6 +50,8 @@ class _Pass:
     per_mask: int
     gates: Tensor | None
     """float32 [B, S + align]."""
+    each: bool
+    """Whether gradients by gates are wanted of each image."""
     values: dict[int, Tensor] = field(default_factory=dict)
     """By buffer."""
     kept: list[_Kept] = field(default_factory=list)
@@ -151,13 +153,12 @@ class GpuMaskedGradientPlan:
         network, align = self._network, self._network.align
         count = len(images)
         padded = F.pad(images, (0,) * 7 + (-count % align,))
-        rows = None
-        if gates is not None:
-            rows = F.pad(torch.atleast_2d(gates), (0, align))
-            if gates.ndim == 2:
-                rows = F.pad(rows, (0, 0, 0, len(padded) - count))
-        per_mask = len(padded) if rows is None or len(rows) == 1 else 1
-        run = _Pass(count, per_mask, rows, {0: network.pixels(padded)})
+        rows, per_mask, each = None, len(padded), gates is not None and gates.ndim == 2
+        if gates is not None and each and gates.stride(0) != 0:
+            rows, per_mask = F.pad(gates, (0, align, 0, len(padded) - count)), 1
+        elif gates is not None:  # one row for all: what is expanded is read once
+            rows = F.pad((gates[:1] if each else gates[None]), (0, align))
+        run = _Pass(count, per_mask, rows, each, {0: network.pixels(padded)})
         mean = torch.empty(count, self.units if moments else 0, device=self.device)
         variance = torch.empty_like(mean)
         for layer, (result, scaled) in zip(network.layers, self._program.norms, strict=True):
@@ -254,7 +255,7 @@ class GpuMaskedGradientPlan:
                 found = summed[:count, :, :, :channels].permute(0, 3, 1, 2).contiguous()
         if gates_grad is not None:
             gates_grad = gates_grad[:count]
-            gates_grad = gates_grad.sum(0) if run.per_mask != 1 else gates_grad
+            gates_grad = gates_grad if run.each else gates_grad.sum(0)
         return found, gates_grad
 
     @property

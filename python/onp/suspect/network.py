@@ -24,7 +24,7 @@ from onp.errors import NotBuiltError, UnsupportedOperation
 from onp.ops import masked_gradient, masked_gradient_gpu
 from onp.suspect.movement import in_order
 from onp.suspect.operations import tensor_of
-from onp.suspect.replayed import Replayed
+from onp.suspect.replayed import Replayed, is_one_row
 from onp.suspect.trace import SiteLayer, Trace
 
 log = logging.getLogger("onp")
@@ -264,7 +264,7 @@ class FrozenNetwork:
         wanted = [one is not None and one.requires_grad for one in inputs]
         if not any(wanted):
             return None
-        shapes = [None if one is None else one.shape for one in inputs]
+        shapes = [None if one is None else (one.shape, is_one_row(one)) for one in inputs]
         key = (function.__name__, *zip(shapes, wanted, strict=True))
         self._calls[key] = self._calls.get(key, 0) + 1
         if key not in self._graphs:

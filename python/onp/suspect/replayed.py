@@ -27,10 +27,7 @@ class Replayed:
 
     def __init__(self, function: Function, inputs: Sequence[Tensor | None]) -> None:
         """inputs: CUDA tensors or None, an example."""
-        self.inputs = [
-            None if one is None else one.detach().clone().requires_grad_(one.requires_grad)
-            for one in inputs
-        ]
+        self.inputs = [None if one is None else _own(one) for one in inputs]
         sources = [one for one in self.inputs if one is not None and one.requires_grad]
         device = next(one.device for one in inputs if one is not None)
         pool, stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream(device)
@@ -64,9 +61,25 @@ class Replayed:
         with torch.no_grad():
             for own, given in zip(self.inputs, inputs, strict=True):
                 if own is not None and given is not None:
-                    own.copy_(given)
+                    _rows(own).copy_(_rows(given))
         self.forward_graph.replay()
         self.runs += 1
+
+
+def is_one_row(tensor: Tensor) -> bool:
+    """Whether a tensor is one row, expanded."""
+    return tensor.ndim > 1 and len(tensor) > 1 and tensor.stride(0) == 0
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """Where its values lie."""
+    return tensor.detach()[:1] if is_one_row(tensor) else tensor.detach()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A copy, expanded where ``tensor`` is: functions read such a row once."""
+    copy = _rows(tensor).clone().expand_as(tensor)
+    return copy.detach().requires_grad_(tensor.requires_grad)
 
 
 class _Call(torch.autograd.Function):
