@@ -77,7 +77,7 @@ def build() -> tuple[str, ...]:
 
 def tests() -> tuple[str, ...]:
     """The tests that need a GPU, and those of the kernels."""
-    ops = ("csr", "masked_forward_gpu", "message_passing", "neuron_graph")
+    ops = ("masked_forward_gpu", "masked_gradient_gpu", "message_passing", "neuron_graph")
     return (*_PYTEST, *_WORKERS, *(f"tests/ops/test_{name}.py" for name in ops),
             "tests/suspect/test_replayed.py", "tests/test_evaluate.py",
             "tests/test_sanitize.py::test_the_whole_path_on_cuda")  # fmt: skip
@@ -110,10 +110,10 @@ def repairs() -> tuple[str, ...]:
 
 STAGES = {
     "build": Stage(build, 60),
-    "tests": Stage(tests, 90),
+    "tests": Stage(tests, 150),
     "memcheck": Stage(memcheck, 30),
-    "kernels": Stage(kernels, 210),
-    "zoo": Stage(zoo, 110),
+    "kernels": Stage(kernels, 180),
+    "zoo": Stage(zoo, 90),
     "repairs": Stage(repairs, 90),
 }
 NEED_DATA = {"zoo", "repairs"}
