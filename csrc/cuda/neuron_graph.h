@@ -1,14 +1,64 @@
-// CUDA twins of core/neuron_graph.h, callable from plain C++.
+// CUDA twins of core/neuron_graph.h for many layers at once, callable from plain C++. A call makes
+// as many launches for a network as for a layer. All addresses but those of vectors are on the
+// device; streams are cudaStream_t.
 #pragma once
 
 #include <cstdint>
+#include <vector>
 
 namespace onp {
 
-// As connection_strength, on device memory; asynchronous on the given cudaStream_t.
-void connection_strength_cuda(int device, void* stream,
-                              const float* weight,  // [pairs, kernel]
-                              std::int64_t pairs, std::int64_t kernel,
-                              float* out);  // [pairs]
+// The weights of one layer.
+struct LayerWeights {
+  const float* weight;  // [pairs, kernel]
+  std::int64_t pairs, kernel;
+};
+
+// As connection_strength of each layer, its pairs behind those of the layer before it.
+// Asynchronous.
+void connection_strengths_cuda(int device, void* stream, const std::vector<LayerWeights>& layers,
+                               float* out);  // [sum of pairs]
+
+// A row-major matrix.
+struct DeviceMatrix {
+  const float* values;  // [rows, cols]
+  std::int64_t rows, cols;
+};
+
+// The edges that strongest_edges or similarity_edges choose in each of several matrices. They are
+// as exact, and the same in every run. choose, allocate what it says, then write.
+class EdgeSelection {
+ public:
+  static EdgeSelection strongest(const std::vector<DeviceMatrix>& strengths, std::int64_t k);
+
+  // Cosine similarities are summed in another order than on the CPU, and are as symmetric.
+  static EdgeSelection similar(const std::vector<DeviceMatrix>& vectors, float threshold,
+                               std::int64_t max_neighbours);
+
+  // Of the memory that choose fills and write reads; 16-byte aligned.
+  std::int64_t scratch_bytes() const { return parts_.bytes; }
+
+  // Where the edges of each matrix begin in the list of all, and at last how many there are.
+  // Waits for the stream: these numbers are all that is copied to the host.
+  std::vector<std::int64_t> choose(int device, void* stream, void* scratch) const;
+
+  // All edges, those of a matrix ordered by (row, column). Asynchronous.
+  void write(int device, void* stream, const void* scratch, std::int64_t* rows, std::int64_t* cols,
+             float* values) const;
+
+ private:
+  // Offsets into the scratch memory, in bytes.
+  struct Parts {
+    std::int64_t row_cuts, column_cuts, offsets, kept, bounds, units, similarity, bytes;
+  };
+
+  EdgeSelection(const std::vector<DeviceMatrix>& given, bool similar, float bar, std::int64_t k);
+
+  std::vector<DeviceMatrix> given_;
+  bool similar_;  // given are vectors, whose similarities are chosen from
+  float bar_;     // edges are above it
+  int k_;
+  Parts parts_{};
+};
 
 }  // namespace onp

@@ -117,8 +117,12 @@ def test_only_what_is_wanted_is_computed() -> None:
     (got,) = torch.autograd.grad(mean.square().sum(), images)
     assert got.shape == images.shape
     assert bool(got.any())
-    with torch.no_grad():
-        assert not plan(images).requires_grad
+    with torch.no_grad():  # nothing is kept, and the outputs are the same
+        got = plan.with_moments(images, gates)
+    images.requires_grad_(True)
+    for alone, kept in zip(got, plan.with_moments(images, gates), strict=True):
+        assert not alone.requires_grad
+        assert torch.equal(alone, kept.detach())
 
 
 @pytest.mark.usefixtures("poisoned_empty")

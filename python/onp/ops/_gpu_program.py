@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
@@ -195,6 +196,18 @@ class GpuProgram:
     def width(self, buffer: int) -> int:
         """Channels of a buffer as it is stored."""
         return -(-self.program.buffers[buffer][0] // self.align) * self.align
+
+    @cached_property
+    def dead(self) -> list[list[int]]:
+        """Buffers that are read for the last time by each step, or never after it."""
+        last: dict[int, int] = {}
+        for number, step in enumerate(self.program.steps):
+            for buffer in (step.input, step.residual, step.plain, step.final):
+                last[buffer] = number
+        last.pop(NONE, None)
+        last.pop(self.program.output)
+        steps = range(len(self.program.steps))
+        return [[buffer for buffer, at in last.items() if at == number] for number in steps]
 
     def pixels(self, images: Tensor) -> Tensor:
         """Buffer 0 of images [N, C, H, W]."""

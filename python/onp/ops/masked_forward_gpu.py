@@ -158,7 +158,7 @@ class GpuMaskedForwardPlan:
         with torch.backends.cudnn.flags(
             enabled=True, benchmark=False, deterministic=True, allow_tf32=not exact
         ):
-            for layer, dead in zip(self._network.layers, self._dead, strict=True):
+            for layer, dead in zip(self._network.layers, self._network.dead, strict=True):
                 self._network.run(layer, values, gates, count)
                 for buffer in dead:
                     del values[buffer]
@@ -166,18 +166,6 @@ class GpuMaskedForwardPlan:
         return logits.view(masks, count, -1)[..., : self.num_classes]
 
     # ---- memory
-
-    @cached_property
-    def _dead(self) -> list[list[int]]:
-        """Buffers that are read for the last time by each step, or never after it."""
-        last: dict[int, int] = {}
-        for number, step in enumerate(self._program.steps):
-            for buffer in (step.input, step.residual, step.plain, step.final):
-                last[buffer] = number
-        last.pop(NONE, None)
-        last.pop(self._program.output)
-        steps = range(len(self._program.steps))
-        return [[buffer for buffer, at in last.items() if at == number] for number in steps]
 
     @cached_property
     def bytes_per_image(self) -> int:
@@ -189,7 +177,7 @@ class GpuMaskedForwardPlan:
             return size * self._network.width(buffer) * height * width
 
         alive, most = {0: of(0)}, of(0)
-        for step, dead in zip(self._program.steps, self._dead, strict=True):
+        for step, dead in zip(self._program.steps, self._network.dead, strict=True):
             written = [buffer for buffer in (step.plain, step.final) if buffer != NONE]
             alive |= {buffer: of(buffer) for buffer in written}
             most = max(most, sum(alive.values()) + of(step.final))

@@ -106,8 +106,7 @@ class GpuMaskedGradientPlan:
         Raises ValueError: an argument has the wrong type, shape or device.
         """
         self._validate(images, gates)
-        outputs: Outputs = _Gradient.apply(images, gates, self, False)  # type: ignore[no-untyped-call]
-        return outputs[0]
+        return self._outputs(images, gates, moments=False)[0]
 
     def with_moments(self, images: Tensor, gates: Tensor | None = None) -> Outputs:
         """Logits float32 ``[N, K]``, and mean and variance float32 ``[N, U]`` over the pixels of
@@ -119,8 +118,15 @@ class GpuMaskedGradientPlan:
         if not self.tells_moments:
             raise UnsupportedOperation("masked_gradient: a norm's output is not computed by itself")
         self._validate(images, gates)
-        outputs: Outputs = _Gradient.apply(images, gates, self, True)  # type: ignore[no-untyped-call]
-        return outputs
+        return self._outputs(images, gates, moments=True)
+
+    def _outputs(self, images: Tensor, gates: Tensor | None, *, moments: bool) -> Outputs:
+        differentiable = images.requires_grad or (gates is not None and gates.requires_grad)
+        if torch.is_grad_enabled() and differentiable:
+            outputs: Outputs = _Gradient.apply(images, gates, self, moments)  # type: ignore[no-untyped-call]
+            return outputs
+        with torch.no_grad(), _on(self):
+            return self.forward(images, gates, moments=moments, keep=False)[0]
 
     def accepts(self, images: Tensor, gates: Tensor | None = None) -> bool:
         """Whether a call with these arguments would be valid."""
@@ -147,9 +153,9 @@ class GpuMaskedGradientPlan:
     # ---- forward
 
     def forward(
-        self, images: Tensor, gates: Tensor | None, *, moments: bool
+        self, images: Tensor, gates: Tensor | None, *, moments: bool, keep: bool
     ) -> tuple[Outputs, _Pass]:
-        """The outputs, and what the backward pass reads."""
+        """The outputs, and what the backward pass reads if there will be one (``keep``)."""
         network, align = self._network, self._network.align
         count = len(images)
         padded = F.pad(images, (0,) * 7 + (-count % align,))
@@ -161,22 +167,28 @@ class GpuMaskedGradientPlan:
         run = _Pass(count, per_mask, rows, each, {0: network.pixels(padded)})
         mean = torch.empty(count, self.units if moments else 0, device=self.device)
         variance = torch.empty_like(mean)
-        for layer, (result, scaled) in zip(network.layers, self._program.norms, strict=True):
-            kept = self._kept(layer, run, moments=moments)
+        for layer, (result, scaled), dead in zip(
+            network.layers, self._program.norms, network.dead, strict=True
+        ):
+            kept = self._kept(layer, run, moments=moments, keep=keep)
             for norm, values in ((result, kept.result), (scaled, kept.scaled)):
                 if norm >= 0 and values is not None and moments:
                     units = self._norms[norm].units
                     part = values[:count, :, :, : self._norms[norm].width]
                     spread, middle = torch.var_mean(part, (1, 2), correction=0)
                     mean[:, units], variance[:, units] = middle, spread
-            run.kept.append(kept)
+            if keep:
+                run.kept.append(kept)
+            else:
+                for buffer in dead:
+                    del run.values[buffer]
         logits = run.values[self._program.output].flatten(1)[:count, : self.num_classes]
         return (logits.clone(), mean, variance), run
 
-    def _kept(self, layer: Layer, run: _Pass, *, moments: bool) -> _Kept:
+    def _kept(self, layer: Layer, run: _Pass, *, moments: bool, keep: bool) -> _Kept:
         """Run a layer, and what of it the backward pass reads."""
         step, network = layer.step, self._network
-        images = len(run.values[0])
+        images = len(run.values[step.input])
         gated = run.gates is not None and step.site_start != NONE
 
         def room(wanted: bool) -> Tensor | None:
@@ -186,7 +198,7 @@ class GpuMaskedGradientPlan:
 
         result = room(moments and step.result_norm >= 0)
         scaled = room(moments and step.scaled_norm >= 0)
-        active = room(gated)
+        active = room(gated and keep)
         network.run(
             layer, run.values, run.gates, run.per_mask,
             result=result, scaled=scaled, active=active,
@@ -373,7 +385,7 @@ class _Gradient(torch.autograd.Function):
         ctx: Any, images: Tensor, gates: Tensor | None, plan: GpuMaskedGradientPlan, moments: bool
     ) -> Outputs:
         with _on(plan):
-            outputs, ctx.run = plan.forward(images.detach(), gates, moments=moments)
+            outputs, ctx.run = plan.forward(images.detach(), gates, moments=moments, keep=True)
         ctx.plan = plan
         ctx.save_for_backward(outputs[1])
         ctx.set_materialize_grads(False)

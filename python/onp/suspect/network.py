@@ -195,7 +195,8 @@ class FrozenNetwork:
         plan = self._plan
         if plan is None or not plan.accepts(images, gates):
             return None
-        return plan if self.device.type == "cpu" or cudnn.allow_tf32 else None
+        usable = self.device.type == "cpu" or (cudnn.allow_tf32 and len(images) > 0)
+        return plan if usable else None
 
     def _run(
         self,
