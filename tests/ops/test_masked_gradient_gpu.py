@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onp.ops import masked_gradient_triton as kernels
 from onp.ops.masked_gradient_gpu import GpuMaskedGradientPlan, lower
 from onp.suspect.replayed import Replayed
 from onp.suspect.trace import Trace, trace
@@ -123,6 +124,25 @@ def test_only_what_is_wanted_is_computed() -> None:
     for alone, kept in zip(got, plan.with_moments(images, gates), strict=True):
         assert not alone.requires_grad
         assert torch.equal(alone, kept.detach())
+
+
+@pytest.mark.parametrize("second", [1, 2])
+def test_gates_of_saturated_activations(second: int) -> None:
+    """A gate is behind its activation: what it lets through counts, though no gradient passes."""
+    active = torch.tensor([6.0, 0.0, 3.0, 0.0]).repeat(4).expand(16, 2, 2, 16).contiguous()
+    ungated, out = torch.full((2, 16, 2, 2, 16), torch.nan, device=DEVICE)
+    gates = torch.full((1, 32), 0.5, device=DEVICE)
+    reverse = replace(
+        kernels.Reverse.nothing(out), second=second, active=active.to(DEVICE), gates=gates,
+        ungated=ungated, per_mask=16,
+    )  # fmt: skip
+    kernels.launch_back(torch.ones(16, 2, 2, 16, device=DEVICE), reverse)
+    assert bool((ungated == 1).all())
+    passes = (active > 0) & ((active < 6) | (second == 1))
+    assert torch.equal(out.cpu(), 0.5 * passes.float())
+    found = torch.zeros(16, 16, device=DEVICE)
+    kernels.launch_gate_gradient(active.to(DEVICE), ungated, found, 0, 16)
+    assert torch.equal(found.cpu(), active.sum((1, 2)))
 
 
 @pytest.mark.usefixtures("poisoned_empty")

@@ -38,6 +38,8 @@ class CautionModel(nn.Module):
             self.embed = nn.Linear(features + State.INPUTS, hidden)
             self.layers = nn.ModuleList(GraphLayer(relations, hidden) for _ in range(rounds))
             self.factors = nn.Linear(hidden, 2)
+        self.register_buffer("start", torch.tensor(CAUTION), persistent=False)
+        self.start: Tensor
         nn.init.zeros_(self.factors.weight)
         nn.init.zeros_(self.factors.bias)
 
@@ -49,4 +51,4 @@ class CautionModel(nn.Module):
         for layer in self.layers:
             h = layer(h, graph)
         corrections: Tensor = self.factors(h).clamp(-FURTHEST, FURTHEST).exp()
-        return corrections * torch.tensor(CAUTION, device=corrections.device)
+        return corrections * self.start

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from onp.clean import Clean
 from onp.config import GatesConfig
-from onp.probes.probe import Trigger
+from onp.probes.probe import Probe, Trigger
 from onp.suspect.network import FrozenNetwork
 
 
@@ -34,7 +34,8 @@ class RelaxedCost:
         config: GatesConfig,
     ) -> None:
         """response: float32 [S], to the probes."""
-        self.network, self.probes, self.config = network, probes, config
+        self.network, self.config = network, config
+        self.probes = [p.to(network.device) if isinstance(p, Probe) else p for p in probes]
         self.clean = clean.to(network.device)
         self.response = response
         device, labels = network.device, clean.labels.cpu()

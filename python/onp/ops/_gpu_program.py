@@ -9,6 +9,7 @@ behind them; the others, pools and linear layers are torch's, followed by one ke
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from types import ModuleType
@@ -36,6 +37,11 @@ def triton_kernels() -> ModuleType:
             "masked_forward: Triton is not installed: install the extra 'gpu' of onp"
         ) from error
     return masked_forward_triton
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """The device as the current one: that is where Triton launches."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def captured(
@@ -158,7 +164,9 @@ class Convolution:
             pulled, self._maps(x), self.weight, None, self.stride, self.padding, (1, 1), False,
             (0, 0), self.groups, (True, False, False),
         )[0]  # fmt: skip
-        return F.pad(found.permute(0, 2, 3, 1), (0, x.shape[3] - self.channels))
+        idle = x.shape[3] - self.channels
+        by_input: Tensor = found.permute(0, 2, 3, 1)
+        return F.pad(by_input, (0, idle)) if idle else by_input
 
 
 # ---- the program
@@ -191,7 +199,9 @@ class GpuProgram:
         self.align: int = self.kernels.ALIGNMENT
         """Channels are padded to a multiple of this, and images of a mask have to be one."""
         self._multiplied = {one.input for one in program.steps if one.kind == CONVOLUTION}
-        self.layers = [self._layer(step) for step in program.steps]
+        with on_device(device):
+            self.try_kernels()  # before anything asks Triton of the device
+            self.layers = [self._layer(step) for step in program.steps]
 
     def width(self, buffer: int) -> int:
         """Channels of a buffer as it is stored."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 from collections import OrderedDict
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onp.errors import ResourceError
-from onp.ops._gpu_program import GpuProgram, Precision, captured
+from onp.ops._gpu_program import GpuProgram, Precision, captured, on_device
 from onp.ops._masked_forward_lowering import Lowering
 from onp.ops._masked_forward_steps import NONE, Program
 from onp.ops._validate import check_images
@@ -60,8 +59,6 @@ class GpuMaskedForwardPlan:
         self._align = self._network.align
         self._pool = torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
         """Shared by all graphs: they run one after the other, and what they give is copied."""
-        with self._current():
-            self._network.try_kernels()
         self._program = program
         self._graphs: OrderedDict[tuple[int, int], _Graph | int] = OrderedDict()
         """By masks and images of a call; or how often it came, not captured yet."""
@@ -77,7 +74,7 @@ class GpuMaskedForwardPlan:
         self._validate(pruned, images)
         while True:
             try:
-                with self._current():
+                with on_device(self.device):
                     return self._run(pruned, images.detach())
             except torch.OutOfMemoryError as error:
                 self._graphs.clear()
@@ -91,10 +88,6 @@ class GpuMaskedForwardPlan:
                     "masked_forward: out of memory on %s: activations are kept within %d MiB now",
                     self.device, self.max_bytes >> 20,
                 )  # fmt: skip
-
-    def _current(self) -> AbstractContextManager[Any]:
-        """The plan's device as the current one: that is where Triton launches."""
-        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
     def _validate(self, pruned: Tensor, images: Tensor) -> None:
         if pruned.dtype != torch.bool or pruned.ndim != 2 or pruned.shape[1] != self.sites:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cudnn
 
 from onp.errors import UnsupportedOperation
-from onp.ops._gpu_program import Convolution, GpuProgram, Layer, Operation, Precision
+from onp.ops._gpu_program import Convolution, GpuProgram, Layer, Operation, on_device
 from onp.ops._masked_forward_lowering import Lowering
 from onp.ops._masked_forward_steps import CONVOLUTION, NONE, Program
 from onp.ops._validate import check_images
@@ -70,7 +70,7 @@ class GpuMaskedGradientPlan:
         sites: int,
         num_classes: int,
         device: torch.device,
-        precision: Precision,
+        precision: Literal["fp32", "tf32"],
     ) -> None:
         self.image_shape = image_shape
         """(C, H, W) of the images."""
@@ -92,8 +92,6 @@ class GpuMaskedGradientPlan:
                 program.buffers.append(program.buffers[step.final])
         self._exact = precision == "fp32"
         self._network = GpuProgram(program, device, precision)
-        with _on(self):
-            self._network.try_kernels()
         self._back = [self._turned(layer) for layer in self._network.layers]
         self._pixels = torch.ones(self.units, device=device)
         for norm in norms.values():
@@ -158,7 +156,7 @@ class GpuMaskedGradientPlan:
         """The outputs, and what the backward pass reads if there will be one (``keep``)."""
         network, align = self._network, self._network.align
         count = len(images)
-        padded = F.pad(images, (0,) * 7 + (-count % align,))
+        padded = F.pad(images, (0,) * 7 + (-count % align,)) if count % align else images
         rows, per_mask, each = None, len(padded), gates is not None and gates.ndim == 2
         if gates is not None and each and gates.stride(0) != 0:
             rows, per_mask = F.pad(gates, (0, align, 0, len(padded) - count)), 1
@@ -410,13 +408,15 @@ def _on(plan: GpuMaskedGradientPlan) -> contextlib.ExitStack:
     """The plan's device as the current one, and its precision for what cuDNN computes."""
     stack = contextlib.ExitStack()
     stack.enter_context(cudnn.flags(enabled=True, allow_tf32=not plan._exact))
-    if plan.device.type == "cuda":
-        stack.enter_context(torch.cuda.device(plan.device))
+    stack.enter_context(on_device(plan.device))
     return stack
 
 
 def lower(
-    trace: Trace, model: nn.Module, device: torch.device | str, precision: Precision = "tf32"
+    trace: Trace,
+    model: nn.Module,
+    device: torch.device | str,
+    precision: Literal["fp32", "tf32"] = "tf32",
 ) -> GpuMaskedGradientPlan:
     """Plan gradients of ``model`` (eval mode, any floating type), traced as ``trace``.
 

@@ -152,10 +152,10 @@ def _taken_back(
 ):  # fmt: skip
     if other is not None:
         t += _read(other, row, o0, place, inside, TILED)
+    if ungated is not None:  # before the activation, which is before the gates
+        _write(ungated, t, row, o0, place, inside, TILED)
     if SECOND > 0:
         t = _passed(t, _read(active, row, o0, place, inside, TILED), SECOND)
-    if ungated is not None:
-        _write(ungated, t, row, o0, place, inside, TILED)
     if gates is not None:
         if ONE_MASK:
             t *= tl.load(gates + site_start + o, mask=valid, other=0.0)[None, :]

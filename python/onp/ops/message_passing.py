@@ -10,6 +10,8 @@ differentiable any number of times. CPU tensors run native code, CUDA tensors ru
 
 from __future__ import annotations
 
+import importlib.util
+from functools import cache
 from typing import Any
 
 import torch
@@ -64,14 +66,20 @@ def message_passing(x: Tensor, weight: Tensor, graph: CsrGraph, backend: str = "
     if backend not in BACKENDS:
         raise ValueError(f"message_passing: backend must be one of {BACKENDS}, got {backend!r}")
     _check("message_passing", x, weight, *graph.tensors())
+    if backend == "auto":
+        backend = "native" if x.device.type == "cpu" else _gpu_backend()
     if backend == "torch":
         return reference.message_passing(x, weight, graph.indptr, graph.indices)
     if backend == "torch_scatter":
         return _torch_scatter(x, weight, graph)
-    if backend == "auto":
-        backend = "native" if x.device.type == "cpu" else "triton"
     out: Tensor = torch.ops.onp.message_passing(x, weight, *graph.tensors(), backend)
     return out
+
+
+@cache
+def _gpu_backend() -> str:
+    """What a GPU's tensors are left to: without Triton torch."""
+    return "torch" if importlib.util.find_spec("triton") is None else "triton"
 
 
 # ---- validation, shared by the fake and the real implementations ---------------------------------

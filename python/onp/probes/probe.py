@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import torch
@@ -70,6 +70,10 @@ class Probe:
         if isinstance(self.target, int):
             return torch.full_like(labels, self.target)
         return (labels + self.target.by) % self.target.classes
+
+    def to(self, device: torch.device) -> Probe:
+        """With its parameters on a device."""
+        return replace(self, parameters=[one.to(device) for one in self.parameters])
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
