@@ -11,7 +11,12 @@ import torch
 from pytest_benchmark.fixture import BenchmarkFixture
 from torch import Tensor
 
-from onp.ops.neuron_graph import connection_strength, similarity_edges, strongest_edges
+from onp.ops.neuron_graph import (
+    connection_strength,
+    connection_strengths,
+    similarity_edges,
+    strongest_edges,
+)
 
 NEIGHBOURS = 8
 THRESHOLD = 0.5
@@ -126,11 +131,15 @@ def test_similar(
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("backend", ["native", "torch"])
 def test_strength_on_cuda(benchmark: BenchmarkFixture, weights: list[Tensor], backend: str) -> None:
-    kernel = connection_strength if backend == "native" else torch_strength
     on_device = [weight.cuda() for weight in weights]
 
+    def of_torch(weights: list[Tensor]) -> list[Tensor]:
+        return [torch_strength(weight) for weight in weights]
+
+    of_layers = connection_strengths if backend == "native" else of_torch
+
     def run() -> list[Tensor]:
-        strengths = [kernel(weight) for weight in on_device]
+        strengths = of_layers(on_device)
         torch.cuda.synchronize()
         return strengths
 

@@ -8,7 +8,7 @@ from torch import nn
 
 from onp.config import GraphConfig
 from onp.features import NAMES, channel_lipschitz, node_features
-from onp.graph import build_graph
+from onp.graph import Relation, build_graph
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace, trace
 from tests.networks import BUILDERS, network
@@ -55,6 +55,30 @@ def test_layerwise_keeps_only_edges_within_layers() -> None:
     graph = build_graph(traced, model, GraphConfig(layerwise=True))
     assert graph.incoming.graph.edges == graph.outgoing.graph.edges == 0
     assert graph.similar.graph.edges == build_graph(traced, model).similar.graph.edges > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", BUILDERS)
+def test_a_graph_built_on_cuda_is_that_of_the_cpu(name: str) -> None:
+    model = network(name)
+    traced = trace(model, (3, 32, 32))
+    expected = build_graph(traced, model)
+    got = build_graph(traced, model.to("cuda"))
+    assert got.incoming.graph.device.type == "cpu"
+    for one, other in zip(got.relations, expected.relations, strict=True):
+        matrix, wanted = (_dense(relation, got.nodes) for relation in (one, other))
+        differ = (matrix > 0) != (wanted > 0)  # at the threshold, and between near equals
+        assert differ.sum() <= 0.002 * len(other.weight)
+        same = ~differ.any(1)
+        torch.testing.assert_close(matrix[same], wanted[same], rtol=1e-4, atol=1e-5)
+    for part in ("strength_in", "strength_out"):
+        torch.testing.assert_close(getattr(got, part), getattr(expected, part))
+
+
+def _dense(relation: Relation, nodes: int) -> torch.Tensor:
+    rows = torch.repeat_interleave(torch.arange(nodes), relation.graph.indptr.diff())
+    matrix = torch.zeros(nodes, nodes)
+    return matrix.index_put((rows, relation.graph.indices), relation.weight)
 
 
 def test_the_strongest_connection_is_an_edge_and_twins_are_similar() -> None:

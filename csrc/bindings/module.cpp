@@ -92,11 +92,48 @@ void connection_strength(Address weight, std::int64_t pairs, std::int64_t kernel
 }
 
 #ifdef ONP_WITH_CUDA
-void connection_strength_cuda(int device, Address stream, Address weight, std::int64_t pairs,
-                              std::int64_t kernel, Address out) {
+using Sizes = std::tuple<Address, std::int64_t, std::int64_t>;
+
+void connection_strengths_cuda(int device, Address stream, const std::vector<Sizes>& layers,
+                               Address out) {
+  std::vector<onp::LayerWeights> given;
+  given.reserve(layers.size());
+  for (const auto& [weight, pairs, kernel] : layers) {
+    given.push_back({at<const float>(weight), pairs, kernel});
+  }
   py::gil_scoped_release release;
-  onp::connection_strength_cuda(device, at<void>(stream), at<const float>(weight), pairs, kernel,
-                                at<float>(out));
+  onp::connection_strengths_cuda(device, at<void>(stream), given, at<float>(out));
+}
+
+std::vector<onp::DeviceMatrix> device_matrices(const std::vector<Sizes>& matrices) {
+  std::vector<onp::DeviceMatrix> given;
+  given.reserve(matrices.size());
+  for (const auto& [values, rows, cols] : matrices) {
+    given.push_back({at<const float>(values), rows, cols});
+  }
+  return given;
+}
+
+onp::EdgeSelection edge_selection_strongest(const std::vector<Sizes>& strengths, std::int64_t k) {
+  return onp::EdgeSelection::strongest(device_matrices(strengths), k);
+}
+
+onp::EdgeSelection edge_selection_similar(const std::vector<Sizes>& vectors, float threshold,
+                                          std::int64_t max_neighbours) {
+  return onp::EdgeSelection::similar(device_matrices(vectors), threshold, max_neighbours);
+}
+
+std::vector<std::int64_t> edge_selection_choose(const onp::EdgeSelection& selection, int device,
+                                                Address stream, Address scratch) {
+  py::gil_scoped_release release;
+  return selection.choose(device, at<void>(stream), at<void>(scratch));
+}
+
+void edge_selection_write(const onp::EdgeSelection& selection, int device, Address stream,
+                          Address scratch, Address rows, Address cols, Address values) {
+  py::gil_scoped_release release;
+  selection.write(device, at<void>(stream), at<const void>(scratch), at<std::int64_t>(rows),
+                  at<std::int64_t>(cols), at<float>(values));
 }
 #endif
 
@@ -281,7 +318,13 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   // ---- neuron graph
   m.def("connection_strength", &connection_strength);
 #ifdef ONP_WITH_CUDA
-  m.def("connection_strength_cuda", &connection_strength_cuda);
+  m.def("connection_strengths_cuda", &connection_strengths_cuda);
+  py::class_<onp::EdgeSelection>(m, "EdgeSelection")
+      .def_static("strongest", &edge_selection_strongest)
+      .def_static("similar", &edge_selection_similar)
+      .def_property_readonly("scratch_bytes", &onp::EdgeSelection::scratch_bytes)
+      .def("choose", &edge_selection_choose)
+      .def("write", &edge_selection_write);
 #endif
   m.def("strongest_edges", &strongest_edges);
   m.def("similarity_edges", &similarity_edges);

@@ -64,8 +64,8 @@ unsigned grid_of(std::int64_t blocks) {
 
 // ---- connection strength -----------------------------------------------------------------------
 
-constexpr int kMostStaged = 25;     // 5x5: of the kernels whose pairs a thread sums
-constexpr int kPairsPerWarp = 8;    // of larger kernels
+constexpr int kMostStaged = 25;   // 5x5: of the kernels whose pairs a thread sums
+constexpr int kPairsPerWarp = 8;  // of larger kernels
 constexpr int kPairsByWarps = kWarps * kPairsPerWarp;
 
 struct Layer {
@@ -84,9 +84,10 @@ __host__ __device__ constexpr int pairs_of_block(std::int64_t kernel) {
 __global__ void strengths_kernel(const __grid_constant__ Table<Layer> table,
                                  float* __restrict__ out) {
   __shared__ float staged[kThreads * kMostStaged];
-  const Layer& layer = holder(table, &Layer::first_block, blockIdx.x);
+  const std::int64_t block = table.items[0].first_block + blockIdx.x;
+  const Layer& layer = holder(table, &Layer::first_block, block);
   const int most = pairs_of_block(layer.kernel);
-  const std::int64_t first = (blockIdx.x - layer.first_block) * most;
+  const std::int64_t first = (block - layer.first_block) * most;
   const std::int64_t left = layer.pairs - first;
   const int pairs = left < most ? static_cast<int>(left) : most;
   const float* __restrict__ weight = layer.weight + first * layer.kernel;
@@ -232,7 +233,7 @@ struct Most {
 
 // The cuts of columns that stand side by side, by a block: a lane a column, and the rows dealt out
 // to the warps.
-__device__ void column_cuts(const Matrix& matrix, std::int64_t group, int k, float bar,
+__device__ void cut_columns(const Matrix& matrix, std::int64_t group, int k, float bar,
                             ColumnShare& share, Key* __restrict__ cuts) {
   const int lane = threadIdx.x % kWarp, warp = threadIdx.x / kWarp;
   const std::int64_t column = group * kWarp + lane;
@@ -290,13 +291,12 @@ __device__ void column_cuts(const Matrix& matrix, std::int64_t group, int k, flo
 // The first `groups` blocks make the cuts of columns, the others those of rows, a warp a row.
 __global__ void cuts_kernel(const __grid_constant__ Table<Matrix> table, std::int64_t groups,
                             std::int64_t last_row, int k, float bar, Key* __restrict__ row_cuts,
-                            Key* __restrict__ column_cuts_of_all) {
+                            Key* __restrict__ column_cuts) {
   __shared__ ColumnShare share;
   if (blockIdx.x < groups) {
     const std::int64_t group = table.items[0].first_group + blockIdx.x;
     const Matrix& matrix = holder(table, &Matrix::first_group, group);
-    column_cuts(matrix, group - matrix.first_group, k, bar, share,
-                column_cuts_of_all + group * kWarp);
+    cut_columns(matrix, group - matrix.first_group, k, bar, share, column_cuts + group * kWarp);
     return;
   }
   const std::int64_t row =
@@ -372,8 +372,7 @@ __global__ void scan_kernel(const __grid_constant__ Table<Matrix> table, std::in
   const int matrix = threadIdx.x;
   if (matrix == 0 && first_matrix == 0) bounds[0] = 0;
   if (matrix >= table.count) return;
-  const std::int64_t next =
-      matrix + 1 < table.count ? table.items[matrix + 1].first_row : last_row;
+  const std::int64_t next = matrix + 1 < table.count ? table.items[matrix + 1].first_row : last_row;
   bounds[first_matrix + matrix + 1] = next < last_row ? counts[next] : before;
 }
 
@@ -418,7 +417,7 @@ static_assert(kTile * kStep == kThreads * 4);  // a float4 a thread
 struct Vectors {
   const float* values;  // [count, size]
   int count, size;
-  std::int64_t first_row;  // among the padded vectors of all
+  std::int64_t first_row;          // among the padded vectors of all
   std::int64_t units, similarity;  // where they begin
   std::int64_t first_tile;
 };
@@ -451,7 +450,7 @@ __global__ void units_kernel(const __grid_constant__ Table<Vectors> table, std::
 #pragma unroll 4
   for (int d = lane; d < size; d += kWarp) square += static_cast<double>(from[d]) * from[d];
   for (int half = kWarp / 2; half > 0; half /= 2) square += __shfl_xor_sync(kAll, square, half);
-  const bool usable = square > 0 && square <= std::numeric_limits<double>::max();
+  const bool usable = square > 0 && isfinite(square);
   const double inverse = usable ? 1 / sqrt(square) : 0;
   const float rest = usable || !real ? 0.0f : __uint_as_float(0x7fc00000u);
 #pragma unroll 4
@@ -461,7 +460,7 @@ __global__ void units_kernel(const __grid_constant__ Table<Vectors> table, std::
 }
 
 // A step's part of a tile's vectors, by entry: what the threads of a warp read stands together.
-struct Strip {
+struct alignas(16) Strip {
   float entries[kStep][kTile + 4];
 };
 
@@ -487,7 +486,7 @@ __device__ float clamped(float cosine) {  // fminf and fmaxf would lose NaN
 __global__ void __launch_bounds__(kThreads)
     similarity_kernel(const __grid_constant__ Table<Vectors> table,
                       const float* __restrict__ all_units, float* __restrict__ all_similarity) {
-  __shared__ alignas(16) Strip strips[2][2];
+  __shared__ Strip strips[2][2];
   const std::int64_t block = table.items[0].first_tile + blockIdx.x;
   const Vectors& vectors = holder(table, &Vectors::first_tile, block);
   const std::int64_t pitch = padded_count(vectors.count), padded = padded_size(vectors.size);
@@ -513,10 +512,8 @@ __global__ void __launch_bounds__(kThreads)
     }
 #pragma unroll
     for (int e = 0; e < kStep; ++e) {
-      const float4 a =
-          *reinterpret_cast<const float4*>(&strips[now][0].entries[e][kSide * y]);
-      const float4 b =
-          *reinterpret_cast<const float4*>(&strips[now][1].entries[e][kSide * x]);
+      const float4 a = *reinterpret_cast<const float4*>(&strips[now][0].entries[e][kSide * y]);
+      const float4 b = *reinterpret_cast<const float4*>(&strips[now][1].entries[e][kSide * x]);
       const float rows[kSide] = {a.x, a.y, a.z, a.w}, cols[kSide] = {b.x, b.y, b.z, b.w};
 #pragma unroll
       for (int i = 0; i < kSide; ++i) {
@@ -555,9 +552,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // ---- tables ------------------------------------------------------------------------------------
 
-// Where the items of a table that follow each other end, and how much all take.
+// How much the items of a list take together.
 struct Extent {
   std::int64_t rows = 0, words = 0, groups = 0;
+};
+
+struct VectorExtent {
+  std::int64_t rows = 0, units = 0, similarity = 0, tiles = 0;
 };
 
 std::vector<Matrix> matrices_of(const std::vector<DeviceMatrix>& given, Extent& extent) {
@@ -574,18 +575,14 @@ std::vector<Matrix> matrices_of(const std::vector<DeviceMatrix>& given, Extent& 
   return matrices;
 }
 
-struct VectorExtent {
-  std::int64_t rows = 0, units = 0, similarity = 0, tiles = 0;
-};
-
 std::vector<Vectors> vectors_of(const std::vector<DeviceMatrix>& given, VectorExtent& extent) {
   std::vector<Vectors> vectors;
   vectors.reserve(given.size());
   for (const DeviceMatrix& one : given) {
     const int count = static_cast<int>(one.rows), size = static_cast<int>(one.cols);
     const std::int64_t padded = padded_count(count), tiles = padded / kTile;
-    vectors.push_back({one.values, count, size, extent.rows, extent.units, extent.similarity,
-                       extent.tiles});
+    vectors.push_back(
+        {one.values, count, size, extent.rows, extent.units, extent.similarity, extent.tiles});
     extent.rows += padded;
     extent.units += padded * padded_size(size);
     extent.similarity += padded * padded;
@@ -594,7 +591,7 @@ std::vector<Vectors> vectors_of(const std::vector<DeviceMatrix>& given, VectorEx
   return vectors;
 }
 
-// The similarities of vectors as matrices; addresses count from `similarity`.
+// The similarities of vectors, which are symmetric: no cuts of columns.
 std::vector<Matrix> similarities_of(const std::vector<Vectors>& vectors, const float* similarity,
                                     Extent& extent) {
   std::vector<Matrix> matrices;
@@ -608,11 +605,26 @@ std::vector<Matrix> similarities_of(const std::vector<Vectors>& vectors, const f
   return matrices;
 }
 
-// Where what follows an item begins: `start` of the next one, or the end of all.
+// `start` of an item, or behind the last one the end of all.
 template <typename Item>
 std::int64_t start_of(const std::vector<Item>& items, std::size_t index, std::int64_t Item::*start,
                       std::int64_t end) {
   return index < items.size() ? items[index].*start : end;
+}
+
+void queue_similarities(const std::vector<Vectors>& vectors, const VectorExtent& extent,
+                        float* units, float* similarity, cudaStream_t stream) {
+  for_each_table(vectors, [&](const Table<Vectors>& table, std::size_t first, std::size_t last) {
+    const std::int64_t last_row = start_of(vectors, last, &Vectors::first_row, extent.rows);
+    const std::int64_t last_tile = start_of(vectors, last, &Vectors::first_tile, extent.tiles);
+    const unsigned rows = grid_of(blocks_of(last_row - vectors[first].first_row, kWarps));
+    const unsigned tiles = grid_of(last_tile - vectors[first].first_tile);
+    if (rows == 0) return;
+    units_kernel<<<rows, kThreads, 0, stream>>>(table, last_row, units);
+    ONP_CUDA_CHECK(cudaGetLastError());
+    similarity_kernel<<<tiles, kThreads, 0, stream>>>(table, units, similarity);
+    ONP_CUDA_CHECK(cudaGetLastError());
+  });
 }
 
 template <typename T>
@@ -642,12 +654,11 @@ void connection_strengths_cuda(int device, void* stream, const std::vector<Layer
   }
   if (outs == 0) return;
   const DeviceGuard guard(device);
-  for_each_table(items, [&](Table<Layer>& table, std::size_t first, std::size_t last) {
-    const std::int64_t begin = items[first].first_block;
-    const std::int64_t here = start_of(items, last, &Layer::first_block, blocks) - begin;
-    if (here == 0) return;
-    for (int i = 0; i < table.count; ++i) table.items[i].first_block -= begin;
-    strengths_kernel<<<grid_of(here), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, out);
+  for_each_table(items, [&](const Table<Layer>& table, std::size_t first, std::size_t last) {
+    const std::int64_t end = start_of(items, last, &Layer::first_block, blocks);
+    const unsigned grid = grid_of(end - items[first].first_block);
+    if (grid == 0) return;
+    strengths_kernel<<<grid, kThreads, 0, static_cast<cudaStream_t>(stream)>>>(table, out);
     ONP_CUDA_CHECK(cudaGetLastError());
   });
 }
@@ -680,8 +691,86 @@ EdgeSelection::EdgeSelection(const std::vector<DeviceMatrix>& given, bool simila
   parts_.row_cuts = take(extent.rows, sizeof(Key));
   parts_.column_cuts = take(extent.groups * kWarp, sizeof(Key));
   parts_.offsets = take(extent.rows, sizeof(std::int64_t));
-  parts_.kept = take(extent.words, sizeof(unsigned));
+  parts_.flags = take(extent.words, sizeof(unsigned));
   parts_.bounds = take(static_cast<std::int64_t>(given.size()) + 1, sizeof(std::int64_t));
   parts_.units = take(padded.units, sizeof(float));
   parts_.similarity = take(padded.similarity, sizeof(float));
 }
+
+EdgeSelection EdgeSelection::strongest(const std::vector<DeviceMatrix>& strengths, std::int64_t k) {
+  return EdgeSelection(strengths, false, 0.0f, k);
+}
+
+EdgeSelection EdgeSelection::similar(const std::vector<DeviceMatrix>& vectors, float threshold,
+                                     std::int64_t max_neighbours) {
+  ONP_CHECK(threshold >= -1 && threshold <= 1,
+            "similarity_edges: threshold must be in [-1, 1], got ", threshold);
+  return EdgeSelection(vectors, true, std::nextafter(threshold, -2.0f), max_neighbours);
+}
+
+std::vector<std::int64_t> EdgeSelection::choose(int device, void* stream, void* scratch) const {
+  std::vector<std::int64_t> bounds(given_.size() + 1, 0);
+  if (given_.empty() || k_ == 0) return bounds;
+  const DeviceGuard guard(device);
+  const auto queue = static_cast<cudaStream_t>(stream);
+  Extent extent;
+  std::vector<Matrix> matrices;
+  if (similar_) {
+    VectorExtent padded;
+    auto* const similarity = part_of<float>(scratch, parts_.similarity);
+    const std::vector<Vectors> vectors = vectors_of(given_, padded);
+    queue_similarities(vectors, padded, part_of<float>(scratch, parts_.units), similarity, queue);
+    matrices = similarities_of(vectors, similarity, extent);
+  } else {
+    matrices = matrices_of(given_, extent);
+  }
+  auto* const row_cuts = part_of<Key>(scratch, parts_.row_cuts);
+  auto* const column_cuts = similar_ ? nullptr : part_of<Key>(scratch, parts_.column_cuts);
+  auto* const flags = part_of<unsigned>(scratch, parts_.flags);
+  auto* const offsets = part_of<std::int64_t>(scratch, parts_.offsets);
+  auto* const bounds_there = part_of<std::int64_t>(scratch, parts_.bounds);
+  for_each_table(matrices, [&](const Table<Matrix>& table, std::size_t first, std::size_t last) {
+    const std::int64_t last_row = start_of(matrices, last, &Matrix::first_row, extent.rows);
+    const std::int64_t last_group = start_of(matrices, last, &Matrix::first_group, extent.groups);
+    const std::int64_t row_blocks = blocks_of(last_row - matrices[first].first_row, kWarps);
+    const std::int64_t groups = last_group - matrices[first].first_group;
+    if (row_blocks > 0) {
+      cuts_kernel<<<grid_of(groups + row_blocks), kThreads, 0, queue>>>(
+          table, groups, last_row, k_, bar_, row_cuts, column_cuts);
+      ONP_CUDA_CHECK(cudaGetLastError());
+      flags_kernel<<<grid_of(row_blocks), kThreads, 0, queue>>>(table, last_row, bar_, row_cuts,
+                                                                column_cuts, flags, offsets);
+      ONP_CUDA_CHECK(cudaGetLastError());
+    }
+    scan_kernel<<<1, kScanThreads, 0, queue>>>(table, static_cast<std::int64_t>(first), last_row,
+                                               offsets, bounds_there);
+    ONP_CUDA_CHECK(cudaGetLastError());
+  });
+  ONP_CUDA_CHECK(cudaMemcpyAsync(bounds.data(), bounds_there, bounds.size() * sizeof bounds[0],
+                                 cudaMemcpyDeviceToHost, queue));
+  ONP_CUDA_CHECK(cudaStreamSynchronize(queue));
+  return bounds;
+}
+
+void EdgeSelection::write(int device, void* stream, const void* scratch, std::int64_t* rows,
+                          std::int64_t* cols, float* values) const {
+  if (given_.empty() || k_ == 0) return;
+  const DeviceGuard guard(device);
+  Extent extent;
+  VectorExtent padded;
+  const std::vector<Matrix> matrices =
+      similar_ ? similarities_of(vectors_of(given_, padded),
+                                 part_of<float>(scratch, parts_.similarity), extent)
+               : matrices_of(given_, extent);
+  for_each_table(matrices, [&](const Table<Matrix>& table, std::size_t first, std::size_t last) {
+    const std::int64_t last_row = start_of(matrices, last, &Matrix::first_row, extent.rows);
+    const std::int64_t blocks = blocks_of(last_row - matrices[first].first_row, kWarps);
+    if (blocks == 0) return;
+    write_kernel<<<grid_of(blocks), kThreads, 0, static_cast<cudaStream_t>(stream)>>>(
+        table, last_row, part_of<unsigned>(scratch, parts_.flags),
+        part_of<std::int64_t>(scratch, parts_.offsets), rows, cols, values);
+    ONP_CUDA_CHECK(cudaGetLastError());
+  });
+}
+
+}  // namespace onp

@@ -1,6 +1,5 @@
-// CUDA twins of core/neuron_graph.h for many layers at once, callable from plain C++. A call makes
-// as many launches for a network as for a layer. All addresses but those of vectors are on the
-// device; streams are cudaStream_t.
+// CUDA twins of core/neuron_graph.h for many layers at once, callable from plain C++. A network
+// takes as many launches as a layer. Addresses are of device memory, streams are cudaStream_t.
 #pragma once
 
 #include <cstdint>
@@ -49,7 +48,7 @@ class EdgeSelection {
  private:
   // Offsets into the scratch memory, in bytes.
   struct Parts {
-    std::int64_t row_cuts, column_cuts, offsets, kept, bounds, units, similarity, bytes;
+    std::int64_t row_cuts, column_cuts, offsets, flags, bounds, units, similarity, bytes;
   };
 
   EdgeSelection(const std::vector<DeviceMatrix>& given, bool similar, float bar, std::int64_t k);

@@ -39,10 +39,28 @@ def message_passing_weight_grad(
 def connection_strength(
     weight: int, pairs: int, kernel: int, out: int, threads: int, /
 ) -> None: ...
-def connection_strength_cuda(
-    device: int, stream: int, weight: int, pairs: int, kernel: int, out: int, /
+def connection_strengths_cuda(
+    device: int, stream: int, layers: list[tuple[int, int, int]], out: int, /
 ) -> None:
-    """Exists where ``with_cuda`` is True."""
+    """Layers: address, pairs, kernel. Exists where ``with_cuda`` is True."""
+
+class EdgeSelection:
+    """Matrices: device address, rows, columns. Exists where ``with_cuda`` is True."""
+
+    @staticmethod
+    def strongest(strengths: list[tuple[int, int, int]], k: int, /) -> EdgeSelection: ...
+    @staticmethod
+    def similar(
+        vectors: list[tuple[int, int, int]], threshold: float, max_neighbours: int, /
+    ) -> EdgeSelection: ...
+    @property
+    def scratch_bytes(self) -> int: ...
+    def choose(self, device: int, stream: int, scratch: int, /) -> list[int]:
+        """Where each matrix's edges begin among all edges, and the number of all."""
+
+    def write(
+        self, device: int, stream: int, scratch: int, rows: int, cols: int, values: int, /
+    ) -> None: ...
 
 def strongest_edges(
     strength: int,

@@ -10,13 +10,20 @@ subtracted: strengths are positive, so plain cosines all sit near one.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from onp.config import GraphConfig
+from onp.ops.build_info import with_cuda
 from onp.ops.csr import CsrGraph, csr_from_edges
-from onp.ops.neuron_graph import connection_strength, similarity_edges, strongest_edges
+from onp.ops.neuron_graph import (
+    Edges,
+    connection_strengths,
+    similarity_edges_of,
+    strongest_edges_of,
+)
 from onp.suspect.trace import SiteLayer, Trace
 
 
@@ -70,71 +77,85 @@ class NeuronGraph:
 
 
 def build_graph(trace: Trace, model: nn.Module, config: GraphConfig | None = None) -> NeuronGraph:
-    """Build the graph from the weight tensors of ``model``, traced as ``trace``."""
+    """Build the graph from the weight tensors of ``model``, traced as ``trace``.
+
+    It is in host memory. Where all weights are on one CUDA device, strengths and edges are found
+    there; sums in another order may then change edges at the threshold and between near equals.
+    """
     config = config or GraphConfig()
     joins = _joins(trace, model)
+    device = joins[0].strength.device if joins else torch.device("cpu")
     profiles: dict[int, list[Tensor]] = {layer.start: [] for layer in trace.layers}
-    strength_in, strength_out = torch.zeros(trace.sites), torch.zeros(trace.sites)
-    edges: list[tuple[Tensor, Tensor, Tensor]] = []
+    strength_in = torch.zeros(trace.sites, device=device)
+    strength_out = torch.zeros(trace.sites, device=device)
     for source, sink, strength in joins:
         profiles[source.start].append(strength.T)
         strength_out[source.sites] += strength.sum(0)
-        if sink is None:
-            continue
-        profiles[sink.start].append(strength)
-        strength_in[sink.sites] += strength.sum(1)
-        if not config.layerwise:
-            rows, columns, values = strongest_edges(strength, config.strongest)
-            edges.append((rows + sink.start, columns + source.start, values))
-    similar = [
-        (rows + layer.start, columns + layer.start, values)
-        for layer in trace.layers
-        if profiles[layer.start]
-        for rows, columns, values in [
-            similarity_edges(_centred(profiles[layer.start]), config.similarity, config.neighbours)
-        ]
-    ]
+        if sink is not None:
+            profiles[sink.start].append(strength)
+            strength_in[sink.sites] += strength.sum(1)
+    edges = [] if config.layerwise else _strongest(joins, config.strongest)
+    similar = _similar(trace, profiles, config)
     return NeuronGraph(
         trace.sites,
         _relation(edges, trace.sites),
-        _relation([(columns, rows, values) for rows, columns, values in edges], trace.sites),
+        _relation([Edges(cols, rows, values) for rows, cols, values in edges], trace.sites),
         _relation(similar, trace.sites),
-        _over_layer_mean(strength_in, trace),
-        _over_layer_mean(strength_out, trace),
+        _over_layer_mean(strength_in.cpu(), trace),
+        _over_layer_mean(strength_out.cpu(), trace),
     )
 
 
-def _joins(trace: Trace, model: nn.Module) -> list[tuple[SiteLayer, SiteLayer | None, Tensor]]:
-    """(source layer, sink layer, strength [sink channels, source channels]) of every conv/linear.
+class _Join(NamedTuple):
+    """A convolution or linear layer between two layers of sites."""
 
-    The sink is the first layer that its outputs reach; None (rows are classes) for the logits.
-    """
+    source: SiteLayer
+    sink: SiteLayer | None
+    """The first layer that its outputs reach; None for the logits."""
+    strength: Tensor
+    """float32 [sink channels (for the logits classes), source channels], of mean 1."""
+
+
+def _joins(trace: Trace, model: nn.Module) -> list[_Join]:
+    """Of every convolution and linear layer that reads sites; on the device of the weights."""
+    places = [(source, consumer) for source in trace.layers for consumer in source.consumers]
+    modules = [model.get_submodule(str(trace.ops[consumer].module)) for _, consumer in places]
+    weights = [
+        _weight(module, source.channels)
+        for (source, _), module in zip(places, modules, strict=True)
+    ]
+    strengths = connection_strengths(_where_built(weights))
     joins = []
-    for source in trace.layers:
-        for consumer in source.consumers:
-            module = model.get_submodule(str(trace.ops[consumer].module))
-            assert isinstance(module, nn.Conv2d | nn.Linear)
-            strength = _dense_strength(module, source.channels)
-            sink = next((layer for layer in trace.layers if consumer in layer.producers), None)
-            if sink is not None:
-                strength = _by_sink_channel(trace, consumer, sink, strength)
-            scale = strength.mean().clamp_min(1e-12)
-            joins.append((source, sink, strength / scale))
+    for (source, consumer), module, strength in zip(places, modules, strengths, strict=True):
+        if isinstance(module, nn.Conv2d) and module.groups > 1:
+            strength = _spread_groups(strength, module.groups, source.channels)
+        sink = next((layer for layer in trace.layers if consumer in layer.producers), None)
+        if sink is not None:
+            strength = _by_sink_channel(trace, consumer, sink, strength)
+        joins.append(_Join(source, sink, strength / strength.mean().clamp_min(1e-12)))
     return joins
 
 
-def _dense_strength(module: nn.Conv2d | nn.Linear, channels: int) -> Tensor:
-    """L1 strengths [outputs, channels]; grouped convolutions are spread over all channels."""
-    weight = module.weight.detach().float().cpu()  # edges are chosen on the CPU
-    if isinstance(module, nn.Linear):
-        return connection_strength(weight.reshape(len(weight), channels, -1).contiguous())
-    strength = connection_strength(weight.contiguous())
-    if module.groups == 1:
-        return strength
+def _weight(module: nn.Module, channels: int) -> Tensor:
+    """float32 [outputs, channels, *K]; of a grouped convolution the channels of a group."""
+    assert isinstance(module, nn.Conv2d | nn.Linear)
+    weight = module.weight.detach().float()
+    return weight.reshape(len(weight), channels, -1) if isinstance(module, nn.Linear) else weight
+
+
+def _where_built(weights: list[Tensor]) -> list[Tensor]:
+    """On the one CUDA device where all are, if there are kernels for it; else on the CPU."""
+    if with_cuda() and len({weight.device for weight in weights}) == 1 and weights[0].is_cuda:
+        return weights
+    return [weight.cpu() for weight in weights]
+
+
+def _spread_groups(strength: Tensor, groups: int, channels: int) -> Tensor:
+    """[outputs, channels of a group] to [outputs, channels], 0 between groups."""
     outputs, per_group = strength.shape
     dense = strength.new_zeros(outputs, channels)
-    group = torch.arange(outputs) // (outputs // module.groups)
-    columns = group[:, None] * per_group + torch.arange(per_group)
+    group = torch.arange(outputs, device=dense.device) // (outputs // groups)
+    columns = group[:, None] * per_group + torch.arange(per_group, device=dense.device)
     return dense.scatter_(1, columns, strength)
 
 
@@ -145,11 +166,39 @@ def _by_sink_channel(trace: Trace, consumer: int, sink: SiteLayer, strength: Ten
     if torch.equal(outputs, channels):
         return strength
     place = {int(channel): index for index, channel in enumerate(channels)}
-    moved = strength.new_zeros(sink.channels, strength.shape[1])
-    for row, channel in enumerate(outputs.tolist()):
-        if channel in place:
-            moved[place[channel]] += strength[row]
-    return moved
+    moves = [(row, place[c]) for row, c in enumerate(outputs.tolist()) if c in place]
+    rows, to = torch.tensor(moves, dtype=torch.int64).view(-1, 2).T.to(strength.device)
+    return strength.new_zeros(sink.channels, strength.shape[1]).index_add_(0, to, strength[rows])
+
+
+def _strongest(joins: list[_Join], k: int) -> list[Edges]:
+    """Between layers, by site, in host memory."""
+    inner = [(source, sink, strength) for source, sink, strength in joins if sink is not None]
+    found = _on_host(strongest_edges_of([strength for _, _, strength in inner], k))
+    return [
+        Edges(rows + sink.start, cols + source.start, values)
+        for (source, sink, _), (rows, cols, values) in zip(inner, found, strict=True)
+    ]
+
+
+def _similar(trace: Trace, profiles: dict[int, list[Tensor]], config: GraphConfig) -> list[Edges]:
+    """Within layers, by site, in host memory."""
+    starts = [layer.start for layer in trace.layers if profiles[layer.start]]
+    centred = [_centred(profiles[start]) for start in starts]
+    found = _on_host(similarity_edges_of(centred, config.similarity, config.neighbours))
+    return [
+        Edges(rows + start, cols + start, values)
+        for start, (rows, cols, values) in zip(starts, found, strict=True)
+    ]
+
+
+def _on_host(edges: list[Edges]) -> list[Edges]:
+    """Copied all at once, where they are on a device."""
+    if not edges or edges[0].rows.device.type == "cpu":
+        return edges
+    sizes = [len(one.rows) for one in edges]
+    parts = (torch.cat(part).cpu().split(sizes) for part in zip(*edges, strict=True))
+    return list(map(Edges, *parts))
 
 
 def _centred(profiles: list[Tensor]) -> Tensor:
@@ -158,9 +207,9 @@ def _centred(profiles: list[Tensor]) -> Tensor:
     return torch.cat([part / part.norm().clamp_min(1e-12) for part in parts], 1).contiguous()
 
 
-def _relation(edges: list[tuple[Tensor, Tensor, Tensor]], nodes: int) -> Relation:
+def _relation(edges: list[Edges], nodes: int) -> Relation:
     empty = torch.empty(0, dtype=torch.int64)
-    parts = edges or [(empty, empty, torch.empty(0))]
+    parts = edges or [Edges(empty, empty, torch.empty(0))]
     rows, columns, values = (torch.cat(part) for part in zip(*parts, strict=True))
     graph, weight = csr_from_edges(rows, columns, values, nodes)
     degree = graph.indptr.diff()

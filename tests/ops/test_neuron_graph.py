@@ -14,7 +14,15 @@ from onp import _C
 from onp.errors import NativeError, NotBuiltError
 from onp.ops import reference
 from onp.ops.csr import csr_from_edges
-from onp.ops.neuron_graph import Edges, connection_strength, similarity_edges, strongest_edges
+from onp.ops.neuron_graph import (
+    Edges,
+    connection_strength,
+    connection_strengths,
+    similarity_edges,
+    similarity_edges_of,
+    strongest_edges,
+    strongest_edges_of,
+)
 
 SEEDS = st.integers(0, 2**31 - 1)
 
@@ -85,20 +93,25 @@ def test_strength_of_a_slice_and_of_a_parameter() -> None:
 
 def test_strength_refuses_wrong_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(
-        ValueError, match=r"weight must be float32 \[O, I, \*K\], got torch.float64"
+        ValueError, match=r"weight must be float32 \[O, I, \*K\] on .*, got torch.float64"
     ):
         connection_strength(torch.zeros(2, 2, dtype=torch.float64))
     with pytest.raises(ValueError, match=r"got torch.float32 \(2,\)"):
         connection_strength(torch.zeros(2))
-    with pytest.raises(ValueError, match="on the CPU or on CUDA, got meta"):
+    with pytest.raises(ValueError, match=r"on the CPU or on CUDA, got .* on meta"):
         connection_strength(torch.zeros(2, 2, device="meta"))
 
     class OnCuda(torch.Tensor):
         is_cuda = True
 
     monkeypatch.setattr(_C, "with_cuda", False)
+    on_cuda = torch.zeros(2, 2).as_subclass(OnCuda)
     with pytest.raises(NotBuiltError, match="built without CUDA kernels"):
-        connection_strength(torch.zeros(2, 2).as_subclass(OnCuda))
+        connection_strength(on_cuda)
+    with pytest.raises(NotBuiltError, match="strongest_edges: onp was built without CUDA"):
+        strongest_edges(on_cuda, 1)
+    with pytest.raises(NotBuiltError, match="similarity_edges: onp was built without CUDA"):
+        similarity_edges(on_cuda, 0.5, 1)
 
 
 @pytest.mark.gpu
@@ -284,6 +297,152 @@ def test_scale_does_not_matter_and_bad_vectors_have_no_edges() -> None:
 def test_similarity_edges_refuse(arguments: tuple[Any, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         similarity_edges(*arguments)
+
+
+# ---- many layers at once
+
+DEVICES = [pytest.param("cuda", marks=pytest.mark.gpu), "cpu"]
+"""The CPU last: there the same is asked of the singular functions alone."""
+
+KERNELS = [(), (1, 1), (3, 3), (2, 2), (5, 5), (7, 7), (32,), (0, 3)]
+
+
+def matrices(count: int = 12) -> list[Tensor]:
+    """Odd sizes, empty ones, ties, bad values, whole rows alike, and what is not contiguous."""
+    sizes = [(0, 0), (1, 1), (0, 5), (5, 0), (33, 17), (64, 64), (70, 48), (129, 131), (1, 300)]
+    found = [random_matrix(*sizes[i % len(sizes)], seed=i) for i in range(count)]
+    found += [random_matrix(40, 33, seed=i, levels=3) for i in range(3)]
+    found += [torch.zeros(9, 12), torch.ones(37, 70), -torch.ones(5, 6)]
+    bad = random_matrix(66, 45, seed=1)
+    bad[3, 5], bad[4, 5], bad[7], bad[:, 9], bad[12] = torch.nan, torch.inf, torch.nan, 0.0, 0.0
+    bad[20, 20], bad[21, 20], bad[22] = -torch.inf, -0.0, torch.inf
+    return [*found, bad, random_matrix(60, 80, 5)[::2, 1::3], random_matrix(50, 20, 6).T]
+
+
+def assert_edges_on(device: str, got: list[Edges], expected: list[Edges]) -> None:
+    """The same edges, and the same values bit for bit."""
+    assert len(got) == len(expected)
+    for one, other in zip(got, expected, strict=True):
+        assert {part.device.type for part in one} == {device}
+        assert [part.dtype for part in one] == [torch.int64, torch.int64, torch.float32]
+        assert all(map(torch.equal, (part.cpu() for part in one), other))
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("repeats", [1, 9])
+def test_strengths_of_many_layers(device: str, repeats: int) -> None:
+    """More layers than a launch takes with nine repeats."""
+    sizes = [(5, 3), (33, 17), (1, 1), (0, 4), (4, 0), (130, 64)]
+    generator = torch.Generator().manual_seed(0)
+    weights = [
+        torch.randn((*size, *kernel), generator=generator) for size in sizes for kernel in KERNELS
+    ]
+    weights = [*weights * repeats, torch.randn(8, 6, 3, 3)[::2, 1::3], torch.randn(6, 7).T]
+    weights += [torch.nn.Parameter(torch.randn(9, 4, 3, 3).to(memory_format=torch.channels_last))]
+    weights += [torch.randn(4 * 9 * 9 + 1)[1:].view(4, 9, 3, 3)]  # not on a whole vector
+    got = connection_strengths([weight.detach().to(device) for weight in weights])
+    assert len(got) == len(weights)
+    for strength, weight in zip(got, weights, strict=True):
+        assert strength.device.type == device
+        assert strength.is_contiguous()
+        assert not strength.requires_grad
+        expected = connection_strength(weight)
+        torch.testing.assert_close(strength.cpu(), expected, rtol=1e-5, atol=0)
+    alone = connection_strength(weights[-2].to(device))
+    torch.testing.assert_close(alone.cpu(), connection_strength(weights[-2]), rtol=1e-5, atol=0)
+    assert not alone.requires_grad
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("k", [0, 1, 8, 20, 2**40])
+def test_strongest_edges_of_many_matrices(device: str, k: int) -> None:
+    for count in (12, 90):
+        strengths = matrices(count)
+        expected = [strongest_edges(strength, k) for strength in strengths]
+        on_device = [strength.to(device) for strength in strengths]
+        assert_edges_on(device, strongest_edges_of(on_device, k), expected)
+        assert_edges_on(device, [strongest_edges(on_device[-1], k)], expected[-1:])
+    of_views = strongest_edges_of([torch.eye(40, device=device)[::2, ::2].T], k)
+    assert_edges_on(device, of_views, [strongest_edges(torch.eye(20), k)])
+
+
+@pytest.mark.usefixtures("poisoned_empty")
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("threshold", [-1.0, 0.0, 0.25, 1.0])
+@pytest.mark.parametrize("most", [0, 1, 8, 2**40])
+def test_similarity_edges_of_many_matrices(device: str, threshold: float, most: int) -> None:
+    """Vectors of ones and minus ones, whose similarities are exact and often equal."""
+    sizes = [(0, 4), (5, 0), (1, 16), (2, 1), (64, 16), (65, 64), (130, 4), (40, 256)]
+    vectors = [2 * random_matrix(*size, seed=i, levels=2) - 1 for i, size in enumerate(sizes)]
+    bad = vectors[5].clone()
+    bad[0], bad[64], bad[7, 3], bad[8, 0], bad[9] = 0, 0, torch.nan, torch.inf, -torch.inf
+    vectors += [bad, *[vectors[5][n : n + 9] for n in range(60)], vectors[7].T[:, :16]]
+    expected = [similarity_edges(one, threshold, most) for one in vectors]
+    on_device = [one.to(device) for one in vectors]
+    assert_edges_on(device, similarity_edges_of(on_device, threshold, most), expected)
+    alone = [similarity_edges(on_device[6], threshold, most)]
+    assert_edges_on(device, alone, expected[6:7])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_similarities_of_many_matrices_are_close_and_symmetric(device: str) -> None:
+    vectors = [random_matrix(*size, seed=2) for size in ((24, 40), (131, 517), (16, 3))]
+    vectors[0][:2] *= torch.tensor([[1e-30], [1e30]])
+    for one, edges in zip(
+        vectors, similarity_edges_of([one.to(device) for one in vectors], -1.0, 200), strict=True
+    ):
+        on_host = Edges(*(part.cpu() for part in edges))
+        expected = reference.similarity_edges(one, -1.0, 200)
+        assert len(on_host.rows) == len(one) * (len(one) - 1)
+        assert_same_edges(on_host, expected)
+        square = torch.zeros(len(one), len(one)).index_put(on_host[:2], on_host.values)
+        assert torch.equal(square, square.T)
+    few = random_matrix(24, 40, seed=2)
+    assert clear_cut(few, 0.1)
+    first, again = similarity_edges_of([few.to(device)] * 2, 0.1, 3)
+    assert_same_edges(
+        Edges(*(part.cpu() for part in first)), reference.similarity_edges(few, 0.1, 3)
+    )
+    assert all(map(torch.equal, first, again))
+
+
+@pytest.mark.gpu
+def test_edges_on_another_stream() -> None:
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        strength = random_matrix(300, 200, 0).to("cuda")
+        for _ in range(50):  # work that the kernels have to wait for
+            strength = strength * 1.01
+        got = strongest_edges(strength, 8)
+        assert_edges_on("cuda", [got], [strongest_edges(strength.cpu(), 8)])
+
+
+def test_no_layers_and_layers_apart() -> None:
+    assert connection_strengths([]) == strongest_edges_of([], 1) == []
+    assert similarity_edges_of([], 0.5, 1) == []
+    with pytest.raises(ValueError, match="k must be at least 0"):
+        strongest_edges_of([], -1)
+    with pytest.raises(ValueError, match="threshold must be in"):
+        similarity_edges_of([], 2.0, 1)
+    one, wrong = torch.zeros(2, 2), torch.zeros(2)
+    for call in (
+        connection_strengths,
+        lambda given: strongest_edges_of(given, 1),
+        lambda given: similarity_edges_of(given, 0.5, 1),
+    ):
+        with pytest.raises(ValueError, match=r"must be .*float32.*got"):
+            call([one, wrong])
+
+
+@pytest.mark.gpu
+def test_layers_on_two_devices_are_refused() -> None:
+    one = torch.zeros(2, 2)
+    with pytest.raises(ValueError, match="must all be on one device, got cpu and cuda"):
+        connection_strengths([one, one.cuda()])
+    with pytest.raises(ValueError, match="must all be on one device, got cuda:0 and cpu"):
+        strongest_edges_of([one.cuda(), one], 1)
 
 
 # ---- edges to CSR

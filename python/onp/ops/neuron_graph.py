@@ -1,10 +1,13 @@
 """What the graph of a network's neurons is made of: connection strengths and chosen edges.
 
-Plain functions over native code; nothing here is differentiable.
+Plain functions over native code; nothing here is differentiable. The plural forms take all layers
+of a network: on CUDA they are as many launches as for one layer.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -15,7 +18,7 @@ from onp.errors import NotBuiltError
 
 
 class Edges(NamedTuple):
-    """M edges in host memory, each once, ordered by (row, column)."""
+    """M edges, each once, ordered by (row, column), where the matrix is that they are of."""
 
     rows: Tensor
     """int64 ``[M]``."""
@@ -39,33 +42,30 @@ def connection_strength(weight: Tensor) -> Tensor:
         ValueError: wrong dtype, fewer than two dimensions, or another kind of device.
         NotBuiltError: a CUDA tensor in a build without CUDA kernels.
     """
-    if weight.dtype != torch.float32 or weight.ndim < 2:
-        raise ValueError(
-            "connection_strength: weight must be float32 [O, I, *K], "
-            f"got {weight.dtype} {tuple(weight.shape)}"
-        )
-    if weight.device.type not in ("cpu", "cuda"):
-        raise ValueError(
-            f"connection_strength: weight must be on the CPU or on CUDA, got {weight.device}"
-        )
-    if weight.is_cuda and not _C.with_cuda:
-        raise NotBuiltError(
-            "connection_strength: onp was built without CUDA kernels: reinstall with "
-            "-C cmake.define.ONP_CUDA=ON, or move the tensor to the CPU"
-        )
-    weight = weight.detach().contiguous()
-    out = torch.empty(weight.shape[:2], dtype=weight.dtype, device=weight.device)
-    pairs, kernel = out.numel(), weight.shape[2:].numel()
-    if weight.is_cuda:
-        stream = torch.cuda.current_stream(weight.device).cuda_stream
-        _C.connection_strength_cuda(
-            weight.get_device(), stream, weight.data_ptr(), pairs, kernel, out.data_ptr()
-        )
-    else:
-        _C.connection_strength(
-            weight.data_ptr(), pairs, kernel, out.data_ptr(), torch.get_num_threads()
-        )
-    return out
+    return connection_strengths((weight,))[0]
+
+
+def connection_strengths(weights: Sequence[Tensor]) -> list[Tensor]:
+    """:func:`connection_strength` of many layers, all on one device.
+
+    On CUDA the results are views of one tensor, and nothing is waited for.
+    """
+    weights = _ready("connection_strength", "weight", weights, matrices=False)
+    if not weights:
+        return []
+    if not weights[0].is_cuda:
+        return [_strength_on_cpu(weight) for weight in weights]
+    layers, places, start = [], [], 0
+    for weight in weights:
+        shape = weight.shape
+        rows, cols = shape[0], shape[1]
+        pairs = rows * cols
+        layers.append((weight.data_ptr(), pairs, weight.numel() // (pairs or 1)))
+        places.append(((rows, cols), (cols, 1), start))
+        start += pairs
+    out = torch.empty(start, device=weights[0].device)
+    _C.connection_strengths_cuda(*_queue(out), layers, out.data_ptr())
+    return [out.as_strided(*place) for place in places]  # meanwhile the kernel runs
 
 
 def strongest_edges(strength: Tensor, k: int) -> Edges:
@@ -76,16 +76,98 @@ def strongest_edges(strength: Tensor, k: int) -> Edges:
     column with any positive entry keep at least one edge for k >= 1.
 
     Args:
-        strength: float32 ``[O, I]`` in host memory.
+        strength: float32 ``[O, I]`` on the CPU or on CUDA.
         k: edges that each row and each column may choose, at least 0.
+
+    Returns:
+        The edges on the same device. On CUDA their number is waited for.
 
     Raises:
         ValueError: wrong dtype, shape, device or k.
+        NotBuiltError: a CUDA tensor in a build without CUDA kernels.
     """
-    _check_matrix("strongest_edges", "strength", strength)
+    return strongest_edges_of((strength,), k)[0]
+
+
+def strongest_edges_of(strengths: Sequence[Tensor], k: int) -> list[Edges]:
+    """:func:`strongest_edges` of many matrices, all on one device.
+
+    On CUDA the results are views of one list of edges, whose length is waited for once.
+    """
+    strengths = _ready("strongest_edges", "strength", strengths, matrices=True)
     if k < 0:
         raise ValueError(f"strongest_edges: k must be at least 0, got {k}")
-    strength = strength.detach().contiguous()
+    if not strengths:
+        return []
+    if not strengths[0].is_cuda:
+        return [_strongest_on_cpu(strength, k) for strength in strengths]
+    selection = _C.EdgeSelection.strongest(_addresses(strengths), min(k, _MOST))
+    return _selected(selection, strengths[0])
+
+
+def similarity_edges(vectors: Tensor, threshold: float, max_neighbours: int) -> Edges:
+    """Pairs of neurons whose connection strengths point the same way (arXiv 2405.17746).
+
+    A pair r != c with cosine similarity of at least ``threshold`` is kept, in both directions, if
+    it is among the ``max_neighbours`` most similar of r or of c (the lower index first among
+    equals). A neuron that many others choose can so have more than ``max_neighbours`` edges.
+    Vectors that are zero or not finite have no edges.
+
+    Args:
+        vectors: float32 ``[N, D]``, one row a neuron, on the CPU or on CUDA.
+        threshold: in [-1, 1]; similarities are computed in float32.
+        max_neighbours: edges that each neuron may choose, at least 0.
+
+    Returns:
+        Edges with their similarities, in [-1, 1], on the same device. Needs ``5 * N * N`` bytes of
+        scratch memory. On CUDA similarities are summed in another order than on the CPU, and the
+        number of edges is waited for.
+
+    Raises:
+        ValueError: wrong dtype, shape, device, threshold or max_neighbours.
+        NotBuiltError: a CUDA tensor in a build without CUDA kernels.
+    """
+    return similarity_edges_of((vectors,), threshold, max_neighbours)[0]
+
+
+def similarity_edges_of(
+    vectors: Sequence[Tensor], threshold: float, max_neighbours: int
+) -> list[Edges]:
+    """:func:`similarity_edges` of many matrices, all on one device.
+
+    On CUDA the results are views of one list of edges, whose length is waited for once, and the
+    scratch memory is that of all matrices together: of each its similarities and a copy, with N
+    rounded up to 64 and D to 16.
+    """
+    vectors = _ready("similarity_edges", "vectors", vectors, matrices=True)
+    if not -1 <= threshold <= 1:
+        raise ValueError(f"similarity_edges: threshold must be in [-1, 1], got {threshold}")
+    if max_neighbours < 0:
+        raise ValueError(
+            f"similarity_edges: max_neighbours must be at least 0, got {max_neighbours}"
+        )
+    if not vectors:
+        return []
+    if not vectors[0].is_cuda:
+        return [_similar_on_cpu(matrix, threshold, max_neighbours) for matrix in vectors]
+    most = min(max_neighbours, _MOST)
+    selection = _C.EdgeSelection.similar(_addresses(vectors), threshold, most)
+    return _selected(selection, vectors[0])
+
+
+# ---- on the CPU
+
+
+def _strength_on_cpu(weight: Tensor) -> Tensor:
+    out = torch.empty(weight.shape[:2])
+    kernel = weight.shape[2:].numel()
+    _C.connection_strength(
+        weight.data_ptr(), out.numel(), kernel, out.data_ptr(), torch.get_num_threads()
+    )
+    return out
+
+
+def _strongest_on_cpu(strength: Tensor, k: int) -> Edges:
     rows, cols = strength.shape
     k = min(k, max(rows, cols))
     capacity = min(rows * cols, rows * min(k, cols) + cols * min(k, rows))
@@ -104,33 +186,7 @@ def strongest_edges(strength: Tensor, k: int) -> Edges:
     return Edges(*(tensor[:count].clone() for tensor in edges))
 
 
-def similarity_edges(vectors: Tensor, threshold: float, max_neighbours: int) -> Edges:
-    """Pairs of neurons whose connection strengths point the same way (arXiv 2405.17746).
-
-    A pair r != c with cosine similarity of at least ``threshold`` is kept, in both directions, if
-    it is among the ``max_neighbours`` most similar of r or of c (the lower index first among
-    equals). A neuron that many others choose can so have more than ``max_neighbours`` edges.
-    Vectors that are zero or not finite have no edges.
-
-    Args:
-        vectors: float32 ``[N, D]`` in host memory, one row a neuron.
-        threshold: in [-1, 1]; similarities are computed in float32.
-        max_neighbours: edges that each neuron may choose, at least 0.
-
-    Returns:
-        Edges with their similarities, in [-1, 1]. Needs ``5 * N * N`` bytes of scratch memory.
-
-    Raises:
-        ValueError: wrong dtype, shape, device, threshold or max_neighbours.
-    """
-    _check_matrix("similarity_edges", "vectors", vectors)
-    if not -1 <= threshold <= 1:
-        raise ValueError(f"similarity_edges: threshold must be in [-1, 1], got {threshold}")
-    if max_neighbours < 0:
-        raise ValueError(
-            f"similarity_edges: max_neighbours must be at least 0, got {max_neighbours}"
-        )
-    vectors = vectors.detach().contiguous()
+def _similar_on_cpu(vectors: Tensor, threshold: float, max_neighbours: int) -> Edges:
     nodes, size = vectors.shape
     max_neighbours = min(max_neighbours, nodes)
     capacity = nodes * min(2 * max_neighbours, nodes)
@@ -150,17 +206,72 @@ def similarity_edges(vectors: Tensor, threshold: float, max_neighbours: int) -> 
     return Edges(*(tensor[:count].clone() for tensor in edges))
 
 
-def _check_matrix(op: str, name: str, matrix: Tensor) -> None:
-    if matrix.dtype != torch.float32 or matrix.ndim != 2 or matrix.device.type != "cpu":
-        raise ValueError(
-            f"{op}: {name} must be a float32 matrix on the CPU, "
-            f"got {matrix.dtype} {tuple(matrix.shape)} on {matrix.device}"
-        )
-
-
 def _empty_edges(capacity: int) -> Edges:
     return Edges(
         torch.empty(capacity, dtype=torch.int64),
         torch.empty(capacity, dtype=torch.int64),
         torch.empty(capacity, dtype=torch.float32),
     )
+
+
+# ---- on CUDA
+
+_MOST = 1 << 30
+"""Rows or columns that the kernels take: to choose more is to choose all."""
+
+
+def _queue(tensor: Tensor) -> tuple[int, int]:
+    """The number of a tensor's device, and torch's stream there."""
+    return tensor.get_device(), torch.cuda.current_stream(tensor.device).cuda_stream
+
+
+def _addresses(matrices: list[Tensor]) -> list[tuple[int, int, int]]:
+    return [(matrix.data_ptr(), *matrix.shape) for matrix in matrices]
+
+
+def _selected(selection: _C.EdgeSelection, given: Tensor) -> list[Edges]:
+    """The edges, on the device of ``given``."""
+    queue, device = _queue(given), given.device
+    scratch = torch.empty(selection.scratch_bytes, dtype=torch.uint8, device=device)
+    bounds = selection.choose(*queue, scratch.data_ptr())
+    rows, cols = torch.empty((2, bounds[-1]), dtype=torch.int64, device=device).unbind()
+    values = torch.empty(bounds[-1], device=device)
+    addresses = rows.data_ptr(), cols.data_ptr(), values.data_ptr()
+    selection.write(*queue, scratch.data_ptr(), *addresses)
+    sizes = [end - begin for begin, end in pairwise(bounds)]
+    return list(map(Edges, *(part.split_with_sizes(sizes) for part in (rows, cols, values))))
+
+
+# ---- arguments
+
+
+def _ready(op: str, name: str, tensors: Sequence[Tensor], *, matrices: bool) -> list[Tensor]:
+    """The tensors, contiguous, after a check of what all these functions ask for; it is short, as
+    for small layers it takes longer than the kernels."""
+    ready = []
+    device = tensors[0].get_device() if tensors else -1
+    for tensor in tensors:
+        dims, on_cuda = tensor.ndim, tensor.is_cuda
+        if (
+            tensor.dtype != torch.float32
+            or dims < 2
+            or (matrices and dims > 2)
+            or not (on_cuda or tensor.is_cpu)
+        ):
+            raise ValueError(
+                f"{op}: {name} must be {'a float32 matrix' if matrices else 'float32 [O, I, *K]'} "
+                f"on the CPU or on CUDA, got {tensor.dtype} {tuple(tensor.shape)} "
+                f"on {tensor.device}"
+            )
+        if on_cuda and not _C.with_cuda:
+            raise NotBuiltError(
+                f"{op}: onp was built without CUDA kernels: reinstall with "
+                "-C cmake.define.ONP_CUDA=ON, or move the tensor to the CPU"
+            )
+        if tensor.get_device() != device:
+            raise ValueError(
+                f"{op}: {name} must all be on one device, "
+                f"got {tensors[0].device} and {tensor.device}"
+            )
+        ready.append(tensor if tensor.is_contiguous() else tensor.detach().contiguous())
+    return ready
