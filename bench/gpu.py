@@ -79,7 +79,7 @@ def tests() -> tuple[str, ...]:
     """The tests that need a GPU, and those of the kernels."""
     ops = ("masked_forward_gpu", "masked_gradient_gpu", "message_passing", "neuron_graph")
     return (*_PYTEST, *_WORKERS, *(f"tests/ops/test_{name}.py" for name in ops),
-            "tests/suspect/test_replayed.py", "tests/test_evaluate.py",
+            "tests/suspect/test_replayed.py", "tests/test_evaluate.py", "tests/test_graph.py",
             "tests/test_sanitize.py::test_the_whole_path_on_cuda")  # fmt: skip
 
 

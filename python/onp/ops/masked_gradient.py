@@ -19,7 +19,7 @@ from onp import _C
 from onp.errors import UnsupportedOperation
 from onp.ops._masked_forward_lowering import Lowering
 from onp.ops._masked_forward_steps import Program
-from onp.ops._validate import check_images
+from onp.ops._validate import check_gates, check_images
 from onp.ops.masked_forward import instruction_sets
 
 if TYPE_CHECKING:
@@ -183,15 +183,8 @@ class MaskedGradientPlan:
         check_images("masked_gradient", images, self.image_shape)
         if images.device.type != "cpu":
             raise ValueError(f"masked_gradient: images must be on the CPU, got {images.device}")
-        if gates is None:
-            return
-        shapes = ((self.sites,), (len(images), self.sites))
-        if gates.dtype != torch.float32 or gates.shape not in shapes:
-            raise ValueError(
-                f"masked_gradient: gates must be float32 of shape {shapes[0]} or {shapes[1]}, "
-                f"got {gates.dtype} {tuple(gates.shape)}"
-            )
-        if gates.device.type != "cpu":
+        check_gates("masked_gradient", gates, len(images), self.sites)
+        if gates is not None and gates.device.type != "cpu":
             raise ValueError(f"masked_gradient: gates must be on the CPU, got {gates.device}")
 
     @property

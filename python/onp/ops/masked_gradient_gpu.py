@@ -21,7 +21,7 @@ from onp.errors import UnsupportedOperation
 from onp.ops._gpu_program import Convolution, GpuProgram, Layer, Operation, on_device
 from onp.ops._masked_forward_lowering import Lowering
 from onp.ops._masked_forward_steps import CONVOLUTION, NONE, Program
-from onp.ops._validate import check_images
+from onp.ops._validate import check_gates, check_images
 from onp.ops.masked_gradient import Norm, norms_of, pull_of_moments
 
 if TYPE_CHECKING:
@@ -136,12 +136,7 @@ class GpuMaskedGradientPlan:
 
     def _validate(self, images: Tensor, gates: Tensor | None) -> None:
         check_images("masked_gradient", images, self.image_shape)
-        shapes = ((self.sites,), (len(images), self.sites))
-        if gates is not None and (gates.dtype != torch.float32 or gates.shape not in shapes):
-            raise ValueError(
-                f"masked_gradient: gates must be float32 of shape {shapes[0]} or {shapes[1]}, "
-                f"got {gates.dtype} {tuple(gates.shape)}"
-            )
+        check_gates("masked_gradient", gates, len(images), self.sites)
         for name, tensor in (("images", images), ("gates", gates)):
             if tensor is not None and tensor.device != self.device:
                 raise ValueError(
@@ -170,7 +165,7 @@ class GpuMaskedGradientPlan:
         ):
             kept = self._kept(layer, run, moments=moments, keep=keep)
             for norm, values in ((result, kept.result), (scaled, kept.scaled)):
-                if norm >= 0 and values is not None and moments:
+                if values is not None:  # moments are asked for, and there is a norm
                     units = self._norms[norm].units
                     part = values[:count, :, :, : self._norms[norm].width]
                     spread, middle = torch.var_mean(part, (1, 2), correction=0)

@@ -273,14 +273,24 @@ class FrozenNetwork:
                 return None
             if len(self._graphs) == MOST_GRAPHS:  # the activations of each stay where they are
                 self._graphs.pop(next(iter(self._graphs)))
-            try:
-                self._graphs[key] = Replayed(function, inputs)
-            except torch.OutOfMemoryError:
+            graph = self._captured(function, inputs) or self._captured(function, inputs)
+            if graph is None:
                 log.warning("no room on %s to keep activations: steps take longer", self.device)
-                self._graphs.clear()
                 self._calls[key] = -(10**9)
                 return None
+            self._graphs[key] = graph
         return self._graphs[key](*inputs)
+
+    def _captured(
+        self, function: Callable[..., tuple[Tensor, ...]], inputs: tuple[Tensor | None, ...]
+    ) -> Replayed | None:
+        """The function's graph; None without room, all graphs and the allocator's cache then let
+        go: a capture cannot use what is cached."""
+        with contextlib.suppress(torch.OutOfMemoryError):
+            return Replayed(function, inputs)
+        self._graphs.clear()
+        torch.cuda.empty_cache()
+        return None
 
     def _step(self, index: int, kind: str, inputs: list[Tensor], images: Tensor) -> Tensor:
         op = self.trace.ops[index]
