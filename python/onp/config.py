@@ -267,12 +267,12 @@ BUDGETS: dict[str, Config] = {
         "quick",
         unlearning=UnlearningConfig(batch=64, max_steps=15),
         synthesis=SynthesisConfig(steps=20, images_per_step=16, classes=2, renewal_steps=15),
-        replay=ReplayConfig(measured=250, steps=12, images_per_step=16, judged=64),
+        replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=64, starts=1, rounds=2, tried=2, pool=64, heads=(3, 8)),
+        agent=AgentConfig(images=128, starts=1, rounds=3, tried=1, pool=64, heads=(3, 8, 20)),
         choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
         aftercare=AftercareConfig(epochs=4),
     ),
