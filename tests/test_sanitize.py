@@ -162,9 +162,10 @@ def test_the_whole_path_keeps_to_one_device(network: str, stage: str) -> None:
     assert f"'{stage}'" in done.stdout
 
 
-def test_a_clean_network_comes_back_untouched() -> None:
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_a_clean_network_comes_back_untouched(budget: str) -> None:
     model = clean_twin()
-    result = onp.sanitize(model, demo.clean_images(), seed=0)
+    result = onp.sanitize(model, demo.clean_images(), seed=0, budget=budget)
     assert result.verdict == "clean"
     assert not result.mask.any()
     for key, value in result.model.state_dict().items():
@@ -270,6 +271,7 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
         labels[::2] = (labels[::2] + 1) % 5
     config = replace(
         BUDGETS["quick"],
+        confirmed_by=None,
         unlearning=UnlearningConfig(max_steps=2),
         synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
         agent=AgentConfig(rounds=2, images=8),

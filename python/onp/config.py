@@ -245,6 +245,9 @@ class Config:
     """Everything a run depends on besides model, data and seed."""
 
     budget: str = "standard"
+    confirmed_by: str | None = None
+    """Budget whose unlearning, probes and race must bear it out where this one's call a backdoor: a
+    short look finds natural directions that a longer one tells apart."""
     search_in_8_bits: bool = False
     """Where the processor has VNNI: a tenth to a fifth faster. Off: in 31 pairs of repairs it cost
     .4 points of DER, nearly all on three of one architecture (bench/NOTES.md)."""
@@ -265,6 +268,7 @@ class Config:
 BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
+        confirmed_by="standard",
         unlearning=UnlearningConfig(batch=64, max_steps=15),
         synthesis=SynthesisConfig(steps=20, images_per_step=16, classes=2, renewal_steps=15),
         replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64),

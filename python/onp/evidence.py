@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onp.agent.contenders import counted_contenders, success_of
 from onp.agent.race import Contender, race
 from onp.clean import Clean
-from onp.config import Config
+from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.families import Range
@@ -50,6 +50,14 @@ class Scene:
     @property
     def ledger(self) -> Ledger:
         return self.evaluator.ledger
+
+    def looking_longer(self, budget: str) -> Scene:
+        """The same with another budget's unlearning, probes and race."""
+        longer = BUDGETS[budget]
+        config = replace(
+            self.config, unlearning=longer.unlearning, synthesis=longer.synthesis, race=longer.race
+        )
+        return replace(self, config=config)
 
     def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
         """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
@@ -129,11 +137,14 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     if first is not None and first.verdict.score >= scene.config.verdict.certain:
         return first
     second = from_probes(scene)
-    if first is None:
-        return second
-    if first.verdict.target is not None and first.verdict.score > second.verdict.score:
+    called = first is not None and first.verdict.target is not None
+    if first is not None and called and first.verdict.score > second.verdict.score:
         return first
-    return replace(second, statistics=first.verdict)
+    if second.verdict.target is not None and scene.config.confirmed_by is not None:
+        second = from_probes(scene.looking_longer(scene.config.confirmed_by))
+        if first is not None and called and first.verdict.score > second.verdict.score:
+            return first
+    return second if first is None else replace(second, statistics=first.verdict)
 
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
