@@ -1,6 +1,6 @@
 """``python -m bench.verdicts``: does the verdict tell backdoored networks from clean ones?
 
-One JSON line per (network, seed), appended when it is done; lines that are there are not made
+One JSON line per (network, seed, budget), appended when it is done; lines that are there are not made
 again. A row holds the score that ``onp.sanitize`` would call a backdoor by and the class it would
 name; no search is run. Then a summary: the area under the ROC curve with a bootstrap interval over
 networks, calls, and the classes named.
@@ -20,7 +20,7 @@ from bench.ablations.setting import investigate
 from bench.scoreboard.provenance import provenance
 from bench.zoo.checkpoints import ZooModel, load_set
 from bench.zoo.datasets import load
-from onp.config import Config
+from onp.config import BUDGETS
 from onp.data import draw_balanced
 
 RESAMPLES = 2000
@@ -31,11 +31,12 @@ def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, 
     """The verdict on one network, and what would have been right."""
     recipe = network.recipe
     clean = draw_balanced(load(recipe.dataset, args.data, "train"), args.clean_samples, seed)
-    verdict = investigate(network.model.eval(), clean, Config(), seed).evidence.verdict
+    verdict = investigate(network.model.eval(), clean, BUDGETS[args.budget], seed).evidence.verdict
     all_to_one = recipe.attack not in ("clean", "badnets-all")
     return {
         "model": network.name,
         "seed": seed,
+        "budget": args.budget,
         "clean_samples": args.clean_samples,
         "backdoored": recipe.attack != "clean",
         "target": str(recipe.target) if all_to_one else None,
@@ -93,11 +94,13 @@ def main() -> int:
     parser.add_argument("--sets", nargs="*", default=["core", "clean"], help="of the zoo")
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--budget", choices=list(BUDGETS), default="standard")
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "verdicts.jsonl")
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     rows = [json.loads(line) for line in lines]
+    rows = [row for row in rows if row.get("budget", "standard") == args.budget]
     done = {(row["model"], row["seed"]) for row in rows}
     networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
     for seed in args.seeds:
