@@ -1,7 +1,8 @@
-"""Which evidence decides: the norm statistics, a short look by probes, or a longer one."""
+"""Which evidence decides, and what probes must show before they are believed."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
@@ -9,75 +10,104 @@ import torch
 from torch import nn
 
 import onp.evidence as story
+from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
-from onp.evidence import Evidence, Scene, gather
+from onp.evidence import Evidence, Scene, from_probes, gather
 from onp.ledger import Ledger
+from onp.probes.additive import Additive
+from onp.probes.probe import Probe
 from onp.suspect.trace import trace
 from onp.verdict import Verdict
 
-QUICK, LONGER = BUDGETS["quick"], BUDGETS["standard"]
+CLASSES = 5
 
 
 def scene(config: Config) -> Scene:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
-    clean = Clean(torch.rand(2, 3, 8, 8), torch.tensor([0, 1]), torch.zeros(2, 3))
-    evaluator = MaskEvaluator(
-        trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
+    clean = Clean(
+        torch.rand(20, 3, 8, 8), torch.arange(20) % CLASSES, torch.full((20, CLASSES), -1.6)
     )
-    return Scene(model, evaluator, clean, [], config, (0.0, 1.0), seed=0)
+    evaluator = MaskEvaluator(
+        trace(model.eval(), (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    before = [torch.rand(20, 4, 6, 6)]
+    return Scene(model, evaluator, clean, before, config, (0.0, 1.0), seed=0)
 
 
 def said(score: float, by: str = "probes") -> Evidence:
-    found = score >= 0.55
-    finding = "backdoor" if found else "clean"
-    verdict = Verdict(finding, score, 1 if found else None, by, {}, "")  # type: ignore[arg-type]
+    finding = "backdoor" if score >= 0.55 else "clean"
+    target = 1 if score >= 0.55 else None
+    verdict = Verdict(finding, score, target, by, {}, "")  # type: ignore[arg-type]
     return Evidence(verdict, [], [])
 
 
 @pytest.mark.parametrize(
-    ("norms", "short", "longer", "score", "looks"),
+    ("norms", "probes", "score", "asked"),
     [
-        (0.7, None, None, 0.7, 0),  # certain: no probe is asked
-        (None, 0.3, None, 0.3, 1),  # a short look that calls nothing needs no other
-        (None, 0.6, 0.8, 0.8, 2),
-        (None, 0.6, 0.1, 0.1, 2),  # not borne out: clean
-        (0.57, 0.6, 0.1, 0.57, 2),  # not borne out, but the norms had called as well
-        (0.58, 0.56, None, 0.58, 1),
-        (0.5, 0.6, 0.7, 0.7, 2),
+        (0.7, 0.9, 0.7, False),  # certain: no probe is asked
+        (None, 0.3, 0.3, True),
+        (0.58, 0.56, 0.58, True),
+        (0.5, 0.6, 0.6, True),
+        (0.54, 0.1, 0.1, True),  # the norms had not called: what the probes say
     ],
 )
-def test_what_a_short_look_calls_a_longer_one_must_bear_out(
+def test_the_stronger_evidence_decides(
     norms: float | None,
-    short: float | None,
-    longer: float | None,
+    probes: float,
     score: float,
-    looks: int,
+    asked: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    asked: list[Config] = []
+    asks: list[Scene] = []
+    first = None if norms is None else said(norms, "norm statistics")
+    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    monkeypatch.setattr(story, "from_probes", lambda one: (asks.append(one), said(probes))[1])
+    assert gather(scene(BUDGETS["quick"]), None).verdict.score == score
+    assert bool(asks) == asked
 
-    def from_probes(scene: Scene) -> Evidence:
-        asked.append(scene.config)
-        answer = short if len(asked) == 1 else longer
-        assert answer is not None
-        return said(answer)
 
-    def from_statistics(*_: object) -> Evidence | None:
-        return None if norms is None else said(norms, "norm statistics")
+@pytest.mark.parametrize(
+    ("rival", "rivals", "called", "looks"),
+    [
+        (0.2, 2, True, 2),  # weaker than the suspect: believed
+        (2.0, 2, False, 2),  # as strong: what stood out among two classes did so by chance
+        (2.0, 0, True, 1),  # nobody looked
+    ],
+)
+def test_a_probe_must_lead_further_classes_too(
+    rival: float, rivals: int, called: bool, looks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two classes are probed, one of them four times as strong; then, as that calls a backdoor,
+    ``rivals`` more whose probes are ``rival`` times as strong as the suspect's."""
+    quick = BUDGETS["quick"]
+    here = scene(replace(quick, synthesis=replace(quick.synthesis, rivals=rivals)))
+    asked: list[list[int]] = []
 
-    monkeypatch.setattr(story, "from_probes", from_probes)
-    monkeypatch.setattr(story, "from_statistics", from_statistics)
-    assert gather(scene(QUICK), None).verdict.score == score
+    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
+        size = [1.0, 4.0] if not asked else [1 / rival] * len(targets)
+        asked.append(list(targets))
+        mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)
+        mask[0] = True
+        state = [torch.zeros(1, 1, 3, 8, 8)]
+        return [
+            Contender(
+                Probe(Additive(), target, state, (0.0, 1.0), one), torch.zeros(len(mask)), 1.0,
+                mask, score=0.95,
+            )
+            for target, one in zip(targets, size, strict=True)
+        ]  # fmt: skip
+
+    monkeypatch.setattr(Scene, "probed", probed)
+    found = from_probes(here)
+    assert (found.verdict.target is not None) == called
     assert len(asked) == looks
-    if looks == 2:
-        expected = replace(
-            QUICK, unlearning=LONGER.unlearning, synthesis=LONGER.synthesis, race=LONGER.race
-        )
-        assert asked == [QUICK, expected]
-
-
-def test_without_another_budget_a_look_stands(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(story, "from_probes", lambda scene: said(0.6))
-    assert gather(scene(replace(QUICK, confirmed_by=None)), None).verdict.score == 0.6
+    classes = [target for targets in asked for target in targets]
+    assert len(set(classes)) == len(classes) == len(found.contenders)
+    assert len(classes) == 2 + (rivals if looks > 1 else 0)
+    if called:
+        assert found.verdict.target == asked[0][0]
+        assert [one.probe.target for one in found.counted] == asked[0][:1]
+    else:
+        assert not found.counted

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from onp.agent.contenders import counted_contenders, success_of
 from onp.agent.race import Contender, race
 from onp.clean import Clean
-from onp.config import BUDGETS, Config
+from onp.config import Config
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.families import Range
@@ -51,20 +51,23 @@ class Scene:
     def ledger(self) -> Ledger:
         return self.evaluator.ledger
 
-    def looking_longer(self, budget: str) -> Scene:
-        """The same with another budget's unlearning, probes and race."""
-        longer = BUDGETS[budget]
-        config = replace(
-            self.config, unlearning=longer.unlearning, synthesis=longer.synthesis, race=longer.race
-        )
-        return replace(self, config=config)
-
     def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
         """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
         return replay(
             shift, self.clean, self.config.replay, REPLAYED[family],
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
+
+    def probed(self, targets: Sequence[int]) -> list[Contender]:
+        """Contenders of one trigger of each family for each of the classes, best first."""
+        with self.ledger.stage("probe"):
+            probes = synthesise(
+                self.evaluator.network, self.clean.images, self.clean.labels, targets,
+                steps=self.config.synthesis.steps, draw=self.config.synthesis.images_per_step,
+                valid=self.valid, seed=self.seed, ledger=self.ledger,
+            )  # fmt: skip
+        with self.ledger.stage("race"):
+            return self.raced(probes)
 
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes' contenders, best first."""
@@ -137,14 +140,11 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     if first is not None and first.verdict.score >= scene.config.verdict.certain:
         return first
     second = from_probes(scene)
-    called = first is not None and first.verdict.target is not None
-    if first is not None and called and first.verdict.score > second.verdict.score:
+    if first is None:
+        return second
+    if first.verdict.target is not None and first.verdict.score > second.verdict.score:
         return first
-    if second.verdict.target is not None and scene.config.confirmed_by is not None:
-        second = from_probes(scene.looking_longer(scene.config.confirmed_by))
-        if first is not None and called and first.verdict.score > second.verdict.score:
-            return first
-    return second if first is None else replace(second, statistics=first.verdict)
+    return replace(second, statistics=first.verdict)
 
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
@@ -182,7 +182,8 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_probes(scene: Scene) -> Evidence:
-    """Unlearn, probe the classes that are left with every family, and race what is found."""
+    """Unlearn, probe the classes that are left with every family, and race what is found; before a
+    backdoor is believed further classes are probed, as a probe counts by its lead over theirs."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -192,16 +193,14 @@ def from_probes(scene: Scene) -> Evidence:
         )  # fmt: skip
         left = FrozenNetwork(network.trace, unlearned.model, network.device)
         unlearning = responses(scene.before, left, images[:RESPONSE_IMAGES], ledger)
-    with ledger.stage("probe"):
-        targets = unlearned.suspects(min(config.synthesis.classes, network.trace.num_classes))
-        probes = synthesise(
-            network, images, labels, targets, steps=config.synthesis.steps,
-            draw=config.synthesis.images_per_step, valid=scene.valid, seed=scene.seed,
-            ledger=ledger,
-        )  # fmt: skip
-    with ledger.stage("race"):
-        contenders = scene.raced(probes)
+    synthesis = config.synthesis
+    named = unlearned.suspects(min(synthesis.classes + synthesis.rivals, network.trace.num_classes))
+    contenders = scene.probed(named[: synthesis.classes])
     verdict = by_probes(contenders, unlearned, config.verdict)
+    rivals = named[synthesis.classes :]
+    if verdict.target is not None and rivals:
+        contenders = sorted(contenders + scene.probed(rivals), key=lambda one: -one.score)
+        verdict = by_probes(contenders, unlearned, config.verdict)
     counted = (
         []
         if verdict.target is None
