@@ -72,7 +72,7 @@ def test_the_stronger_evidence_decides(
     ("rival", "rivals", "called", "looks"),
     [
         (0.2, 2, True, 2),  # weaker than the suspect: believed
-        (2.0, 2, False, 2),  # as strong: what stood out among two classes did so by chance
+        (2.0, 2, False, 2),  # stronger, and no one class leads: two had told by chance
         (2.0, 0, True, 1),  # nobody looked
     ],
 )

@@ -6,7 +6,7 @@ of a network: on CUDA they are as many launches as for one layer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -171,47 +171,26 @@ def _strongest_on_cpu(strength: Tensor, k: int) -> Edges:
     rows, cols = strength.shape
     k = min(k, max(rows, cols))
     capacity = min(rows * cols, rows * min(k, cols) + cols * min(k, rows))
-    edges = _empty_edges(capacity)
-    count = _C.strongest_edges(
-        strength.data_ptr(),
-        rows,
-        cols,
-        k,
-        edges.rows.data_ptr(),
-        edges.cols.data_ptr(),
-        edges.values.data_ptr(),
-        capacity,
-        torch.get_num_threads(),
-    )
-    return Edges(*(tensor[:count].clone() for tensor in edges))
+    return _chosen(_C.strongest_edges, strength.data_ptr(), rows, cols, k, capacity=capacity)
 
 
 def _similar_on_cpu(vectors: Tensor, threshold: float, max_neighbours: int) -> Edges:
     nodes, size = vectors.shape
     max_neighbours = min(max_neighbours, nodes)
     capacity = nodes * min(2 * max_neighbours, nodes)
-    edges = _empty_edges(capacity)
-    count = _C.similarity_edges(
-        vectors.data_ptr(),
-        nodes,
-        size,
-        threshold,
-        max_neighbours,
-        edges.rows.data_ptr(),
-        edges.cols.data_ptr(),
-        edges.values.data_ptr(),
-        capacity,
-        torch.get_num_threads(),
-    )
-    return Edges(*(tensor[:count].clone() for tensor in edges))
+    return _chosen(
+        _C.similarity_edges, vectors.data_ptr(), nodes, size, threshold, max_neighbours,
+        capacity=capacity,
+    )  # fmt: skip
 
 
-def _empty_edges(capacity: int) -> Edges:
-    return Edges(
-        torch.empty(capacity, dtype=torch.int64),
-        torch.empty(capacity, dtype=torch.int64),
-        torch.empty(capacity, dtype=torch.float32),
-    )
+def _chosen(choose: Callable[..., int], *arguments: float, capacity: int) -> Edges:
+    """The edges that a native function writes, at most ``capacity``."""
+    rows, cols = torch.empty((2, capacity), dtype=torch.int64).unbind()
+    values = torch.empty(capacity)
+    addresses = rows.data_ptr(), cols.data_ptr(), values.data_ptr()
+    count = choose(*arguments, *addresses, capacity, torch.get_num_threads())
+    return Edges(*(part[:count].clone() for part in (rows, cols, values)))
 
 
 # ---- on CUDA
