@@ -33,6 +33,8 @@ struct Tile {
   static constexpr int kPixels = Simd::tile_pixels;
   // Tiles whose addresses are worked out together and reused for every channel block.
   static constexpr int kGroup = 16;
+  static constexpr int kFew = kPixels / 3;  // tiles of a Winograd convolution, for what is left
+  static constexpr int kRowsAhead = 24;     // of weights, whose cache lines are asked for
   static_assert(kChannelBlock % kLanes == 0, "a channel block is a whole number of vectors");
 
   // Where the epilogue of some output pixels reads and writes. Pixels outside the image repeat one
@@ -120,8 +122,8 @@ struct Tile {
 
   // Finishes `vectors` vectors of some pixels that begin at output channel `channel`.
   template <int pixels, int vectors>
-  static ONP_INLINE void finish(const StepArgs& step, const Outputs<pixels>& outputs,
-                                Index channel, Vec (&sums)[pixels][vectors]) {
+  static ONP_INLINE void finish(const StepArgs& step, const Outputs<pixels>& outputs, Index channel,
+                                Vec (&sums)[pixels][vectors]) {
 #pragma GCC unroll 2
     for (int v = 0; v < vectors; ++v) {
       const Index c = channel + v * kLanes;
@@ -168,16 +170,19 @@ struct Tile {
   }
 
   // sums[p][v] += sum over i of input[p][i] * weights[i][v], rows of weights kChannelBlock apart.
-  template <int vectors>
-  static ONP_INLINE void accumulate(const float* const (&input)[kPixels], const float* weights,
-                                    Index next_vector, Index length,
-                                    Vec (&sums)[kPixels][vectors]) {
+  template <int pixels, int vectors>
+  static ONP_INLINE void accumulate(const float* const (&input)[pixels], const float* weights,
+                                    Index next_vector, Index length, Vec (&sums)[pixels][vectors]) {
     for (Index i = 0; i < length; ++i) {
       Vec row[vectors];
 #pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) row[v] = load(weights + v * next_vector);
+      for (int v = 0; v < vectors; ++v) {
+        row[v] = load(weights + v * next_vector);
+        // Nothing asks for the first rows of the next point's or tap's weights in time.
+        __builtin_prefetch(weights + v * next_vector + kRowsAhead * kChannelBlock);
+      }
 #pragma GCC unroll 32
-      for (int p = 0; p < kPixels; ++p) {
+      for (int p = 0; p < pixels; ++p) {
         const Vec x = Simd::splat(input[p][i]);
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) sums[p][v] = Simd::fma(x, row[v], sums[p][v]);
@@ -365,18 +370,18 @@ struct Tile {
     }
   }
 
-  // products[p][..] = inputs[p][..] x weights for kPixels tiles at one point.
-  template <int vectors>
+  // products[p][..] = inputs[p][..] x weights for `pixels` tiles at one point.
+  template <int pixels, int vectors>
   static __attribute__((noinline)) void multiply(const float* inputs, Index input_stride,
                                                  const float* weights, Index next_vector,
                                                  Index length, float* products,
                                                  Index product_stride) {
-    const float* input[kPixels];
-    for (int p = 0; p < kPixels; ++p) input[p] = inputs + p * input_stride;
-    Vec sums[kPixels][vectors];
+    const float* input[pixels];
+    for (int p = 0; p < pixels; ++p) input[p] = inputs + p * input_stride;
+    Vec sums[pixels][vectors];
     clear(sums);
     accumulate(input, weights, next_vector, length, sums);
-    for (int p = 0; p < kPixels; ++p) {
+    for (int p = 0; p < pixels; ++p) {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         store(products + p * product_stride + v * kLanes, sums[p][v]);
@@ -415,11 +420,16 @@ struct Tile {
         float* out = products + point * output_point;
         for (Index c = 0; c < outputs; c += 2 * kLanes) {
           const float* weights = block_weights(step, c) + point * length * kChannelBlock;
-          for (Index t = 0; t < tiles; t += kPixels) {
-            const auto product = c + kLanes < outputs ? multiply<2> : multiply<1>;
+          const bool pair = c + kLanes < outputs;
+          const auto some = [&](auto product, Index t) {
             product(in + t * inputs, inputs, weights, next_vector(step), length,
                     out + t * outputs + c, outputs);
+          };
+          Index t = 0;
+          for (; t + kPixels - kFew < tiles; t += kPixels) {
+            some(pair ? multiply<kPixels, 2> : multiply<kPixels, 1>, t);
           }
+          for (; t < tiles; t += kFew) some(pair ? multiply<kFew, 2> : multiply<kFew, 1>, t);
         }
       }
       for (Index t = 0; t < tiles; ++t) {
