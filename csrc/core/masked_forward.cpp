@@ -8,10 +8,14 @@
 #include "core/check.h"
 #include "core/masked_forward_program.h"
 #include "core/parallel.h"
+#include "core/spare.h"
 
 namespace onp {
 
-// Where the buffers of a program lie.
+constexpr std::size_t kNowhere = ~std::size_t{0};
+
+// Where the buffers of a program lie; constants, and floats that only their bytes stand for,
+// nowhere.
 struct Layout {
   Slots slots;
   std::vector<std::size_t> slot_of_buffer;
@@ -46,9 +50,9 @@ void MaskedForwardPlan::Program::lay_out() {
     for (const std::int64_t id : reads(steps[s])) last_use[id] = s;
   }
   last_use[0] = last_use[output] = steps.size();  // read again by the next mask, and as logits
-  kept.slot_of_buffer.resize(buffers.size());
+  kept.slot_of_buffer.resize(buffers.size(), kNowhere);
   kept.slot_of_buffer[0] = kept.slots.claim(buffers[0]);
-  reused.slot_of_buffer.resize(buffers.size());
+  reused.slot_of_buffer.resize(buffers.size(), kNowhere);
   const auto claim = [&](std::int64_t id) {
     reused.slot_of_buffer[id] = reused.slots.claim(buffers[id]);
   };
@@ -90,16 +94,15 @@ class Worker {
   Worker(const Network& network, const Layout& layout, std::int64_t block, std::int64_t keep_words)
       // The last vector of a buffer may reach past its end.
       : network_(network),
-        floats_(layout.slots.floats_per_image * block + kChannelBlock),
-        scratch_(network.scratch_floats),
+        floats_(round_up(network.scratch_floats, kChannelBlock) +
+                layout.slots.floats_per_image * block + kChannelBlock),
         keep_(static_cast<std::size_t>(keep_words)),
         stale_(network.buffers.size()) {
-    for (const std::size_t slot : layout.slot_of_buffer) {
-      data_.push_back(floats_.data() + layout.slots.begin[slot] * block);
-    }
+    float* const begin = floats_.data() + round_up(network.scratch_floats, kChannelBlock);
     for (std::size_t id = 0; id < network.buffers.size(); ++id) {
-      const Buffer& buffer = network.buffers[id];
-      if (buffer.zero) std::memset(data_[id], buffer.zero, buffer.image() * block);
+      const std::size_t slot = layout.slot_of_buffer[id];
+      data_.push_back(slot == kNowhere ? nullptr : begin + layout.slots.begin[slot] * block);
+      if (data_[id]) clear_halo(network.buffers[id], block, data_[id]);
     }
     std::size_t most = 0;
     for (const Step& step : network.steps) most = std::max(most, step.spec.others.size());
@@ -130,7 +133,7 @@ class Worker {
     return others_.data();
   }
 
-  float* scratch() const { return scratch_.data(); }
+  float* scratch() const { return floats_.data(); }
 
   // Sets the keep words of `step` under a mask; says whether they changed.
   bool set_keep(const Step& step, const MaskView& masks, std::int64_t mask) {
@@ -156,7 +159,7 @@ class Worker {
 
  private:
   const Network& network_;
-  Floats floats_, scratch_;
+  Spare floats_;
   std::vector<float*> data_;
   std::vector<Operand> others_;
   std::vector<std::uint32_t> keep_;

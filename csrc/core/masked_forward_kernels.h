@@ -20,8 +20,7 @@ constexpr int winograd_points(int size) { return (size + 2) * (size + 2); }
 
 // Floats of scratch that it needs for these padded channel counts.
 constexpr std::int64_t winograd_scratch(int size, std::int64_t inputs, std::int64_t outputs) {
-  return winograd_points(size) *
-         (winograd_tiles(size) * (inputs + outputs) + 2 * kChannelBlock);
+  return winograd_points(size) * (winograd_tiles(size) * (inputs + outputs) + 2 * kChannelBlock);
 }
 
 // Attention: queries that are taken together at most, and floats of scratch for `keys` pixels and
@@ -63,9 +62,31 @@ struct Window {
   float inverse;  // 1 / divisor of an average
 };
 
+// Floats that hold, for every pixel of an image and every padded channel, whether an activation
+// passes its gradient. Their form is the kernels' own.
+constexpr std::int64_t passed_floats(std::int64_t pixels, std::int64_t channels) {
+  return pixels * ((channels + kChannelBlock - 1) / kChannelBlock);
+}
+
+// What a masked gradient keeps of an epilogue, and what it multiplies by. Absent where null.
+struct Kept {
+  float* result;  // this and the next two: buffers of one layout
+  float* scaled;
+  float* active;
+  const std::int32_t* offset;  // [pixels]
+  std::int64_t image_stride;
+  std::uint8_t* first_passed;  // passed_floats() an image, one image after the other
+  std::uint8_t* second_passed;
+  const float* gates;  // a factor per channel: that of channel c of image n at n * gate_stride + c
+  std::int64_t gate_stride;
+};
+
 // One step over a block of images. Every kernel ends in the same epilogue, per output channel:
-//   t = result + bias + residual;  t = first(t);           plain = t
-//   t = t * scale + shift;         t = second(t) & keep;   final = t, final_bytes = t in 8 bits
+//   t = t + bias;             kept.result = t;
+//   t = first(t + residual);  kept.first_passed = whether it passes;   plain = t;
+//   t = t * scale + shift;    kept.scaled = t;
+//   t = second(t) & keep;     kept.second_passed = whether it passes;  kept.active = t;
+//   t = t * kept.gates;       final = t, final_bytes = t in 8 bits
 // Per-channel arrays are padded to a multiple of kChannelBlock.
 struct StepArgs {
   std::int64_t images;
@@ -125,6 +146,7 @@ struct StepArgs {
   const float* shift;
   Activation second;
   const std::uint32_t* keep;  // per channel all ones (kept) or 0 (pruned); null: all kept
+  Kept kept;
   Operand final;
   Bytes final_bytes;
 };

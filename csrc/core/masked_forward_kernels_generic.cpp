@@ -14,6 +14,15 @@ struct Simd {
   static constexpr int tile_pixels = 5;
   static ONP_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
   static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  using Bits = std::uint8_t;
+  static ONP_INLINE Bits above(Vec a, Vec b) {
+    const IntVec bits = (a > b) & IntVec{1, 2, 4, 8};
+    return static_cast<Bits>(bits[0] | bits[1] | bits[2] | bits[3]);
+  }
+  static ONP_INLINE Vec only(Bits bits, Vec x) {
+    const IntVec lane = {1, 2, 4, 8};
+    return (lane & bits) != 0 ? x : splat(0.0f);
+  }
   static ONP_INLINE ByteVec bytes(Vec value) { return plain_bytes<Simd>(value); }
   static ONP_INLINE IntVec dot(IntVec sums, IntVec inputs, IntVec weights) {
     return plain_dot(sums, inputs, weights);

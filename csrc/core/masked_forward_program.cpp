@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <limits>
 
 #include "core/check.h"
@@ -10,7 +11,7 @@ namespace onp {
 namespace {
 
 constexpr std::int64_t kBlockBytes = 4 << 20;
-constexpr std::int64_t kWeightsPerBlock = 8;
+constexpr std::int64_t kWeightsPerBlock = 2;
 
 // The per-channel array padded with zeros, or nothing.
 Floats padded(const float* values, std::int64_t channels) {
@@ -188,8 +189,7 @@ void pack_winograd(Step& step, const Buffer& from, int size) {
   step.block_stride = points * inputs * kChannelBlock;
   step.weights = Floats(divide_up(step.channels, kChannelBlock) * step.block_stride);
   for (std::int64_t o = 0; o < step.channels; ++o) {
-    float* packed =
-        step.weights.data() + o / kChannelBlock * step.block_stride + o % kChannelBlock;
+    float* packed = step.weights.data() + o / kChannelBlock * step.block_stride + o % kChannelBlock;
     for (std::int64_t i = 0; i < inputs; ++i) {
       const float* kernel = step.spec.weight + (o * inputs + i) * 9;
       for (std::int64_t point = 0; point < points; ++point) {
@@ -438,8 +438,8 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     Buffer buffer;
     buffer.shape = shape;
     // Kernels write whole vectors; the images are written channel by channel.
-    buffer.stride = network.buffers.empty() ? shape.channels
-                                             : round_up(shape.channels, kChannelBlock);
+    buffer.stride =
+        network.buffers.empty() ? shape.channels : round_up(shape.channels, kChannelBlock);
     network.buffers.push_back(std::move(buffer));
   }
   std::vector<bool> constant(shapes.size(), false);
@@ -531,9 +531,7 @@ std::size_t Slots::claim(const Buffer& buffer) {
   return begin.size() - 1;
 }
 
-void Slots::release(const Buffer& buffer, std::size_t slot) {
-  free_[key(buffer)].push_back(slot);
-}
+void Slots::release(const Buffer& buffer, std::size_t slot) { free_[key(buffer)].push_back(slot); }
 
 std::int64_t block_bytes(std::int64_t weight_bytes) {
   return std::max(kBlockBytes, weight_bytes / kWeightsPerBlock);
@@ -543,8 +541,25 @@ const Kernels& kernels_for(const std::string& isa) {
   for (const Kernels* table : kernel_tables()) {
     if (isa == "auto" || isa == table->name) return *table;
   }
-  throw Error(concat("masked_forward: isa must be auto or a set that this processor runs, got ",
-                     isa));
+  throw Error(
+      concat("masked_forward: isa must be auto or a set that this processor runs, got ", isa));
+}
+
+void clear_halo(const Buffer& buffer, std::int64_t images, float* data) {
+  if (buffer.bytes) {  // not worth less: there are few
+    std::memset(data, buffer.zero, static_cast<std::size_t>(images * buffer.image()));
+    return;
+  }
+  const std::int64_t row = buffer.row(), side = buffer.halo * buffer.stride;
+  for (std::int64_t n = 0; n < images && buffer.halo > 0; ++n) {
+    float* image = data + n * buffer.image();
+    std::fill_n(image, buffer.halo * row + side, 0.0f);
+    for (std::int64_t y = 0; y < buffer.shape.height; ++y) {
+      float* end = image + (buffer.halo + y + 1) * row - side;
+      const bool last = y + 1 == buffer.shape.height;
+      std::fill(end, last ? image + buffer.image() : end + 2 * side, 0.0f);
+    }
+  }
 }
 
 void load_images(const float* images, std::int64_t count, const Buffer& buffer, float* data) {

@@ -3,8 +3,8 @@
 // compiled for a wider instruction set can be linked into the baseline.
 //
 // Simd: Vec and IntVec (GCC vector types of `lanes` elements), `tile_pixels`, splat(x),
-// fma(a, b, c), bytes(x): the nearest of 0 to 255, for NaN some; and dot, see
-// masked_forward_bytes.h.
+// fma(a, b, c), bytes(x): the nearest of 0 to 255, for NaN some; Bits, one for each lane, above(a,
+// b): where a > b, only(bits, x): x there, 0 elsewhere; and dot, see masked_forward_bytes.h.
 #pragma once
 
 #include "core/masked_forward_kernels.h"
@@ -28,6 +28,7 @@ template <typename Simd>
 struct Tile {
   using Vec = typename Simd::Vec;
   using IntVec = typename Simd::IntVec;
+  using Bits = typename Simd::Bits;
   using Index = std::int64_t;
   static constexpr int kLanes = Simd::lanes;
   static constexpr int kPixels = Simd::tile_pixels;
@@ -45,12 +46,19 @@ struct Tile {
     float* plain[pixels];
     float* final[pixels];
     std::uint8_t* final_bytes[pixels];
+    Index number[pixels];  // of the block's output pixels
+    Index kept[pixels];    // in each of the buffers that a gradient keeps
+    const float* gates[pixels];
 
     void set(const StepArgs& step, int p, Index image, Index pixel) {
       residual[p] = address(step.residual, image, pixel);
       plain[p] = address(step.plain, image, pixel);
       final[p] = address(step.final, image, pixel);
       final_bytes[p] = address(step.final_bytes, image, pixel);
+      number[p] = image * step.pixels + pixel;
+      const Kept& way = step.kept;
+      kept[p] = way.offset ? image * way.image_stride + way.offset[pixel] : 0;
+      gates[p] = way.gates ? way.gates + image * way.gate_stride : nullptr;
     }
   };
 
@@ -120,6 +128,35 @@ struct Tile {
     return value;
   }
 
+  // Vector v of some pixels, from channel c on, to a buffer that a gradient keeps; null: none.
+  template <int pixels, int vectors>
+  static ONP_INLINE void keep(float* buffer, const Outputs<pixels>& outputs, Index c, int v,
+                              const Vec (&sums)[pixels][vectors]) {
+    if (!buffer) return;
+    for (int p = 0; p < pixels; ++p) store(buffer + outputs.kept[p] + c, sums[p][v]);
+  }
+
+  // Where the vector from channel c on of output pixel `number` has its bits.
+  template <typename Byte>
+  static ONP_INLINE Byte* bits_at(Byte* passed, Index channels, Index number, Index c) {
+    const Index vectors = passed_floats(1, channels) * (kChannelBlock / kLanes);
+    return passed + (number * vectors + c / kLanes) * static_cast<Index>(sizeof(Bits));
+  }
+
+  // Where an activation that gave vector v of some pixels passes its gradient.
+  template <int pixels, int vectors>
+  static ONP_INLINE void mark(std::uint8_t* passed, Activation activation, const StepArgs& step,
+                              const Outputs<pixels>& outputs, Index c, int v,
+                              const Vec (&sums)[pixels][vectors]) {
+    if (!passed) return;
+    const Vec zero = Simd::splat(0.0f), six = Simd::splat(6.0f);
+    for (int p = 0; p < pixels; ++p) {
+      Bits bits = Simd::above(sums[p][v], zero);
+      if (activation == Activation::relu6) bits &= Simd::above(six, sums[p][v]);
+      __builtin_memcpy(bits_at(passed, step.channels, outputs.number[p], c), &bits, sizeof(bits));
+    }
+  }
+
   // Finishes `vectors` vectors of some pixels that begin at output channel `channel`.
   template <int pixels, int vectors>
   static ONP_INLINE void finish(const StepArgs& step, const Outputs<pixels>& outputs, Index channel,
@@ -131,10 +168,12 @@ struct Tile {
         const Vec bias = load(step.bias + c);
         for (int p = 0; p < pixels; ++p) sums[p][v] += bias;
       }
+      keep(step.kept.result, outputs, c, v, sums);
       if (step.residual.data) {
         for (int p = 0; p < pixels; ++p) sums[p][v] += load(outputs.residual[p] + c);
       }
       activate(sums, v, step.first);
+      mark(step.kept.first_passed, step.first, step, outputs, c, v, sums);
       if (step.plain.data) {
         for (int p = 0; p < pixels; ++p) store(outputs.plain[p] + c, sums[p][v]);
       }
@@ -143,9 +182,15 @@ struct Tile {
         const Vec scale = load(step.scale + c), shift = load(step.shift + c);
         for (int p = 0; p < pixels; ++p) sums[p][v] = Simd::fma(sums[p][v], scale, shift);
       }
+      keep(step.kept.scaled, outputs, c, v, sums);
       activate(sums, v, step.second);
+      mark(step.kept.second_passed, step.second, step, outputs, c, v, sums);
       if (step.keep) {
         for (int p = 0; p < pixels; ++p) sums[p][v] = mask(sums[p][v], step.keep + c);
+      }
+      keep(step.kept.active, outputs, c, v, sums);
+      if (step.kept.gates) {
+        for (int p = 0; p < pixels; ++p) sums[p][v] *= load(outputs.gates[p] + c);
       }
       if (step.final.data) {
         for (int p = 0; p < pixels; ++p) store(outputs.final[p] + c, sums[p][v]);

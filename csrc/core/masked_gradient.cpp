@@ -7,6 +7,7 @@
 #include "core/masked_forward_program.h"
 #include "core/masked_gradient_kernels.h"
 #include "core/parallel.h"
+#include "core/spare.h"
 
 namespace onp {
 namespace {
@@ -23,7 +24,7 @@ struct Part {
 struct Reverse {
   Buffer gradient;  // of the operation's result, with the halo that `parts` read
   std::vector<Part> parts;
-  bool gaps = false;                           // some input pixels see no tap
+  bool gaps = false;                          // some input pixels see no tap
   std::vector<std::int32_t> gradient_offset;  // pools: of the windows in the input's gradient
 };
 
@@ -46,7 +47,12 @@ struct Layout {
     bool present = false, kept = false;
     std::int64_t begin = 0;  // times images in the block
   };
+  // Of each step, where it is kept whether its activations passed; kAbsent without one.
+  struct Passed {
+    std::int64_t first = kAbsent, second = kAbsent;
+  };
   std::vector<Place> places;
+  std::vector<Passed> passed;
   std::int64_t kept_floats = 0, passing_floats = 0;  // per image
 };
 
@@ -98,8 +104,8 @@ std::vector<float> exchanged(const StepSpec& spec, std::int64_t inputs, std::int
                                               spec.kernel_height * spec.kernel_width;
       for (std::int64_t v = y.taps - 1; v >= 0; --v) {
         for (std::int64_t u = x.taps - 1; u >= 0; --u) {
-          weights.push_back(kernel[(y.tap + v * y.stride) * spec.kernel_width + x.tap +
-                                   u * x.stride]);
+          weights.push_back(
+              kernel[(y.tap + v * y.stride) * spec.kernel_width + x.tap + u * x.stride]);
         }
       }
     }
@@ -118,8 +124,8 @@ Buffer plain_buffer(const BufferShape& shape) {
 
 struct MaskedGradientPlan::Program : Network {
   std::int64_t units = 0;
-  std::vector<Extras> extras;    // of each step
-  std::vector<Reverse> reverse;  // of each step
+  std::vector<Extras> extras;     // of each step
+  std::vector<Reverse> reverse;   // of each step
   std::vector<Buffer> gradients;  // of each buffer
   Slots gradient_slots;
   std::vector<std::int64_t> gradient_begin;   // of each buffer, kAbsent: nothing flows back to it
@@ -133,16 +139,6 @@ struct MaskedGradientPlan::Program : Network {
 
   std::int64_t active(std::size_t s, Mode mode) const {
     return mode.gated && extras[s].active >= 0 ? extras[s].active : steps[s].spec.final;
-  }
-  // What the derivatives of a step's activations are read from: their result or, if that is kept
-  // anyway, what they were applied to, which is as good.
-  std::int64_t second_passed(std::size_t s, Mode mode) const {
-    return mode.moments && extras[s].scaled >= 0 ? extras[s].scaled : active(s, mode);
-  }
-  std::int64_t first_passed(std::size_t s, Mode mode) const {
-    const StepSpec& spec = steps[s].spec;
-    if (mode.moments && extras[s].result >= 0 && spec.residual < 0) return extras[s].result;
-    return spec.plain >= 0 ? spec.plain : active(s, mode);
   }
 };
 
@@ -180,10 +176,10 @@ void MaskedGradientPlan::Program::plan_reverse(const StepSpec& spec, const Step&
   back.gradient = plain_buffer(to);
   if (spec.kind == StepKind::convolution) {
     std::vector<std::pair<StepSpec, std::vector<float>>> parts;
-    for (const Phase& y : phases(from.height, to.height, spec.kernel_height, spec.stride_height,
-                                 spec.pad_height)) {
-      for (const Phase& x : phases(from.width, to.width, spec.kernel_width, spec.stride_width,
-                                   spec.pad_width)) {
+    for (const Phase& y :
+         phases(from.height, to.height, spec.kernel_height, spec.stride_height, spec.pad_height)) {
+      for (const Phase& x :
+           phases(from.width, to.width, spec.kernel_width, spec.stride_width, spec.pad_width)) {
         if (y.taps == 0 || x.taps == 0) {
           back.gaps = true;
           continue;
@@ -255,6 +251,7 @@ void MaskedGradientPlan::Program::lay_out_gradients() {
 Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
   Layout layout;
   layout.places.resize(buffers.size());
+  layout.passed.resize(steps.size());
   std::vector<std::size_t> last_use(buffers.size(), 0);
   std::vector<char> kept(buffers.size(), 0);
   for (std::size_t s = 0; s < steps.size(); ++s) {
@@ -269,8 +266,15 @@ Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
     keeps(mode.gated, extra.active);
     keeps(mode.moments, extra.result);
     keeps(mode.moments, extra.scaled);
-    keeps(spec.second != Activation::none, second_passed(s, mode));
-    keeps(spec.first != Activation::none, first_passed(s, mode));
+    const std::int64_t passed =
+        round_up(passed_floats(pixels_of(buffers[written_buffer(spec)].shape), steps[s].channels),
+                 kChannelBlock);
+    for (const auto& [activation, begin] : {std::pair{spec.first, &layout.passed[s].first},
+                                            std::pair{spec.second, &layout.passed[s].second}}) {
+      if (activation == Activation::none || !keep) continue;
+      *begin = layout.kept_floats;
+      layout.kept_floats += passed;
+    }
     keeps(spec.kind == StepKind::max_pool, spec.input);
   }
   last_use[output] = steps.size();
@@ -323,22 +327,16 @@ std::int64_t MaskedGradientPlan::Program::block(const Layout& layout,
   return std::clamp(divide_up(input.count, input.threads), std::int64_t{1}, most);
 }
 
-MaskedGradientPlan::MaskedGradientPlan(std::vector<BufferShape> shapes,
-                                       std::vector<StepSpec> specs,
+MaskedGradientPlan::MaskedGradientPlan(const std::vector<BufferShape>& shapes,
+                                       const std::vector<StepSpec>& specs,
                                        const std::vector<NormUnits>& norms, std::int64_t output,
                                        std::int64_t sites, std::int64_t units) {
-  ONP_CHECK(norms.size() == specs.size(), "masked_gradient: norms must be given for ",
-            specs.size(), " steps, got ", norms.size());
-  for (StepSpec& spec : specs) {
+  ONP_CHECK(norms.size() == specs.size(), "masked_gradient: norms must be given for ", specs.size(),
+            " steps, got ", norms.size());
+  for (const StepSpec& spec : specs) {
     ONP_CHECK(spec.kind <= StepKind::average_pool && spec.first <= Activation::relu6 &&
                   spec.second <= Activation::relu6,
               "masked_gradient: steps must be convolutions or pools, with ReLU or ReLU6");
-    // The first activation's derivative is read from its result, which the second part hides.
-    const bool hidden = spec.scale || spec.second != Activation::none;
-    const bool fits = spec.final >= 0 && spec.final < static_cast<std::int64_t>(shapes.size());
-    if (spec.first == Activation::none || spec.plain >= 0 || !hidden || !fits) continue;
-    spec.plain = static_cast<std::int64_t>(shapes.size());
-    shapes.push_back(shapes[spec.final]);
   }
   auto program = std::make_unique<Program>();
   static_cast<Network&>(*program) = plan_network(shapes, specs, {}, output, sites);
@@ -361,15 +359,24 @@ namespace {
 
 // One thread's memory, for blocks of a fixed size.
 struct Worker {
-  Floats kept, passing, gradients, scratch;
+  explicit Worker(std::int64_t floats) : memory(floats) {}
+
+  Spare memory;
+  float *kept, *passing, *gradients, *scratch;
 };
 
 // One block of images: where its buffers lie.
 struct Block {
   Mode mode;
   std::int64_t first, images;
+  float* kept;  // what is kept begins at its place in the layout times kept_images
+  std::int64_t kept_images;
   std::vector<float*> data;  // of each buffer, null: absent
   float* scratch;
+
+  std::uint8_t* passed(std::int64_t begin) const {
+    return begin < 0 ? nullptr : reinterpret_cast<std::uint8_t*>(kept + begin * kept_images);
+  }
 };
 
 Operand operand(const std::vector<Buffer>& buffers, const Block& block, std::int64_t id) {
@@ -380,19 +387,6 @@ Operand operand(const std::vector<Buffer>& buffers, const Block& block, std::int
 PerImage rows(const float* values, std::int64_t width, const Block& block, std::int64_t column) {
   if (!values) return {};
   return {values + block.first * width + column, width};
-}
-
-void clear_halo(const Buffer& buffer, std::int64_t images, float* data) {
-  const std::int64_t row = buffer.row(), side = buffer.halo * buffer.stride;
-  for (std::int64_t n = 0; n < images && buffer.halo > 0; ++n) {
-    float* image = data + n * buffer.image();
-    std::fill_n(image, buffer.halo * row + side, 0.0f);
-    for (std::int64_t y = 0; y < buffer.shape.height; ++y) {
-      float* end = image + (buffer.halo + y + 1) * row - side;
-      const bool last = y + 1 == buffer.shape.height;
-      std::fill(end, last ? image + buffer.image() : end + 2 * side, 0.0f);
-    }
-  }
 }
 
 }  // namespace
@@ -406,6 +400,7 @@ struct MaskedGradientPlan::Run {
   std::int64_t block;
   const Kernels& kernels;
   const GradientKernels& gradient_kernels;
+  Floats gates;  // a copy, as vectors reach past the last one
 
   Run(const Program& the_program, const MaskedGradientInput& the_input, bool keep)
       : program(the_program),
@@ -414,7 +409,12 @@ struct MaskedGradientPlan::Run {
         layout(the_program.lay_out(mode, keep)),
         block(the_program.block(layout, the_input)),
         kernels(kernels_for(the_input.isa)),
-        gradient_kernels(gradient_kernels_for(kernels)) {}
+        gradient_kernels(gradient_kernels_for(kernels)) {
+    if (!mode.gated) return;
+    const std::int64_t count = input.count * program.sites;
+    gates = Floats(count + kChannelBlock);
+    std::copy_n(input.gates, count, gates.data());
+  }
 
   // Calls body(block, worker) for all blocks.
   template <typename Body>
@@ -422,32 +422,47 @@ struct MaskedGradientPlan::Run {
     std::vector<std::unique_ptr<Worker>> workers(static_cast<std::size_t>(input.threads));
     parallel_for(divide_up(input.count, block), input.threads, [&](std::int64_t b, int thread) {
       std::unique_ptr<Worker>& worker = workers[static_cast<std::size_t>(thread)];
-      if (!worker) worker = std::make_unique<Worker>(memory(gradients));
-      Block place{mode, b * block, std::min(block, input.count - b * block), {},
-                  worker->scratch.data()};
+      if (!worker) worker = hire(gradients);
+      const std::int64_t first = b * block, images = std::min(block, input.count - first);
+      Block place{mode, first, images, worker->kept, block, {}, worker->scratch};
+      if (input.workspace) {
+        place.kept = input.workspace + first * layout.kept_floats;
+        place.kept_images = images;
+      }
       for (const Layout::Place& at : layout.places) {
         float* data = nullptr;
-        if (at.present && !at.kept) {
-          data = worker->passing.data() + at.begin * block;
-        } else if (at.present && input.workspace) {
-          data = input.workspace + place.first * layout.kept_floats + at.begin * place.images;
-        } else if (at.present) {
-          data = worker->kept.data() + at.begin * block;
-        }
+        if (at.present && at.kept) data = place.kept + at.begin * place.kept_images;
+        if (at.present && !at.kept) data = worker->passing + at.begin * block;
         place.data.push_back(data);
       }
       body(place, *worker);
     });
   }
 
-  Worker memory(bool gradients) const {
+  std::unique_ptr<Worker> hire(bool gradients) const {
     // The last vector of a buffer may reach past its end.
-    const auto floats = [&](std::int64_t per_image) {
-      return Floats(per_image * block + kChannelBlock);
+    const auto floats = [&](bool wanted, std::int64_t per_image) {
+      return wanted ? round_up(per_image * block + kChannelBlock, kChannelBlock) : 0;
     };
-    return {floats(input.workspace ? 0 : layout.kept_floats), floats(layout.passing_floats),
-            floats(gradients ? program.gradient_slots.floats_per_image : 0),
-            Floats(program.scratch_floats)};
+    const std::int64_t kept = floats(!input.workspace, layout.kept_floats);
+    const std::int64_t passing = floats(true, layout.passing_floats);
+    const std::int64_t back = floats(gradients, program.gradient_slots.floats_per_image);
+    auto worker = std::make_unique<Worker>(kept + passing + back + program.scratch_floats);
+    worker->kept = worker->memory.data();
+    worker->passing = worker->kept + kept;
+    worker->gradients = worker->passing + passing;
+    worker->scratch = worker->gradients + back;
+    for (std::size_t id = 0; id < layout.places.size(); ++id) {
+      const Layout::Place& at = layout.places[id];
+      if (at.present && !at.kept) {
+        clear_halo(program.buffers[id], block, worker->passing + at.begin * block);
+      }
+    }
+    for (std::size_t s = 0; gradients && s < program.steps.size(); ++s) {
+      clear_halo(program.reverse[s].gradient, block,
+                 worker->gradients + program.operation_begin[s] * block);
+    }
+    return worker;
   }
 
   void forward(const Block& place, const MaskedGradientForward* out) const;
@@ -460,7 +475,7 @@ struct MaskedGradientPlan::Run {
 void MaskedGradientPlan::Run::forward(const Block& place, const MaskedGradientForward* out) const {
   const Buffer& images = program.buffers[0];
   const std::int64_t floats = images.shape.channels * images.shape.height * images.shape.width;
-  for (std::size_t id = 0; input.workspace && id < layout.places.size(); ++id) {
+  for (std::size_t id = 0; id < layout.places.size(); ++id) {
     if (layout.places[id].kept) clear_halo(program.buffers[id], place.images, place.data[id]);
   }
   load_images(input.images + place.first * floats, place.images, images, place.data[0]);
@@ -470,60 +485,36 @@ void MaskedGradientPlan::Run::forward(const Block& place, const MaskedGradientFo
   }
 }
 
-// The operation's own epilogue goes as far as nothing else is to be seen; a pass over what it wrote
-// does the rest.
 void MaskedGradientPlan::Run::forward(const Block& place, std::size_t s) const {
   const Step& step = program.steps[s];
   const StepSpec& spec = step.spec;
   const Extras& extra = program.extras[s];
   const auto at = [&](std::int64_t id) { return operand(program.buffers, place, id); };
-  const Operand result = at(extra.result), scaled = at(extra.scaled), active = at(extra.active);
-
   StepArgs args = step.args(program.buffers[spec.input], place.data[spec.input], place.images);
-  args.scratch = place.scratch;
-  SettleArgs rest{};
-  rest.images = place.images;
-  rest.pixels = args.pixels;
-  rest.channels = step.channels;
-  rest.active = active;
-  rest.gates = mode.gated && spec.site_start >= 0
-                   ? rows(input.gates, program.sites, place, spec.site_start)
-                   : PerImage{};
-  rest.final = at(spec.final);
-  if (result.data) {
-    args.final = result;
-    rest.stage = From::result;
-    rest.from = result;
-    rest.residual = at(spec.residual);
-    rest.first = spec.first;
-    rest.plain = at(spec.plain);
-    rest.scale = step.scale.data();
-    rest.shift = step.shift.data();
-    rest.scaled = scaled;
-    rest.second = spec.second;
-    (kernels.*step.kernel)(args);
-    gradient_kernels.settle(rest);
-    return;
-  }
   args.residual = at(spec.residual);
   args.first = spec.first;
   args.plain = at(spec.plain);
   args.scale = step.scale.data();
   args.shift = step.shift.data();
-  if (scaled.data) {
-    args.final = scaled;
-    rest.stage = From::scaled;
-    rest.from = scaled;
-    rest.second = spec.second;
-  } else {
-    args.second = spec.second;
-    args.final = active.data ? active : rest.final;
-    rest.stage = From::active;
-    rest.from = active;
-    rest.active = {};
+  args.second = spec.second;
+  args.final = at(spec.final);
+  args.scratch = place.scratch;
+  for (const auto& [id, data] :
+       {std::pair{extra.result, &args.kept.result}, std::pair{extra.scaled, &args.kept.scaled},
+        std::pair{extra.active, &args.kept.active}}) {
+    const Operand kept = at(id);
+    if (!kept.data) continue;
+    *data = kept.data;
+    args.kept.offset = kept.offset;
+    args.kept.image_stride = kept.image_stride;
+  }
+  args.kept.first_passed = place.passed(layout.passed[s].first);
+  args.kept.second_passed = place.passed(layout.passed[s].second);
+  if (mode.gated && spec.site_start >= 0) {
+    args.kept.gates = gates.data() + place.first * program.sites + spec.site_start;
+    args.kept.gate_stride = program.sites;
   }
   (kernels.*step.kernel)(args);
-  if (rest.from.data) gradient_kernels.settle(rest);
 }
 
 void MaskedGradientPlan::Run::moments(const Block& place, std::size_t s,
@@ -550,7 +541,7 @@ void MaskedGradientPlan::Run::backward(const Block& place, const Worker& worker,
                                        const MaskedGradientBackward& out) const {
   const std::int64_t images = place.images;
   const auto memory = [&](std::int64_t begin) {
-    return begin < 0 ? nullptr : worker.gradients.data() + begin * block;
+    return begin < 0 ? nullptr : worker.gradients + begin * block;
   };
   std::vector<char> flows(program.gradients.size(), 0);  // buffers whose gradient was written
   const auto gradient = [&](std::int64_t id) {
@@ -587,13 +578,11 @@ void MaskedGradientPlan::Run::backward(const Block& place, const Worker& worker,
     pull.final_gradient = flowing(spec.final);
     pull.plain_gradient = flowing(spec.plain);
     if (mode.moments && out.slope && extra.scaled >= 0) {
-      pull.scaled = {at(extra.scaled),
-                     rows(out.slope, program.units, place, extra.units.scaled),
+      pull.scaled = {at(extra.scaled), rows(out.slope, program.units, place, extra.units.scaled),
                      rows(out.offset, program.units, place, extra.units.scaled)};
     }
     if (mode.moments && out.slope && extra.result >= 0) {
-      pull.result = {at(extra.result),
-                     rows(out.slope, program.units, place, extra.units.result),
+      pull.result = {at(extra.result), rows(out.slope, program.units, place, extra.units.result),
                      rows(out.offset, program.units, place, extra.units.result)};
     }
     if (!pull.final_gradient.data && !pull.plain_gradient.data && !pull.scaled.values.data &&
@@ -605,11 +594,9 @@ void MaskedGradientPlan::Run::backward(const Block& place, const Worker& worker,
       pull.active = at(extra.active);
       pull.gate_gradient = out.gates + place.first * program.sites + spec.site_start;
     }
-    pull.second_passed = at(program.second_passed(s, mode));
-    pull.second = spec.second;
+    pull.second_passed = place.passed(layout.passed[s].second);
     pull.scale = step.scale.data();
-    pull.first_passed = at(program.first_passed(s, mode));
-    pull.first = spec.first;
+    pull.first_passed = place.passed(layout.passed[s].first);
     if (spec.residual > 0 || (spec.residual == 0 && out.images)) {
       pull.residual_gradient = gradient(spec.residual);
       pull.add_to_residual = flows[spec.residual];

@@ -50,7 +50,7 @@ struct MaskedGradientBackward {
 class MaskedGradientPlan {
  public:
   // norms: one for each step. Throws onp::Error for a program that does not fit together.
-  MaskedGradientPlan(std::vector<BufferShape> buffers, std::vector<StepSpec> steps,
+  MaskedGradientPlan(const std::vector<BufferShape>& buffers, const std::vector<StepSpec>& steps,
                      const std::vector<NormUnits>& norms, std::int64_t output, std::int64_t sites,
                      std::int64_t units);
   ~MaskedGradientPlan();

@@ -16,30 +16,6 @@ struct PerImage {
   std::int64_t stride;
 };
 
-// The rest of a step's epilogue, from where its operation left off:
-//   from = result:  t = from + residual;  t = first(t);  plain = t;  t = t * scale + shift;
-//                   scaled = t;           then as from scaled
-//   from = scaled:  t = second(from);     active = t;    then as from active
-//   from = active:  final = t * gate
-// Absent parts are left out.
-enum class From : int { result, scaled, active };
-
-struct SettleArgs {
-  std::int64_t images, pixels, channels;
-  From stage;
-  Operand from;
-  Operand residual;
-  Activation first;
-  Operand plain;
-  const float* scale;
-  const float* shift;
-  Operand scaled;
-  Activation second;
-  Operand active;
-  PerImage gates;
-  Operand final;
-};
-
 // mean[n, c] and variance[n, c] over the pixels of an image.
 struct MomentsArgs {
   std::int64_t images, pixels, channels;
@@ -57,9 +33,9 @@ struct MomentsPull {
 
 // A step's epilogue backwards, from the gradients of what it wrote to that of its operation:
 //   gate_gradient += sum over pixels of final_gradient * active
-//   d = final_gradient * gate;  d = d where the second activation passed second_passed, else 0;
+//   d = final_gradient * gate;  d = d where the second activation passed, else 0;
 //   d += scaled's moments;      d = d * scale;  d += plain_gradient;
-//   d = d where the first activation passed first_passed, else 0;
+//   d = d where the first activation passed, else 0;
 //   residual_gradient = d or += d;      d += result's moments;    operation_gradient = d
 // Absent parts are left out.
 struct PullArgs {
@@ -67,14 +43,12 @@ struct PullArgs {
   Operand final_gradient;
   PerImage gates;
   Operand active;
-  float* gate_gradient;  // rows gates.stride apart, null: none
-  Operand second_passed;  // the activation's argument or its result
-  Activation second;
+  float* gate_gradient;               // rows gates.stride apart, null: none
+  const std::uint8_t* second_passed;  // as in Kept, null: everywhere
   MomentsPull scaled;
   const float* scale;
   Operand plain_gradient;
-  Operand first_passed;
-  Activation first;
+  const std::uint8_t* first_passed;
   Operand residual_gradient;
   bool add_to_residual;
   MomentsPull result;
@@ -95,7 +69,6 @@ struct PoolPullArgs {
 
 struct GradientKernels {
   const char* name;
-  void (*settle)(const SettleArgs&);
   void (*moments)(const MomentsArgs&);
   void (*pull)(const PullArgs&);
   void (*max_pool)(const PoolPullArgs&);

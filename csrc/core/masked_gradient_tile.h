@@ -50,17 +50,12 @@ struct GradientTile {
   static ONP_INLINE Block fma(const Block& a, const Block& b, const Block& c) {
     return each([&](int i) { return Simd::fma(a.v[i], b.v[i], c.v[i]); });
   }
-  static ONP_INLINE Block activate(const Block& a, Activation activation) {
-    return each([&](int i) { return Base::activate(a.v[i], activation); });
-  }
-
-  // The gradient where an activation of `values`, or one that gave them, passes it, 0 elsewhere.
-  static ONP_INLINE Block pass(const Block& gradient, const Block& values, Activation activation) {
-    const Vec zero = Simd::splat(0.0f), six = Simd::splat(6.0f);
-    return each([&](int i) -> Vec {
-      const Vec kept = values.v[i] > zero ? gradient.v[i] : zero;
-      if (activation != Activation::relu6) return kept;
-      return values.v[i] < six ? kept : zero;
+  // The gradient where an activation passed it, by the bits of its block, 0 elsewhere.
+  static ONP_INLINE Block pass(const Block& gradient, const std::uint8_t* passed) {
+    return each([&](int i) {
+      typename Base::Bits bits;
+      __builtin_memcpy(&bits, passed + i * static_cast<Index>(sizeof(bits)), sizeof(bits));
+      return Simd::only(bits, gradient.v[i]);
     });
   }
 
@@ -101,31 +96,6 @@ struct GradientTile {
     }
   }
 
-  static void settle(const SettleArgs& args) {
-    for_each_block(args.images, args.channels, [&](Index n, Index c) {
-      const Plane from(args.from, n, c), residual(args.residual, n, c), plain(args.plain, n, c);
-      const Plane scaled(args.scaled, n, c), active(args.active, n, c), final(args.final, n, c);
-      const bool result = args.stage == From::result, second = args.stage != From::active;
-      const Block gate = gather(args.gates, n, c, args.channels, 1.0f);
-      const Block scale = args.scale ? load(args.scale + c) : splat(1.0f);
-      const Block shift = args.shift ? load(args.shift + c) : splat(0.0f);
-      for (Index p = 0; p < args.pixels; ++p) {
-        Block t = load(from.at(p));
-        if (result) {
-          if (residual) t = add(t, load(residual.at(p)));
-          t = activate(t, args.first);
-          if (plain) store(plain.at(p), t);
-          if (args.scale) t = fma(t, scale, shift);
-          if (scaled) store(scaled.at(p), t);
-        }
-        if (second) t = activate(t, args.second);
-        if (active) store(active.at(p), t);
-        if (args.gates.data) t = multiply(t, gate);
-        if (final) store(final.at(p), t);
-      }
-    });
-  }
-
   static void moments(const MomentsArgs& args) {
     const Block share = splat(1.0f / static_cast<float>(args.pixels));
     for_each_block(args.images, args.channels, [&](Index n, Index c) {
@@ -148,8 +118,7 @@ struct GradientTile {
     for_each_block(args.images, args.channels, [&](Index n, Index c) {
       const Plane upstream(args.final_gradient, n, c), active(args.active, n, c);
       const Plane scaled(args.scaled.values, n, c), result(args.result.values, n, c);
-      const Plane plain(args.plain_gradient, n, c), first_passed(args.first_passed, n, c);
-      const Plane second_passed(args.second_passed, n, c);
+      const Plane plain(args.plain_gradient, n, c);
       const Plane residual(args.residual_gradient, n, c), out(args.operation_gradient, n, c);
       const Block gate = gather(args.gates, n, c, args.channels, 1.0f);
       const Block scaled_slope = gather(args.scaled.slope, n, c, args.channels, 0.0f);
@@ -157,7 +126,10 @@ struct GradientTile {
       const Block result_slope = gather(args.result.slope, n, c, args.channels, 0.0f);
       const Block result_offset = gather(args.result.offset, n, c, args.channels, 0.0f);
       const Block scale = args.scale ? load(args.scale + c) : splat(1.0f);
-      const bool second = args.second != Activation::none, first = args.first != Activation::none;
+      const auto passed = [&](const std::uint8_t* bits, const Block& gradient, Index pixel) {
+        if (!bits) return gradient;
+        return pass(gradient, Base::bits_at(bits, args.channels, n * args.pixels + pixel, c));
+      };
       Block gate_gradient = splat(0.0f);
       for (Index p = 0; p < args.pixels; ++p) {
         Block d = splat(0.0f);
@@ -165,12 +137,12 @@ struct GradientTile {
           d = load(upstream.at(p));
           if (args.gate_gradient) gate_gradient = fma(d, load(active.at(p)), gate_gradient);
           if (args.gates.data) d = multiply(d, gate);
-          if (second) d = pass(d, load(second_passed.at(p)), args.second);
+          d = passed(args.second_passed, d, p);
         }
         if (scaled) d = add(d, fma(load(scaled.at(p)), scaled_slope, scaled_offset));
         if (args.scale) d = multiply(d, scale);
         if (plain) d = add(d, load(plain.at(p)));
-        if (first) d = pass(d, load(first_passed.at(p)), args.first);
+        d = passed(args.first_passed, d, p);
         if (residual) {
           store(residual.at(p), args.add_to_residual ? add(d, load(residual.at(p))) : d);
         }
@@ -222,7 +194,7 @@ struct GradientTile {
   }
 
   static constexpr GradientKernels table(const char* name) {
-    return {name, settle, moments, pull, pool<false>, pool<true>};
+    return {name, moments, pull, pool<false>, pool<true>};
   }
 };
 

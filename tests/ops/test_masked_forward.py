@@ -94,6 +94,23 @@ def test_options_do_not_change_a_bit(name: str, isa: str) -> None:
                 assert torch.equal(got, base), (threads, share, max_bytes)
 
 
+@pytest.mark.parametrize("name", ["preactresnet18", "mobilenetv2", "densenet", "vit", "convnext"])
+def test_what_an_earlier_call_left_in_memory_does_not_matter(name: str) -> None:
+    model = network(name)
+    traced = trace(model, (3, 32, 32))
+    plan = lower(traced, model)
+    images = torch.rand(7, 3, 32, 32)
+    packed = masks.pack(random_masks(2, traced.sites))
+    base = plan.run(packed, images)
+    other = network("vit")
+    spoiling = lower(trace(other, (3, 32, 32)), other)
+    spoilt = torch.full_like(images, torch.nan)
+    assert spoiling.run(masks.pack(random_masks(1, spoiling.sites)), spoilt).isnan().any()
+    for share in (False, True):
+        plan.run(packed, spoilt, share=share)
+        assert torch.equal(plan.run(packed, images, share=share), base)
+
+
 def test_sharing_keeps_the_order_of_the_masks() -> None:
     model = network("resnet20")
     traced = trace(model, (3, 32, 32))
