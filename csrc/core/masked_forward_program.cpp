@@ -157,11 +157,11 @@ void pack_byte_convolution(Step& step, const Buffer& from) {
   }
 }
 
-// Narrow layers lose more to the transforms than they save.
-bool suits_winograd(const StepSpec& spec, std::int64_t inputs, std::int64_t outputs) {
+// Few inputs lose more to the transforms than they save; few outputs (the images, backwards) do
+// not.
+bool suits_winograd(const StepSpec& spec, std::int64_t inputs) {
   return spec.kernel_height == 3 && spec.kernel_width == 3 && spec.stride_height == 1 &&
-         spec.stride_width == 1 && spec.groups == 1 && inputs >= kChannelBlock &&
-         outputs >= kChannelBlock;
+         spec.stride_width == 1 && spec.groups == 1 && inputs >= kChannelBlock;
 }
 
 // Larger tiles save more products, but their weights take more memory: they suit maps that have
@@ -320,7 +320,7 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
   }
   if (spec.kind != StepKind::convolution) return 0;
   // A Winograd tile at the end of an odd size reads one pixel further.
-  const bool tiles = suits_winograd(spec, from.channels, to.channels);
+  const bool tiles = suits_winograd(spec, from.channels);
   const auto beyond = [&](std::int64_t size, std::int64_t outputs, std::int64_t kernel,
                           std::int64_t stride, std::int64_t pad) {
     const std::int64_t odd = tiles && outputs % 2 ? 1 : 0;
@@ -338,7 +338,7 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
   if (spec.kind == StepKind::attention) {
     return attention_scratch(pixels_of(to), keys, to.channels / spec.heads, to.channels);
   }
-  if (spec.kind != StepKind::convolution || !suits_winograd(spec, from.channels, to.channels)) {
+  if (spec.kind != StepKind::convolution || !suits_winograd(spec, from.channels)) {
     return 0;
   }
   return winograd_scratch(winograd_size(to), round_up(from.channels, kChannelBlock),
@@ -369,7 +369,7 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
     pack_byte_convolution(step, from);
   } else if (is_depthwise(spec, from.shape, to)) {
     pack_depthwise(step, from);
-  } else if (suits_winograd(spec, from.shape.channels, to.channels)) {
+  } else if (suits_winograd(spec, from.shape.channels)) {
     pack_winograd(step, from, winograd_size(to));
   } else {
     pack_convolution(step, from);
