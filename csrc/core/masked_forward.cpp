@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <set>
 
 #include "core/check.h"
@@ -259,10 +258,13 @@ void MaskedForwardPlan::run(const MaskedForwardRun& run) const {
   const std::int64_t allowed = std::min(wanted, run.max_bytes - size * program.scratch_floats);
   const std::int64_t image_bytes = size * layout.slots.floats_per_image;
   const std::int64_t most = std::max(allowed / image_bytes, std::int64_t{1});
-  const std::int64_t blocks = divide_up(run.count, std::min(most, run.count));
+  // Blocks are smaller than memory allows only where few masks would leave threads idle, masks
+  // split between tasks only where the images alone do not keep the threads busy.
+  const std::int64_t tasks = run.threads == 1 ? 1 : 4 * run.threads;
+  const std::int64_t blocks =
+      std::min(std::max(divide_up(run.count, most), divide_up(tasks, run.masks.batch)), run.count);
   const std::int64_t block = divide_up(run.count, blocks);
-  // Masks are split between tasks only where the images alone do not keep the threads busy.
-  const std::int64_t parts = run.threads == 1 ? 1 : divide_up(4 * run.threads, blocks);
+  const std::int64_t parts = divide_up(tasks, blocks);
   const std::int64_t chunk = divide_up(run.masks.batch, std::min(parts, run.masks.batch));
   const std::int64_t chunks = divide_up(run.masks.batch, chunk);
 

@@ -1,8 +1,8 @@
 // Masked forward: a network as a short program of steps over buffers, planned once; one run
 // evaluates many masks on many images, in fp32 or, told the ranges of its buffers, with 8-bit
 // convolutions. Square 3x3 convolutions of stride 1 with 16 or more
-// channels go by Winograd F(2x2, 3x3), on large maps F(4x4, 3x3): the rounding differs a little
-// from a direct sum.
+// input channels go by Winograd F(2x2, 3x3), on large maps F(4x4, 3x3): the rounding differs a
+// little from a direct sum.
 #pragma once
 
 #include <cstdint>

@@ -85,7 +85,8 @@ struct Kept {
 //   t = t + bias;             kept.result = t;
 //   t = first(t + residual);  kept.first_passed = whether it passes;   plain = t;
 //   t = t * scale + shift;    kept.scaled = t;
-//   t = second(t) & keep;     kept.second_passed = whether it passes;  kept.active = t;
+//   t = second(t);            kept.second_passed = whether it passes;
+//   t = t & keep;             kept.active = t;
 //   t = t * kept.gates;       final = t, final_bytes = t in 8 bits
 // Per-channel arrays are padded to a multiple of kChannelBlock.
 struct StepArgs {

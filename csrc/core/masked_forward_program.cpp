@@ -546,7 +546,7 @@ const Kernels& kernels_for(const std::string& isa) {
 }
 
 void clear_halo(const Buffer& buffer, std::int64_t images, float* data) {
-  if (buffer.bytes) {  // not worth less: there are few
+  if (buffer.bytes) {
     std::memset(data, buffer.zero, static_cast<std::size_t>(images * buffer.image()));
     return;
   }

@@ -173,7 +173,8 @@ std::int64_t block_bytes(std::int64_t weight_bytes);
 // The kernel table of an instruction set, "auto" for the widest. Throws onp::Error.
 const Kernels& kernels_for(const std::string& isa);
 
-// Zeroes what is around the pixels of the images in a buffer, which steps read and none writes.
+// Zeroes what is around the pixels of the images in a buffer, which steps read and none writes; all
+// of a buffer of bytes.
 void clear_halo(const Buffer& buffer, std::int64_t images, float* data);
 
 // NCHW to the channels-last layout of a buffer.

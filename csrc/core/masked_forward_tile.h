@@ -36,6 +36,7 @@ struct Tile {
   static constexpr int kGroup = 16;
   static constexpr int kFew = kPixels / 3;  // tiles of a Winograd convolution, for what is left
   static constexpr int kRowsAhead = 24;     // of weights, whose cache lines are asked for
+  static_assert(kFew > 0 && kPixels % kFew == 0, "few tiles may stand for the end of many");
   static_assert(kChannelBlock % kLanes == 0, "a channel block is a whole number of vectors");
 
   // Where the epilogue of some output pixels reads and writes. Pixels outside the image repeat one
@@ -139,7 +140,7 @@ struct Tile {
   // Where the vector from channel c on of output pixel `number` has its bits.
   template <typename Byte>
   static ONP_INLINE Byte* bits_at(Byte* passed, Index channels, Index number, Index c) {
-    const Index vectors = passed_floats(1, channels) * (kChannelBlock / kLanes);
+    const Index vectors = (channels + kChannelBlock - 1) / kChannelBlock * (kChannelBlock / kLanes);
     return passed + (number * vectors + c / kLanes) * static_cast<Index>(sizeof(Bits));
   }
 

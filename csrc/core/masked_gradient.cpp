@@ -136,10 +136,6 @@ struct MaskedGradientPlan::Program : Network {
   void lay_out_gradients();
   Layout lay_out(Mode mode, bool keep) const;
   std::int64_t block(const Layout& layout, const MaskedGradientInput& input) const;
-
-  std::int64_t active(std::size_t s, Mode mode) const {
-    return mode.gated && extras[s].active >= 0 ? extras[s].active : steps[s].spec.final;
-  }
 };
 
 void MaskedGradientPlan::Program::add_extras(const std::vector<StepSpec>& specs,
@@ -304,7 +300,7 @@ Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
     const Extras& extra = extras[s];
     claim(true, spec.plain);
     claim(true, spec.final);
-    claim(mode.gated, extra.active);
+    claim(mode.gated && keep, extra.active);
     claim(mode.moments, extra.result);
     claim(mode.moments, extra.scaled);
     for (const std::int64_t id : {extra.active, extra.result, extra.scaled}) release(id);
@@ -324,7 +320,10 @@ std::int64_t MaskedGradientPlan::Program::block(const Layout& layout,
                               (input.workspace ? 0 : layout.kept_floats);
   const std::int64_t bytes = floats * static_cast<std::int64_t>(sizeof(float));
   const std::int64_t most = std::max(block_bytes(weight_bytes) / bytes, std::int64_t{1});
-  return std::clamp(divide_up(input.count, input.threads), std::int64_t{1}, most);
+  // As many blocks for every thread: a last one alone would be waited for.
+  const std::int64_t blocks = round_up(std::max(divide_up(input.count, most), std::int64_t{1}),
+                                       static_cast<std::int64_t>(input.threads));
+  return std::max(divide_up(input.count, blocks), std::int64_t{1});
 }
 
 MaskedGradientPlan::MaskedGradientPlan(const std::vector<BufferShape>& shapes,
@@ -367,7 +366,6 @@ struct Worker {
 
 // One block of images: where its buffers lie.
 struct Block {
-  Mode mode;
   std::int64_t first, images;
   float* kept;  // what is kept begins at its place in the layout times kept_images
   std::int64_t kept_images;
@@ -400,17 +398,20 @@ struct MaskedGradientPlan::Run {
   std::int64_t block;
   const Kernels& kernels;
   const GradientKernels& gradient_kernels;
-  Floats gates;  // a copy, as vectors reach past the last one
+  bool forwards, backwards;  // what of the network it runs
+  Floats gates;              // a copy, as vectors reach past the last one
 
-  Run(const Program& the_program, const MaskedGradientInput& the_input, bool keep)
+  Run(const Program& the_program, const MaskedGradientInput& the_input, bool back)
       : program(the_program),
         input(the_input),
         mode{the_input.gates != nullptr, the_input.moments},
-        layout(the_program.lay_out(mode, keep)),
+        layout(the_program.lay_out(mode, back || the_input.workspace)),
         block(the_program.block(layout, the_input)),
         kernels(kernels_for(the_input.isa)),
-        gradient_kernels(gradient_kernels_for(kernels)) {
-    if (!mode.gated) return;
+        gradient_kernels(gradient_kernels_for(kernels)),
+        forwards(!back || !the_input.workspace),
+        backwards(back) {
+    if (!mode.gated || !forwards) return;
     const std::int64_t count = input.count * program.sites;
     gates = Floats(count + kChannelBlock);
     std::copy_n(input.gates, count, gates.data());
@@ -418,13 +419,13 @@ struct MaskedGradientPlan::Run {
 
   // Calls body(block, worker) for all blocks.
   template <typename Body>
-  void for_each_block(bool gradients, const Body& body) const {
+  void for_each_block(const Body& body) const {
     std::vector<std::unique_ptr<Worker>> workers(static_cast<std::size_t>(input.threads));
     parallel_for(divide_up(input.count, block), input.threads, [&](std::int64_t b, int thread) {
       std::unique_ptr<Worker>& worker = workers[static_cast<std::size_t>(thread)];
-      if (!worker) worker = hire(gradients);
+      if (!worker) worker = hire();
       const std::int64_t first = b * block, images = std::min(block, input.count - first);
-      Block place{mode, first, images, worker->kept, block, {}, worker->scratch};
+      Block place{first, images, worker->kept, block, {}, worker->scratch};
       if (input.workspace) {
         place.kept = input.workspace + first * layout.kept_floats;
         place.kept_images = images;
@@ -432,21 +433,21 @@ struct MaskedGradientPlan::Run {
       for (const Layout::Place& at : layout.places) {
         float* data = nullptr;
         if (at.present && at.kept) data = place.kept + at.begin * place.kept_images;
-        if (at.present && !at.kept) data = worker->passing + at.begin * block;
+        if (at.present && !at.kept && forwards) data = worker->passing + at.begin * block;
         place.data.push_back(data);
       }
       body(place, *worker);
     });
   }
 
-  std::unique_ptr<Worker> hire(bool gradients) const {
+  std::unique_ptr<Worker> hire() const {
     // The last vector of a buffer may reach past its end.
     const auto floats = [&](bool wanted, std::int64_t per_image) {
       return wanted ? round_up(per_image * block + kChannelBlock, kChannelBlock) : 0;
     };
     const std::int64_t kept = floats(!input.workspace, layout.kept_floats);
-    const std::int64_t passing = floats(true, layout.passing_floats);
-    const std::int64_t back = floats(gradients, program.gradient_slots.floats_per_image);
+    const std::int64_t passing = floats(forwards, layout.passing_floats);
+    const std::int64_t back = floats(backwards, program.gradient_slots.floats_per_image);
     auto worker = std::make_unique<Worker>(kept + passing + back + program.scratch_floats);
     worker->kept = worker->memory.data();
     worker->passing = worker->kept + kept;
@@ -454,11 +455,11 @@ struct MaskedGradientPlan::Run {
     worker->scratch = worker->gradients + back;
     for (std::size_t id = 0; id < layout.places.size(); ++id) {
       const Layout::Place& at = layout.places[id];
-      if (at.present && !at.kept) {
+      if (forwards && at.present && !at.kept) {
         clear_halo(program.buffers[id], block, worker->passing + at.begin * block);
       }
     }
-    for (std::size_t s = 0; gradients && s < program.steps.size(); ++s) {
+    for (std::size_t s = 0; backwards && s < program.steps.size(); ++s) {
       clear_halo(program.reverse[s].gradient, block,
                  worker->gradients + program.operation_begin[s] * block);
     }
@@ -662,10 +663,10 @@ std::int64_t MaskedGradientPlan::workspace_floats(std::int64_t count, bool gated
 void MaskedGradientPlan::forward(const MaskedGradientInput& input,
                                  const MaskedGradientForward& out) const {
   ONP_CHECK(input.threads >= 1, "masked_gradient: threads must be positive, got ", input.threads);
-  const Run run(*program_, input, input.workspace != nullptr);
+  const Run run(*program_, input, false);
   const Buffer& last = program_->buffers[program_->output];
   const std::int64_t classes = last.shape.channels;
-  run.for_each_block(false, [&](const Block& place, const Worker&) {
+  run.for_each_block([&](const Block& place, const Worker&) {
     run.forward(place, &out);
     for (std::int64_t n = 0; n < place.images; ++n) {
       const float* from = place.data[program_->output] + n * last.image() + last.interior[0];
@@ -679,8 +680,8 @@ void MaskedGradientPlan::backward(const MaskedGradientInput& input,
   ONP_CHECK(input.threads >= 1, "masked_gradient: threads must be positive, got ", input.threads);
   ONP_CHECK(input.gates || !out.gates, "masked_gradient: gates must be given for their gradient");
   const Run run(*program_, input, true);
-  run.for_each_block(true, [&](const Block& place, const Worker& worker) {
-    if (!input.workspace) run.forward(place, nullptr);
+  run.for_each_block([&](const Block& place, const Worker& worker) {
+    if (run.forwards) run.forward(place, nullptr);
     run.backward(place, worker, out);
   });
 }

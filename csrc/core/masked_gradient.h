@@ -27,7 +27,7 @@ struct MaskedGradientInput {
   const float* gates;  // [count, sites], null: all 1
   float* workspace;    // workspace_floats(count, ..), null: keep nothing
   bool moments;
-  int threads;      // at least 1; the same in both passes over one workspace
+  int threads;      // at least 1; this and isa are the same in both passes over one workspace
   std::string isa;  // "auto" or one of instruction_sets()
 };
 

@@ -234,7 +234,23 @@ def randomised(model: nn.Module) -> nn.Module:
     return model.eval()
 
 
-@pytest.mark.parametrize(("build", "size"), [(Odd, (27, 23)), (Shared, (9, 14))])
+class Narrow(nn.Module):
+    """Fewer outputs than a block of channels from more inputs than one, by Winograd."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 17, 3, padding=1)
+        self.narrow = nn.Conv2d(17, 5, 3, padding=1)
+        self.last = nn.Linear(5, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(F.relu(self.narrow(F.relu(self.stem(x)))).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("build", "size"),
+    [(Odd, (27, 23)), (Shared, (9, 14)), (Narrow, (32, 32)), (Narrow, (13, 9))],
+)
 def test_uncommon_networks(build: Callable[[], nn.Module], size: tuple[int, int]) -> None:
     torch.manual_seed(2)
     assert_equals_hooks(randomised(build()), size, batch=6, count=5)

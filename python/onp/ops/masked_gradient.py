@@ -26,8 +26,9 @@ if TYPE_CHECKING:
     from onp.suspect.trace import Trace
 
 MAX_WORKSPACE = 256 << 20
-"""Bytes that are kept between the passes at most, and that the process holds on to afterwards;
-beyond, the backward pass runs the network again, block by block."""
+"""Bytes that are kept between the passes at most, and that the process holds on to afterwards,
+beside up to as much that the engine's threads work in; beyond, the backward pass runs the network
+again, block by block."""
 
 
 def _floats(*shape: int) -> Tensor:
