@@ -34,8 +34,11 @@ struct Tile {
   static constexpr int kPixels = Simd::tile_pixels;
   // Tiles whose addresses are worked out together and reused for every channel block.
   static constexpr int kGroup = 16;
-  static constexpr int kFew = kPixels / 3;  // tiles of a Winograd convolution, for what is left
-  static constexpr int kRowsAhead = 24;     // of weights, whose cache lines are asked for
+  // Tiles that Winograd multiplies together where fewer than kPixels are left.
+  static constexpr int kFew = kPixels / 3;
+  // How far ahead rows of weights are asked for. Large layers' come from the last cache, and are
+  // waited for without (bench/NOTES.md).
+  static constexpr int kRowsAhead = 24;
   static_assert(kFew > 0 && kPixels % kFew == 0, "few tiles may stand for the end of many");
   static_assert(kChannelBlock % kLanes == 0, "a channel block is a whole number of vectors");
 
@@ -57,9 +60,9 @@ struct Tile {
       final[p] = address(step.final, image, pixel);
       final_bytes[p] = address(step.final_bytes, image, pixel);
       number[p] = image * step.pixels + pixel;
-      const Kept& way = step.kept;
-      kept[p] = way.offset ? image * way.image_stride + way.offset[pixel] : 0;
-      gates[p] = way.gates ? way.gates + image * way.gate_stride : nullptr;
+      const Kept& k = step.kept;
+      kept[p] = k.offset ? image * k.image_stride + k.offset[pixel] : 0;
+      gates[p] = k.gates ? k.gates + image * k.gate_stride : nullptr;
     }
   };
 
@@ -224,7 +227,6 @@ struct Tile {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
         row[v] = load(weights + v * next_vector);
-        // Nothing asks for the first rows of the next point's or tap's weights in time.
         __builtin_prefetch(weights + v * next_vector + kRowsAhead * kChannelBlock);
       }
 #pragma GCC unroll 32

@@ -249,8 +249,9 @@ class Config:
 
     budget: str = "standard"
     search_in_8_bits: bool = False
-    """Where the processor has VNNI: a tenth to a fifth faster. Off: in 31 pairs of repairs it cost
-    .4 points of DER, nearly all on three of one architecture (bench/NOTES.md)."""
+    """Where the processor has VNNI; it was a tenth to a fifth faster, of fp32 kernels slower than
+    these. Off: in 31 pairs of repairs it cost .4 points of DER, nearly all on three of one
+    architecture (bench/NOTES.md)."""
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
