@@ -85,28 +85,19 @@ void message_passing_weight_grad(const std::string& dtype, Address grad, Address
 
 // ---- neuron graph ------------------------------------------------------------------------------
 
-void connection_strength(Address weight, std::int64_t pairs, std::int64_t kernel, Address out,
-                         int threads) {
-  py::gil_scoped_release release;
-  onp::connection_strength(at<const float>(weight), pairs, kernel, at<float>(out), threads);
-}
-
-#ifdef ONP_WITH_CUDA
 using Sizes = std::tuple<Address, std::int64_t, std::int64_t>;
 
-void connection_strengths_cuda(int device, Address stream, const std::vector<Sizes>& layers,
-                               Address out) {
+std::vector<onp::LayerWeights> layer_weights(const std::vector<Sizes>& layers) {
   std::vector<onp::LayerWeights> given;
   given.reserve(layers.size());
   for (const auto& [weight, pairs, kernel] : layers) {
     given.push_back({at<const float>(weight), pairs, kernel});
   }
-  py::gil_scoped_release release;
-  onp::connection_strengths_cuda(device, at<void>(stream), given, at<float>(out));
+  return given;
 }
 
-std::vector<onp::DeviceMatrix> device_matrices(const std::vector<Sizes>& matrices) {
-  std::vector<onp::DeviceMatrix> given;
+std::vector<onp::MatrixView> matrix_views(const std::vector<Sizes>& matrices) {
+  std::vector<onp::MatrixView> given;
   given.reserve(matrices.size());
   for (const auto& [values, rows, cols] : matrices) {
     given.push_back({at<const float>(values), rows, cols});
@@ -114,13 +105,46 @@ std::vector<onp::DeviceMatrix> device_matrices(const std::vector<Sizes>& matrice
   return given;
 }
 
+void connection_strengths(const std::vector<Sizes>& layers, const std::vector<Address>& out,
+                          int threads) {
+  py::gil_scoped_release release;
+  std::vector<float*> places;
+  for (Address address : out) places.push_back(at<float>(address));
+  onp::connection_strengths(layer_weights(layers), places, threads);
+}
+
+onp::EdgeChoice edge_choice_strongest(const std::vector<Sizes>& strengths, std::int64_t k,
+                                      int threads) {
+  py::gil_scoped_release release;
+  return onp::EdgeChoice::strongest(matrix_views(strengths), k, threads);
+}
+
+onp::EdgeChoice edge_choice_similar(const std::vector<Sizes>& vectors, float threshold,
+                                    std::int64_t max_neighbours, int threads) {
+  py::gil_scoped_release release;
+  return onp::EdgeChoice::similar(matrix_views(vectors), threshold, max_neighbours, threads);
+}
+
+void edge_choice_write(const onp::EdgeChoice& choice, Address rows, Address cols, Address values,
+                       int threads) {
+  py::gil_scoped_release release;
+  choice.write(at<std::int64_t>(rows), at<std::int64_t>(cols), at<float>(values), threads);
+}
+
+#ifdef ONP_WITH_CUDA
+void connection_strengths_cuda(int device, Address stream, const std::vector<Sizes>& layers,
+                               Address out) {
+  py::gil_scoped_release release;
+  onp::connection_strengths_cuda(device, at<void>(stream), layer_weights(layers), at<float>(out));
+}
+
 onp::EdgeSelection edge_selection_strongest(const std::vector<Sizes>& strengths, std::int64_t k) {
-  return onp::EdgeSelection::strongest(device_matrices(strengths), k);
+  return onp::EdgeSelection::strongest(matrix_views(strengths), k);
 }
 
 onp::EdgeSelection edge_selection_similar(const std::vector<Sizes>& vectors, float threshold,
                                           std::int64_t max_neighbours) {
-  return onp::EdgeSelection::similar(device_matrices(vectors), threshold, max_neighbours);
+  return onp::EdgeSelection::similar(matrix_views(vectors), threshold, max_neighbours);
 }
 
 std::vector<std::int64_t> edge_selection_choose(const onp::EdgeSelection& selection, int device,
@@ -136,27 +160,6 @@ void edge_selection_write(const onp::EdgeSelection& selection, int device, Addre
                   at<std::int64_t>(cols), at<float>(values));
 }
 #endif
-
-onp::EdgeSink edge_sink(Address rows, Address cols, Address values, std::int64_t capacity) {
-  return {at<std::int64_t>(rows), at<std::int64_t>(cols), at<float>(values), capacity};
-}
-
-std::int64_t strongest_edges(Address strength, std::int64_t rows, std::int64_t cols,
-                             std::int64_t k, Address out_rows, Address out_cols,
-                             Address out_values, std::int64_t capacity, int threads) {
-  py::gil_scoped_release release;
-  return onp::strongest_edges(at<const float>(strength), rows, cols, k,
-                              edge_sink(out_rows, out_cols, out_values, capacity), threads);
-}
-
-std::int64_t similarity_edges(Address vectors, std::int64_t count, std::int64_t size,
-                              float threshold, std::int64_t max_neighbours, Address out_rows,
-                              Address out_cols, Address out_values, std::int64_t capacity,
-                              int threads) {
-  py::gil_scoped_release release;
-  return onp::similarity_edges(at<const float>(vectors), count, size, threshold, max_neighbours,
-                               edge_sink(out_rows, out_cols, out_values, capacity), threads);
-}
 
 std::int64_t csr_from_edges(std::int64_t nodes, std::int64_t edges, Address rows, Address cols,
                             Address values, Address out_indptr, Address out_indices,
@@ -273,8 +276,13 @@ std::unique_ptr<onp::MaskedGradientPlan> masked_gradient_plan(
 onp::MaskedGradientInput masked_gradient_input(Address images, std::int64_t count, Address gates,
                                                Address workspace, bool moments, int threads,
                                                const std::string& isa) {
-  return {at<const float>(images), count, at<const float>(gates), at<float>(workspace), moments,
-          threads, isa};
+  return {at<const float>(images),
+          count,
+          at<const float>(gates),
+          at<float>(workspace),
+          moments,
+          threads,
+          isa};
 }
 
 void masked_gradient_forward(const onp::MaskedGradientPlan& plan,
@@ -316,7 +324,12 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("message_passing_weight_grad", &message_passing_weight_grad);
 
   // ---- neuron graph
-  m.def("connection_strength", &connection_strength);
+  m.def("connection_strengths", &connection_strengths);
+  py::class_<onp::EdgeChoice>(m, "EdgeChoice")
+      .def_static("strongest", &edge_choice_strongest)
+      .def_static("similar", &edge_choice_similar)
+      .def_property_readonly("bounds", &onp::EdgeChoice::bounds)
+      .def("write", &edge_choice_write);
 #ifdef ONP_WITH_CUDA
   m.def("connection_strengths_cuda", &connection_strengths_cuda);
   py::class_<onp::EdgeSelection>(m, "EdgeSelection")
@@ -326,8 +339,6 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
       .def("choose", &edge_selection_choose)
       .def("write", &edge_selection_write);
 #endif
-  m.def("strongest_edges", &strongest_edges);
-  m.def("similarity_edges", &similarity_edges);
   m.def("csr_from_edges", &csr_from_edges);
 
   // ---- masked forward

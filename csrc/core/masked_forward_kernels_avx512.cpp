@@ -1,5 +1,5 @@
 // Masked forward and gradient kernels for AVX-512, and those with VNNI, which differ in what they
-// do with bytes alone: a tile of 12 pixels x 2 vectors fills 24 of the 32 registers with sums.
+// do with bytes alone.
 #include "core/masked_forward_avx512.h"
 #include "core/masked_forward_tokens.h"
 #include "core/masked_gradient_tile.h"

@@ -541,8 +541,7 @@ const Kernels& kernels_for(const std::string& isa) {
   for (const Kernels* table : kernel_tables()) {
     if (isa == "auto" || isa == table->name) return *table;
   }
-  throw Error(
-      concat("masked_forward: isa must be auto or a set that this processor runs, got ", isa));
+  throw Error(concat("isa must be auto or a set that this processor runs, got ", isa));
 }
 
 void clear_halo(const Buffer& buffer, std::int64_t images, float* data) {

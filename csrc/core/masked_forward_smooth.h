@@ -3,8 +3,7 @@
 #pragma once
 
 #include "core/masked_forward_kernels.h"
-
-#define ONP_INLINE inline __attribute__((always_inline))
+#include "core/vectors.h"
 
 namespace onp {
 namespace {

@@ -2,9 +2,8 @@
 // includes this with a Simd of its own; everything here has internal linkage, so that no copy
 // compiled for a wider instruction set can be linked into the baseline.
 //
-// Simd: Vec and IntVec (GCC vector types of `lanes` elements), `tile_pixels`, splat(x),
-// fma(a, b, c), bytes(x): the nearest of 0 to 255, for NaN some; Bits, one for each lane, above(a,
-// b): where a > b, only(bits, x): x there, 0 elsewhere; and dot, see masked_forward_bytes.h.
+// Simd: Vectors with `tile_pixels`; bytes(x): the nearest of 0 to 255, for NaN some; and dot, see
+// masked_forward_bytes.h.
 #pragma once
 
 #include "core/masked_forward_kernels.h"

@@ -1,10 +1,9 @@
-#include "cuda/neuron_graph.h"
-
 #include <algorithm>
 #include <cmath>
 #include <limits>
 
 #include "cuda/launch.cuh"
+#include "cuda/neuron_graph.h"
 
 namespace onp {
 namespace {
@@ -561,10 +560,10 @@ struct VectorExtent {
   std::int64_t rows = 0, units = 0, similarity = 0, tiles = 0;
 };
 
-std::vector<Matrix> matrices_of(const std::vector<DeviceMatrix>& given, Extent& extent) {
+std::vector<Matrix> matrices_of(const std::vector<MatrixView>& given, Extent& extent) {
   std::vector<Matrix> matrices;
   matrices.reserve(given.size());
-  for (const DeviceMatrix& one : given) {
+  for (const MatrixView& one : given) {
     const int rows = static_cast<int>(one.rows), cols = static_cast<int>(one.cols);
     matrices.push_back(
         {one.values, one.cols, rows, cols, extent.rows, extent.words, extent.groups});
@@ -575,10 +574,10 @@ std::vector<Matrix> matrices_of(const std::vector<DeviceMatrix>& given, Extent& 
   return matrices;
 }
 
-std::vector<Vectors> vectors_of(const std::vector<DeviceMatrix>& given, VectorExtent& extent) {
+std::vector<Vectors> vectors_of(const std::vector<MatrixView>& given, VectorExtent& extent) {
   std::vector<Vectors> vectors;
   vectors.reserve(given.size());
-  for (const DeviceMatrix& one : given) {
+  for (const MatrixView& one : given) {
     const int count = static_cast<int>(one.rows), size = static_cast<int>(one.cols);
     const std::int64_t padded = padded_count(count), tiles = padded / kTile;
     vectors.push_back(
@@ -663,7 +662,7 @@ void connection_strengths_cuda(int device, void* stream, const std::vector<Layer
   });
 }
 
-EdgeSelection::EdgeSelection(const std::vector<DeviceMatrix>& given, bool similar, float bar,
+EdgeSelection::EdgeSelection(const std::vector<MatrixView>& given, bool similar, float bar,
                              std::int64_t k)
     : given_(given),
       similar_(similar),
@@ -671,7 +670,7 @@ EdgeSelection::EdgeSelection(const std::vector<DeviceMatrix>& given, bool simila
       k_(static_cast<int>(std::min<std::int64_t>(k, std::numeric_limits<int>::max()))) {
   const char* op = similar ? "similarity_edges" : "strongest_edges";
   ONP_CHECK(k >= 0, op, ": the number of edges must not be negative, got ", k);
-  for (const DeviceMatrix& one : given) {
+  for (const MatrixView& one : given) {
     ONP_CHECK(std::min(one.rows, one.cols) >= 0 && std::max(one.rows, one.cols) <= kMostRows, op,
               ": sizes must be from 0 to ", kMostRows, ", got [", one.rows, ", ", one.cols, "]");
   }
@@ -697,11 +696,11 @@ EdgeSelection::EdgeSelection(const std::vector<DeviceMatrix>& given, bool simila
   parts_.similarity = take(padded.similarity, sizeof(float));
 }
 
-EdgeSelection EdgeSelection::strongest(const std::vector<DeviceMatrix>& strengths, std::int64_t k) {
+EdgeSelection EdgeSelection::strongest(const std::vector<MatrixView>& strengths, std::int64_t k) {
   return EdgeSelection(strengths, false, 0.0f, k);
 }
 
-EdgeSelection EdgeSelection::similar(const std::vector<DeviceMatrix>& vectors, float threshold,
+EdgeSelection EdgeSelection::similar(const std::vector<MatrixView>& vectors, float threshold,
                                      std::int64_t max_neighbours) {
   ONP_CHECK(threshold >= -1 && threshold <= 1,
             "similarity_edges: threshold must be in [-1, 1], got ", threshold);

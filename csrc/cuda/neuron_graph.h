@@ -1,37 +1,26 @@
-// CUDA twins of core/neuron_graph.h for many layers at once, callable from plain C++. A network
-// takes as many launches as a layer. Addresses are of device memory, streams are cudaStream_t.
+// CUDA twins of core/neuron_graph.h callable from plain C++. A network takes as many
+// launches as a layer. Addresses are of device memory, streams are cudaStream_t.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
+#include "core/neuron_graph.h"
+
 namespace onp {
 
-// The weights of one layer.
-struct LayerWeights {
-  const float* weight;  // [pairs, kernel]
-  std::int64_t pairs, kernel;
-};
-
-// As connection_strength of each layer, its pairs behind those of the layer before it.
+// As connection_strengths, the pairs of a layer behind those of the layer before it.
 // Asynchronous.
 void connection_strengths_cuda(int device, void* stream, const std::vector<LayerWeights>& layers,
                                float* out);  // [sum of pairs]
 
-// A row-major matrix.
-struct DeviceMatrix {
-  const float* values;  // [rows, cols]
-  std::int64_t rows, cols;
-};
-
-// The edges that strongest_edges or similarity_edges choose in each of several matrices. They are
-// as exact, and the same in every run. choose, allocate what it says, then write.
+// As EdgeChoice: as exact, and the same in every run. choose, allocate what it says, then write.
 class EdgeSelection {
  public:
-  static EdgeSelection strongest(const std::vector<DeviceMatrix>& strengths, std::int64_t k);
+  static EdgeSelection strongest(const std::vector<MatrixView>& strengths, std::int64_t k);
 
   // Cosine similarities are summed in another order than on the CPU, and are as symmetric.
-  static EdgeSelection similar(const std::vector<DeviceMatrix>& vectors, float threshold,
+  static EdgeSelection similar(const std::vector<MatrixView>& vectors, float threshold,
                                std::int64_t max_neighbours);
 
   // Of the memory that choose fills and write reads; 16-byte aligned.
@@ -51,9 +40,9 @@ class EdgeSelection {
     std::int64_t row_cuts, column_cuts, offsets, flags, bounds, units, similarity, bytes;
   };
 
-  EdgeSelection(const std::vector<DeviceMatrix>& given, bool similar, float bar, std::int64_t k);
+  EdgeSelection(const std::vector<MatrixView>& given, bool similar, float bar, std::int64_t k);
 
-  std::vector<DeviceMatrix> given_;
+  std::vector<MatrixView> given_;
   bool similar_;  // given are vectors, whose similarities are chosen from
   float bar_;     // edges are above it
   int k_;

@@ -36,9 +36,26 @@ def message_passing_weight_grad(
 ) -> None: ...
 
 # ---- neuron graph
-def connection_strength(
-    weight: int, pairs: int, kernel: int, out: int, threads: int, /
-) -> None: ...
+def connection_strengths(
+    layers: list[tuple[int, int, int]], out: list[int], threads: int, /
+) -> None:
+    """Layers: address, pairs, kernel."""
+
+class EdgeChoice:
+    """Matrices: address, rows, columns."""
+
+    @staticmethod
+    def strongest(strengths: list[tuple[int, int, int]], k: int, threads: int, /) -> EdgeChoice: ...
+    @staticmethod
+    def similar(
+        vectors: list[tuple[int, int, int]], threshold: float, max_neighbours: int, threads: int, /
+    ) -> EdgeChoice: ...
+    @property
+    def bounds(self) -> list[int]:
+        """Where each matrix's edges begin among all edges, and the number of all."""
+
+    def write(self, rows: int, cols: int, values: int, threads: int, /) -> None: ...
+
 def connection_strengths_cuda(
     device: int, stream: int, layers: list[tuple[int, int, int]], out: int, /
 ) -> None:
@@ -62,31 +79,6 @@ class EdgeSelection:
         self, device: int, stream: int, scratch: int, rows: int, cols: int, values: int, /
     ) -> None: ...
 
-def strongest_edges(
-    strength: int,
-    rows: int,
-    cols: int,
-    k: int,
-    out_rows: int,
-    out_cols: int,
-    out_values: int,
-    capacity: int,
-    threads: int,
-    /,
-) -> int: ...
-def similarity_edges(
-    vectors: int,
-    count: int,
-    size: int,
-    threshold: float,
-    max_neighbours: int,
-    out_rows: int,
-    out_cols: int,
-    out_values: int,
-    capacity: int,
-    threads: int,
-    /,
-) -> int: ...
 def csr_from_edges(
     nodes: int,
     edges: int,

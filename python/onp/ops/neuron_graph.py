@@ -1,13 +1,14 @@
 """What the graph of a network's neurons is made of: connection strengths and chosen edges.
 
 Plain functions over native code; nothing here is differentiable. The plural forms take all layers
-of a network: on CUDA they are as many launches as for one layer.
+of a network at once, which saves a call for each; on CUDA they are as many launches as for one
+layer.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 import torch
@@ -53,19 +54,27 @@ def connection_strengths(weights: Sequence[Tensor]) -> list[Tensor]:
     weights = _ready("connection_strength", "weight", weights, matrices=False)
     if not weights:
         return []
+    layers = [_layer(weight) for weight in weights]
+    shapes = [weight.shape[:2] for weight in weights]
     if not weights[0].is_cuda:
-        return [_strength_on_cpu(weight) for weight in weights]
-    layers, places, start = [], [], 0
-    for weight in weights:
-        shape = weight.shape
-        rows, cols = shape[0], shape[1]
-        pairs = rows * cols
-        layers.append((weight.data_ptr(), pairs, weight.numel() // (pairs or 1)))
-        places.append(((rows, cols), (cols, 1), start))
-        start += pairs
-    out = torch.empty(start, device=weights[0].device)
-    _C.connection_strengths_cuda(*_queue(out), layers, out.data_ptr())
-    return [out.as_strided(*place) for place in places]  # meanwhile the kernel runs
+        out = [torch.empty(shape) for shape in shapes]
+        addresses = [strength.data_ptr() for strength in out]
+        _C.connection_strengths(layers, addresses, torch.get_num_threads())
+        return out
+    starts = [0, *accumulate(pairs for _, pairs, _ in layers)]
+    whole = torch.empty(starts[-1], device=weights[0].device)
+    _C.connection_strengths_cuda(*_queue(whole), layers, whole.data_ptr())
+    # Meanwhile the kernel runs.
+    return [
+        whole.as_strided(shape, (shape[1], 1), start)
+        for shape, start in zip(shapes, starts, strict=False)
+    ]
+
+
+def _layer(weight: Tensor) -> tuple[int, int, int]:
+    """Address, pairs of neurons, floats of each."""
+    pairs = weight.shape[0] * weight.shape[1]
+    return weight.data_ptr(), pairs, weight.numel() // (pairs or 1)
 
 
 def strongest_edges(strength: Tensor, k: int) -> Edges:
@@ -92,17 +101,17 @@ def strongest_edges(strength: Tensor, k: int) -> Edges:
 def strongest_edges_of(strengths: Sequence[Tensor], k: int) -> list[Edges]:
     """:func:`strongest_edges` of many matrices, all on one device.
 
-    On CUDA the results are views of one list of edges, whose length is waited for once.
+    The results are views of one list of edges. On CUDA its length is waited for once.
     """
     strengths = _ready("strongest_edges", "strength", strengths, matrices=True)
     if k < 0:
         raise ValueError(f"strongest_edges: k must be at least 0, got {k}")
     if not strengths:
         return []
-    if not strengths[0].is_cuda:
-        return [_strongest_on_cpu(strength, k) for strength in strengths]
-    selection = _C.EdgeSelection.strongest(_addresses(strengths), min(k, _MOST))
-    return _selected(selection, strengths[0])
+    given, k = _addresses(strengths), min(k, _MOST)
+    if strengths[0].is_cuda:
+        return _selected(_C.EdgeSelection.strongest(given, k), strengths[0])
+    return _chosen(_C.EdgeChoice.strongest(given, k, torch.get_num_threads()))
 
 
 def similarity_edges(vectors: Tensor, threshold: float, max_neighbours: int) -> Edges:
@@ -119,9 +128,9 @@ def similarity_edges(vectors: Tensor, threshold: float, max_neighbours: int) -> 
         max_neighbours: edges that each neuron may choose, at least 0.
 
     Returns:
-        Edges with their similarities, in [-1, 1], on the same device. Needs ``5 * N * N`` bytes of
-        scratch memory. On CUDA similarities are summed in another order than on the CPU, and the
-        number of edges is waited for.
+        Edges with their similarities, in [-1, 1], on the same device. Needs about ``4 * N * D +
+        2 * N * N`` bytes of scratch memory. On CUDA similarities are summed in another order than
+        on the CPU, and the number of edges is waited for.
 
     Raises:
         ValueError: wrong dtype, shape, device, threshold or max_neighbours.
@@ -135,7 +144,7 @@ def similarity_edges_of(
 ) -> list[Edges]:
     """:func:`similarity_edges` of many matrices, all on one device.
 
-    On CUDA the results are views of one list of edges, whose length is waited for once, and the
+    The results are views of one list of edges. On CUDA its length is waited for once, and the
     scratch memory is that of all matrices together: of each its similarities and a copy, with N
     rounded up to 64 and D to 16.
     """
@@ -148,52 +157,13 @@ def similarity_edges_of(
         )
     if not vectors:
         return []
-    if not vectors[0].is_cuda:
-        return [_similar_on_cpu(matrix, threshold, max_neighbours) for matrix in vectors]
-    most = min(max_neighbours, _MOST)
-    selection = _C.EdgeSelection.similar(_addresses(vectors), threshold, most)
-    return _selected(selection, vectors[0])
+    given, most = _addresses(vectors), min(max_neighbours, _MOST)
+    if vectors[0].is_cuda:
+        return _selected(_C.EdgeSelection.similar(given, threshold, most), vectors[0])
+    return _chosen(_C.EdgeChoice.similar(given, threshold, most, torch.get_num_threads()))
 
 
-# ---- on the CPU
-
-
-def _strength_on_cpu(weight: Tensor) -> Tensor:
-    out = torch.empty(weight.shape[:2])
-    kernel = weight.shape[2:].numel()
-    _C.connection_strength(
-        weight.data_ptr(), out.numel(), kernel, out.data_ptr(), torch.get_num_threads()
-    )
-    return out
-
-
-def _strongest_on_cpu(strength: Tensor, k: int) -> Edges:
-    rows, cols = strength.shape
-    k = min(k, max(rows, cols))
-    capacity = min(rows * cols, rows * min(k, cols) + cols * min(k, rows))
-    return _chosen(_C.strongest_edges, strength.data_ptr(), rows, cols, k, capacity=capacity)
-
-
-def _similar_on_cpu(vectors: Tensor, threshold: float, max_neighbours: int) -> Edges:
-    nodes, size = vectors.shape
-    max_neighbours = min(max_neighbours, nodes)
-    capacity = nodes * min(2 * max_neighbours, nodes)
-    return _chosen(
-        _C.similarity_edges, vectors.data_ptr(), nodes, size, threshold, max_neighbours,
-        capacity=capacity,
-    )  # fmt: skip
-
-
-def _chosen(choose: Callable[..., int], *arguments: float, capacity: int) -> Edges:
-    """The edges that a native function writes, at most ``capacity``."""
-    rows, cols = torch.empty((2, capacity), dtype=torch.int64).unbind()
-    values = torch.empty(capacity)
-    addresses = rows.data_ptr(), cols.data_ptr(), values.data_ptr()
-    count = choose(*arguments, *addresses, capacity, torch.get_num_threads())
-    return Edges(*(part[:count].clone() for part in (rows, cols, values)))
-
-
-# ---- on CUDA
+# ---- room for what is chosen
 
 _MOST = 1 << 30
 """Rows or columns that the kernels take: to choose more is to choose all."""
@@ -213,12 +183,29 @@ def _selected(selection: _C.EdgeSelection, given: Tensor) -> list[Edges]:
     queue, device = _queue(given), given.device
     scratch = torch.empty(selection.scratch_bytes, dtype=torch.uint8, device=device)
     bounds = selection.choose(*queue, scratch.data_ptr())
-    rows, cols = torch.empty((2, bounds[-1]), dtype=torch.int64, device=device).unbind()
-    values = torch.empty(bounds[-1], device=device)
-    addresses = rows.data_ptr(), cols.data_ptr(), values.data_ptr()
+    edges, addresses = _room(bounds[-1], device)
     selection.write(*queue, scratch.data_ptr(), *addresses)
+    return _split(edges, bounds)
+
+
+def _chosen(choice: _C.EdgeChoice) -> list[Edges]:
+    """The edges, on the CPU."""
+    bounds = choice.bounds
+    edges, addresses = _room(bounds[-1], torch.device("cpu"))
+    choice.write(*addresses, torch.get_num_threads())
+    return _split(edges, bounds)
+
+
+def _room(count: int, device: torch.device) -> tuple[Edges, tuple[int, int, int]]:
+    """For ``count`` edges, and its addresses."""
+    rows, cols = torch.empty((2, count), dtype=torch.int64, device=device).unbind()
+    values = torch.empty(count, device=device)
+    return Edges(rows, cols, values), (rows.data_ptr(), cols.data_ptr(), values.data_ptr())
+
+
+def _split(edges: Edges, bounds: list[int]) -> list[Edges]:
     sizes = [end - begin for begin, end in pairwise(bounds)]
-    return list(map(Edges, *(part.split_with_sizes(sizes) for part in (rows, cols, values))))
+    return list(map(Edges, *(part.split_with_sizes(sizes) for part in edges)))
 
 
 # ---- arguments

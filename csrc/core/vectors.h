@@ -1,0 +1,87 @@
+// The widest vectors of floats that the including file is compiled for. Internal linkage: files
+// for different instruction sets see different ones.
+//
+// Vec and IntVec are GCC vector types of `lanes` elements; Bits has one bit for each lane.
+//   splat(x); fma(a, b, c) = a * b + c
+//   above(a, b): where a > b, which is nowhere for NaN; only(bits, x): x there, 0 elsewhere
+//   larger(a, b): a where it is above b, else b
+//   pack(bits, x, to): x there, side by side, and what comes behind does not count
+#pragma once
+
+#include <cstdint>
+#if defined(__AVX2__) || defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#define ONP_INLINE inline __attribute__((always_inline))
+
+namespace onp {
+namespace {
+
+#if defined(__AVX512F__)
+
+struct Vectors {
+  using Vec = __m512;
+  typedef std::int32_t IntVec __attribute__((vector_size(64)));
+  using Bits = __mmask16;
+  static constexpr int lanes = 16;
+  static ONP_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
+  static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm512_fmadd_ps(a, b, c); }
+  static ONP_INLINE Bits above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
+  static ONP_INLINE Vec only(Bits bits, Vec x) { return _mm512_maskz_mov_ps(bits, x); }
+  static ONP_INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
+    _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, x));
+  }
+};
+
+#elif defined(__AVX2__)
+
+struct Vectors {
+  using Vec = __m256;
+  typedef std::int32_t IntVec __attribute__((vector_size(32)));
+  using Bits = std::uint8_t;
+  static constexpr int lanes = 8;
+  static ONP_INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
+  static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return _mm256_fmadd_ps(a, b, c); }
+  static ONP_INLINE Bits above(Vec a, Vec b) {
+    return static_cast<Bits>(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)));
+  }
+  static ONP_INLINE Vec only(Bits bits, Vec x) {
+    const IntVec lane = {1, 2, 4, 8, 16, 32, 64, 128};
+    return (lane & bits) != 0 ? x : splat(0.0f);
+  }
+  static ONP_INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
+    for (unsigned left = bits; left; left &= left - 1) *to++ = x[__builtin_ctz(left)];
+  }
+};
+
+#else
+
+// Any processor: four lanes, no fused multiply-add.
+struct Vectors {
+  typedef float Vec __attribute__((vector_size(16)));
+  typedef std::int32_t IntVec __attribute__((vector_size(16)));
+  using Bits = std::uint8_t;
+  static constexpr int lanes = 4;
+  static ONP_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }
+  static ONP_INLINE Vec fma(Vec a, Vec b, Vec c) { return a * b + c; }
+  static ONP_INLINE Bits above(Vec a, Vec b) {
+    const IntVec bits = (a > b) & IntVec{1, 2, 4, 8};
+    return static_cast<Bits>(bits[0] | bits[1] | bits[2] | bits[3]);
+  }
+  static ONP_INLINE Vec only(Bits bits, Vec x) {
+    const IntVec lane = {1, 2, 4, 8};
+    return (lane & bits) != 0 ? x : splat(0.0f);
+  }
+  static ONP_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+  static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
+    for (unsigned left = bits; left; left &= left - 1) *to++ = x[__builtin_ctz(left)];
+  }
+};
+
+#endif
+
+}  // namespace
+}  // namespace onp
