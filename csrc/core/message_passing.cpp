@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "core/check.h"
+#include "core/pages.h"
 #include "core/parallel.h"
 #include "core/simd.h"
 
@@ -150,6 +151,8 @@ void message_passing(const MessagePassingParams<T>& params, int threads) {
 #ifdef ONP_X86_KERNELS
   if (machine_has_avx2()) kernel = sum_rows_avx2<T>;
 #endif
+  const std::int64_t values = params.batch * nodes * params.features;
+  ask_for_large_pages(params.out, values * static_cast<std::int64_t>(sizeof(T)));
   const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
   parallel_for(params.batch * blocks, threads, [&](std::int64_t item, int) {
     const std::int64_t offset = item / blocks * nodes * params.features;
