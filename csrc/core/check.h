@@ -31,7 +31,7 @@ std::string concat(const Parts&... parts) {
 }  // namespace onp
 
 // ONP_CHECK(rows > 0, "message_passing: rows must be positive, got ", rows)
-#define ONP_CHECK(condition, ...)                                 \
-  do {                                                            \
+#define ONP_CHECK(condition, ...)                                     \
+  do {                                                                \
     if (!(condition)) throw ::onp::Error(::onp::concat(__VA_ARGS__)); \
   } while (false)

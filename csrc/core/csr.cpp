@@ -28,9 +28,8 @@ void check_range(const char* name, const std::int64_t* keys, std::int64_t size,
 }  // namespace
 
 std::int64_t csr_from_edges(std::int64_t nodes, std::int64_t edges, const std::int64_t* rows,
-                            const std::int64_t* cols, const float* values,
-                            std::int64_t* out_indptr, std::int64_t* out_indices,
-                            float* out_values) {
+                            const std::int64_t* cols, const float* values, std::int64_t* out_indptr,
+                            std::int64_t* out_indices, float* out_values) {
   ONP_CHECK(nodes >= 0 && edges >= 0, "csr_from_edges: sizes must not be negative, got ", nodes,
             " nodes and ", edges, " edges");
   check_range("rows", rows, edges, nodes);

@@ -25,8 +25,7 @@ struct Smooth {
   // Within 2 units in the last place, from 2^-126 up; infinity from 88.4 on; NaN passes through.
   static ONP_INLINE Vec exp(Vec x) {
     const Vec least = Simd::splat(-87.33654f), most = Simd::splat(89.0f);
-    x = x < least ? least : x;
-    x = x > most ? most : x;
+    x = Simd::smaller(most, Simd::larger(least, x));
     // x = n log 2 + r: adding and taking away 1.5 * 2^23 rounds to a whole n.
     const Vec round = Simd::splat(12582912.0f);
     const Vec n = Simd::fma(x, Simd::splat(1.44269504f), round) - round;

@@ -17,8 +17,7 @@ template <typename Simd>
 ONP_INLINE typename Simd::ByteVec plain_bytes(typename Simd::Vec value) {
   const auto least = Simd::splat(0.0f), most = Simd::splat(255.5f);
   value += Simd::splat(0.5f);
-  value = value > least ? value : least;
-  value = value < most ? value : most;
+  value = Simd::smaller(Simd::larger(value, least), most);
   const auto whole = __builtin_convertvector(value, typename Simd::IntVec);
   return __builtin_convertvector(whole, typename Simd::ByteVec);
 }
@@ -95,12 +94,8 @@ struct Tile {
   // Those that clamp. NaN passes through, as in torch.
   static ONP_INLINE Vec activate(Vec value, Activation activation) {
     if (activation == Activation::none) return value;
-    const Vec zero = Simd::splat(0.0f);
-    value = value < zero ? zero : value;
-    if (activation == Activation::relu6) {
-      const Vec six = Simd::splat(6.0f);
-      value = value > six ? six : value;
-    }
+    value = Simd::larger(Simd::splat(0.0f), value);
+    if (activation == Activation::relu6) value = Simd::smaller(Simd::splat(6.0f), value);
     return value;
   }
 

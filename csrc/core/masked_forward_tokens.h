@@ -129,7 +129,7 @@ struct TokenTile : Tile<Simd> {
     Index i = 0;
     for (; i + kLanes <= count; i += kLanes) {
       const Vec values = load(scores + i);
-      tops = values > tops ? values : tops;
+      tops = Simd::larger(values, tops);
     }
     float parts[kLanes];
     store(parts, tops);

@@ -171,7 +171,7 @@ struct GradientTile {
           for (Index y = 0; !average && y < window.rows; ++y) {
             for (Index x = 0; x < window.columns; ++x) {
               const Vec value = Base::load(values + y * args.input_row + x * args.input_column);
-              most = value > most ? value : most;
+              most = Simd::larger(value, most);
             }
           }
           for (Index y = 0; y < window.rows; ++y) {

@@ -404,7 +404,7 @@ ONP_INLINE void cosines(const Panels& panels, Index p, float* rows, Index stride
         float* to = rows + i * stride + q * kPanel + j;
 #pragma GCC unroll 16
         for (int l = 0; l < kLanes; ++l) {
-          const Vec capped = Vectors::larger(part[l] < one ? part[l] : one, -one);
+          const Vec capped = Vectors::larger(Vectors::smaller(part[l], one), -one);
           store(capped + (there + Vectors::splat(absent_here[i + l])), to + l * stride);
         }
       }

@@ -4,7 +4,7 @@
 // Vec and IntVec are GCC vector types of `lanes` elements; Bits has one bit for each lane.
 //   splat(x); fma(a, b, c) = a * b + c
 //   above(a, b): where a > b, which is nowhere for NaN; only(bits, x): x there, 0 elsewhere
-//   larger(a, b): a where it is above b, else b
+//   larger(a, b), smaller(a, b): a where it is above (below) b, else b, which may be NaN
 //   pack(bits, x, to): x there, side by side, and what comes behind does not count
 #pragma once
 
@@ -30,6 +30,7 @@ struct Vectors {
   static ONP_INLINE Bits above(Vec a, Vec b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ); }
   static ONP_INLINE Vec only(Bits bits, Vec x) { return _mm512_maskz_mov_ps(bits, x); }
   static ONP_INLINE Vec larger(Vec a, Vec b) { return _mm512_max_ps(a, b); }
+  static ONP_INLINE Vec smaller(Vec a, Vec b) { return _mm512_min_ps(a, b); }
   static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, x));
   }
@@ -52,6 +53,7 @@ struct Vectors {
     return (lane & bits) != 0 ? x : splat(0.0f);
   }
   static ONP_INLINE Vec larger(Vec a, Vec b) { return _mm256_max_ps(a, b); }
+  static ONP_INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
     for (unsigned left = bits; left; left &= left - 1) *to++ = x[__builtin_ctz(left)];
   }
@@ -76,6 +78,7 @@ struct Vectors {
     return (lane & bits) != 0 ? x : splat(0.0f);
   }
   static ONP_INLINE Vec larger(Vec a, Vec b) { return a > b ? a : b; }
+  static ONP_INLINE Vec smaller(Vec a, Vec b) { return a < b ? a : b; }
   static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
     for (unsigned left = bits; left; left &= left - 1) *to++ = x[__builtin_ctz(left)];
   }
