@@ -25,6 +25,7 @@ from bench.kernels import (
     message_passing,
     neuron_graph,
     recorded,
+    unlearning,
 )
 from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row, as_json, compared, table
@@ -36,6 +37,7 @@ SUITES = {
     "masked_forward": masked_forward.rows,
     "masked_forward_others": masked_forward.others,
     "masked_gradient": masked_gradient.rows,
+    "unlearning": unlearning.rows,
     "recorded": recorded.rows,
     "neuron_graph": neuron_graph.rows,
     "message_passing": message_passing.rows,

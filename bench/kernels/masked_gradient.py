@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.kernels.gate import timed
-from bench.kernels.masked_forward import FIRST, LAST, NETWORKS, settled
+from bench.kernels.masked_forward import BF16, FIRST, LAST, NETWORKS, settled
 from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row
 from bench.zoo.architectures import ARCHITECTURES
@@ -30,9 +30,6 @@ TARGETS = {"cpu": 2.0, "cuda": 1.5}
 CLASSES = 10
 TOLERANCES = {"fp32": 2e-2, "tf32": 0.1, "reduced": 0.5}
 """Of the gradient's norm: at the kink of a ReLU it may pass on one side alone."""
-
-BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-"""Where the CPU has no instructions for it, one pass takes seconds."""
 
 Network = Callable[[Tensor], Tensor]
 

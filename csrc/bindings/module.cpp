@@ -83,6 +83,21 @@ void message_passing_weight_grad(const std::string& dtype, Address grad, Address
   with_type(dtype, run);
 }
 
+void message_passing_gradients(const std::string& dtype, Address grad, Address x, Address weight,
+                               Address t_indptr, Address t_indices, Address t_edge, Address x_grad,
+                               Address weight_grad, std::int64_t batch, std::int64_t nodes,
+                               std::int64_t features, int threads) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    onp::message_passing_gradients<T>(
+        {csr_view(t_indptr, t_indices, nodes), at<const std::int64_t>(t_edge), batch, features,
+         at<const T>(grad), at<const T>(x), at<const T>(weight), at<T>(x_grad), at<T>(weight_grad)},
+        threads);
+  };
+  py::gil_scoped_release release;
+  with_type(dtype, run);
+}
+
 // ---- neuron graph ------------------------------------------------------------------------------
 
 using Sizes = std::tuple<Address, std::int64_t, std::int64_t>;
@@ -322,6 +337,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
   m.def("csr_transpose", &csr_transpose);
   m.def("message_passing", &message_passing);
   m.def("message_passing_weight_grad", &message_passing_weight_grad);
+  m.def("message_passing_gradients", &message_passing_gradients);
 
   // ---- neuron graph
   m.def("connection_strengths", &connection_strengths);

@@ -108,6 +108,92 @@ ONP_INLINE void dot_rows(const MessagePassingWeightGradParams<T>& p, std::int64_
   for (std::size_t e = 0; e < sums.size(); ++e) p.weight_grad[begin + e] = T(sums[e]);
 }
 
+// Of one node and x[d .. d + Vectors * lanes): the gradient of x, over its slots, and each slot's
+// part of its weight's gradient, added to `products` lane by lane. ask: for what is read further
+// on.
+template <typename T, int Vectors>
+ONP_INLINE void gradient_tile(const MessagePassingGradientsParams<T>& p, std::int64_t begin,
+                              std::int64_t end, bool ask, const T* grad, const T* x, T* x_grad,
+                              typename Lanes<T>::Sum* products) {
+  using Vec = Lanes<T>;
+  using Sums = Lanes<typename Vec::Sum>;
+  const std::int64_t* rows = p.transposed.indices;
+  const std::int64_t slots = p.transposed.indptr[p.transposed.nodes];
+  const std::int64_t bytes = p.features * static_cast<std::int64_t>(sizeof(T));
+  Vec own[Vectors];
+  Sums sums[Vectors];
+#pragma GCC unroll 4
+  for (int k = 0; k < Vectors; ++k) {
+    own[k] = Vec::load(x + k * Vec::count);
+    sums[k].v = typename Sums::Vector{};
+  }
+  for (std::int64_t s = begin; s < end; ++s, products += Sums::count) {
+    const T* from = grad + rows[s] * p.features;
+    if (ask && s + kAhead < slots) {
+      prefetch(grad + rows[s + kAhead] * p.features, bytes);
+      __builtin_prefetch(p.weight + p.edge[s + kAhead]);
+    }
+    const typename Vec::Sum scale = p.weight[p.edge[s]];
+    Sums product = Sums::load(products);
+#pragma GCC unroll 4
+    for (int k = 0; k < Vectors; ++k) {
+      const Vec values = Vec::load(from + k * Vec::count);
+      sums[k].v += values.v * scale;
+      product.v += values.v * own[k].v;
+    }
+    product.store(products);
+  }
+#pragma GCC unroll 4
+  for (int k = 0; k < Vectors; ++k) {
+    Vec sum;
+    sum.v = sums[k].v;
+    sum.store(x_grad + k * Vec::count);
+  }
+}
+
+template <typename T>
+ONP_INLINE void gradients_of_nodes(const MessagePassingGradientsParams<T>& p, std::int64_t first,
+                                   std::int64_t last) {
+  using Vec = Lanes<T>;
+  using Sums = Lanes<typename Vec::Sum>;
+  constexpr std::int64_t lanes = Vec::count;
+  const std::int64_t* indptr = p.transposed.indptr;
+  const std::int64_t start = indptr[first], features = p.features;
+  // Lanes of a slot's products are added up once, after all batch entries.
+  std::vector<typename Vec::Sum> products((indptr[last] - start) * Sums::count, 0);
+  for (std::int64_t b = 0; b < p.batch; ++b) {
+    const std::int64_t offset = b * p.transposed.nodes * features;
+    const T* grad = p.grad + offset;
+    for (std::int64_t node = first; node < last; ++node) {
+      const std::int64_t begin = indptr[node], end = indptr[node + 1];
+      const std::int64_t at = offset + node * features;
+      auto* of_slots = products.data() + (begin - start) * Sums::count;
+      std::int64_t d = 0;
+      for (; d + 4 * lanes <= features; d += 4 * lanes) {
+        gradient_tile<T, 4>(p, begin, end, d == 0, grad + d, p.x + at + d, p.x_grad + at + d,
+                            of_slots);
+      }
+      for (; d + lanes <= features; d += lanes) {
+        gradient_tile<T, 1>(p, begin, end, d == 0, grad + d, p.x + at + d, p.x_grad + at + d,
+                            of_slots);
+      }
+      for (; d < features; ++d) {
+        typename Vec::Sum sum = 0;
+        for (std::int64_t s = begin; s < end; ++s) {
+          const typename Vec::Sum value = grad[p.transposed.indices[s] * features + d];
+          sum += p.weight[p.edge[s]] * value;
+          of_slots[(s - begin) * Sums::count] += value * p.x[at + d];
+        }
+        p.x_grad[at + d] = T(sum);
+      }
+    }
+  }
+  for (std::int64_t s = start; s < indptr[last]; ++s) {
+    if (s + kAhead < indptr[last]) __builtin_prefetch(p.weight_grad + p.edge[s + kAhead], 1);
+    p.weight_grad[p.edge[s]] = T(Sums::load(products.data() + (s - start) * Sums::count).sum());
+  }
+}
+
 template <typename T>
 void sum_rows_generic(const MessagePassingParams<T>& p, const T* x, T* out, std::int64_t first,
                       std::int64_t last) {
@@ -120,7 +206,19 @@ void dot_rows_generic(const MessagePassingWeightGradParams<T>& p, std::int64_t f
   dot_rows(p, first, last);
 }
 
+template <typename T>
+void gradients_of_nodes_generic(const MessagePassingGradientsParams<T>& p, std::int64_t first,
+                                std::int64_t last) {
+  gradients_of_nodes(p, first, last);
+}
+
 #ifdef ONP_X86_KERNELS
+template <typename T>
+ONP_TARGET_AVX2 void gradients_of_nodes_avx2(const MessagePassingGradientsParams<T>& p,
+                                             std::int64_t first, std::int64_t last) {
+  gradients_of_nodes(p, first, last);
+}
+
 template <typename T>
 ONP_TARGET_AVX2 void sum_rows_avx2(const MessagePassingParams<T>& p, const T* x, T* out,
                                    std::int64_t first, std::int64_t last) {
@@ -177,11 +275,31 @@ void message_passing_weight_grad(const MessagePassingWeightGradParams<T>& params
   });
 }
 
+template <typename T>
+void message_passing_gradients(const MessagePassingGradientsParams<T>& params, int threads) {
+  const std::int64_t nodes = params.transposed.nodes;
+  check_sizes("message_passing_gradients", params.batch, nodes, params.features, threads);
+  auto* kernel = gradients_of_nodes_generic<T>;
+#ifdef ONP_X86_KERNELS
+  if (machine_has_avx2()) kernel = gradients_of_nodes_avx2<T>;
+#endif
+  const std::int64_t values = params.batch * nodes * params.features;
+  ask_for_large_pages(params.x_grad, values * static_cast<std::int64_t>(sizeof(T)));
+  const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
+  parallel_for(blocks, threads, [&](std::int64_t item, int) {
+    const std::int64_t first = item * kRowsPerItem;
+    kernel(params, first, std::min(first + kRowsPerItem, nodes));
+  });
+}
+
 template void message_passing(const MessagePassingParams<float>&, int);
 template void message_passing(const MessagePassingParams<double>&, int);
 template void message_passing(const MessagePassingParams<Bf16>&, int);
 template void message_passing_weight_grad(const MessagePassingWeightGradParams<float>&, int);
 template void message_passing_weight_grad(const MessagePassingWeightGradParams<double>&, int);
 template void message_passing_weight_grad(const MessagePassingWeightGradParams<Bf16>&, int);
+template void message_passing_gradients(const MessagePassingGradientsParams<float>&, int);
+template void message_passing_gradients(const MessagePassingGradientsParams<double>&, int);
+template void message_passing_gradients(const MessagePassingGradientsParams<Bf16>&, int);
 
 }  // namespace onp

@@ -44,9 +44,6 @@ void check_matrices(const char* op, const std::vector<MatrixView>& matrices, int
   for (const MatrixView& matrix : matrices) {
     ONP_CHECK(matrix.rows >= 0 && matrix.cols >= 0, op, ": sizes must not be negative, got [",
               matrix.rows, ", ", matrix.cols, "]");
-    // Indices are kept in 32 bits.
-    ONP_CHECK(std::max(matrix.rows, matrix.cols) < std::int64_t{1} << 32, op,
-              ": sizes must be below 2^32, got [", matrix.rows, ", ", matrix.cols, "]");
   }
   ONP_CHECK(threads >= 1, op, ": threads must be at least 1, got ", threads);
 }
@@ -62,12 +59,11 @@ void for_each_chosen(const std::uint64_t* words, std::int64_t count, const Use& 
 }
 
 // ---- the strongest entries of a matrix
-// -----------------------------------------------------------
 
 void choose_in_rows(const GraphKernels& kernels, const Choice& choice, int threads) {
   parallel_for(blocks_of(choice.rows, kRowsPerItem), threads, [&](std::int64_t item, int) {
     const std::int64_t first = item * kRowsPerItem;
-    std::vector<float> values(whole_groups(choice.cols) + kGroups);
+    std::vector<float> values(whole_groups(choice.cols));
     kernels.choose_in_rows(choice, first, std::min(first + kRowsPerItem, choice.rows),
                            values.data());
   });
@@ -81,7 +77,7 @@ void choose_in_columns(const GraphKernels& kernels, const Choice& choice, int th
     const Spare turned(count * stride);
     kernels.turn(choice.matrix + first, rows, count, choice.stride, turned.data(), stride);
     std::vector<std::uint64_t> chosen(count * words);
-    std::vector<float> values(whole_groups(rows) + kGroups);
+    std::vector<float> values(whole_groups(rows));
     const Choice columns{turned.data(), count,      rows,          stride,
                          choice.k,      choice.bar, chosen.data(), words};
     kernels.choose_in_rows(columns, 0, count, values.data());
@@ -94,14 +90,13 @@ void choose_in_columns(const GraphKernels& kernels, const Choice& choice, int th
 }
 
 // ---- cosine similarity
-// ---------------------------------------------------------------------------
 
 void fill(const GraphKernels& kernels, const float* vectors, const Panels& panels, int threads) {
   parallel_for(panels.panels, threads,
                [&](std::int64_t p, int) { kernels.fill_panel(vectors, p, panels); });
   // Panels that are taken together stay in the second cache; every thread has some to do.
   const std::int64_t in_cache = kTogetherFloats / std::max(kPanel * panels.size, std::int64_t{1});
-  const std::int64_t shared = panels.panels / (4 * threads);
+  const std::int64_t shared = panels.panels / (std::int64_t{4} * threads);
   const std::int64_t together =
       std::max(std::min({kMostTogether, in_cache, shared}), std::int64_t{1});
   parallel_for(blocks_of(panels.panels, together), threads, [&](std::int64_t item, int) {
@@ -119,7 +114,7 @@ void choose_similar(const GraphKernels& kernels, const Panels& panels, const Cho
     Choice here = choice;
     here.matrix = rows.data();
     here.chosen += p * kPanel * choice.words;
-    std::vector<float> values(whole_groups(choice.cols) + kGroups);
+    std::vector<float> values(whole_groups(choice.cols));
     const std::int64_t count = std::min(kPanel, choice.rows - p * kPanel);
     kernels.choose_in_rows(here, 0, count, values.data());
   });
@@ -166,7 +161,6 @@ void connection_strengths(const std::vector<LayerWeights>& layers, const std::ve
 }
 
 // ---- what is chosen
-// ------------------------------------------------------------------------------
 
 EdgeChoice::Part::Part(std::int64_t rows, std::int64_t cols)
     : rows(rows), words(blocks_of(cols, kWord)), chosen(rows * words, 0), offsets(rows + 1, 0) {}
@@ -234,7 +228,7 @@ EdgeChoice EdgeChoice::similar(const std::vector<MatrixView>& vectors, float thr
     choose_similar(kernels, panels, choice, threads);
     part.keep(threads, [&](std::int64_t r, std::int64_t c) {
       const auto [i, j] = std::minmax(r, c);
-      const float* block = panels.block(i / kPanel, j / kPanel);
+      const float* block = block_of(panels, i / kPanel, j / kPanel);
       return std::clamp(block[i % kPanel * kPanel + j % kPanel], -1.0f, 1.0f);
     });
   }

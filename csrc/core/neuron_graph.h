@@ -32,7 +32,7 @@ void connection_strengths(const std::vector<LayerWeights>& layers,
 class EdgeChoice {
  public:
   // Entries > 0 that are among the k strongest of their row or of their column, the lower index
-  // first among equals. NaN is no edge.
+  // first among equals. NaN is no edge. Uses 256 bytes a row and thread of scratch.
   static EdgeChoice strongest(const std::vector<MatrixView>& strengths, std::int64_t k, int threads,
                               const std::string& isa = "auto");
 

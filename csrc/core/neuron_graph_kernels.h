@@ -38,17 +38,17 @@ struct Panels {
   float* units;   // [panels, size, kPanel]
   float* absent;  // [panels, kPanel]: 0, NaN where a vector is zero or not finite
   float* blocks;  // of dot products, [kPanel, kPanel], of panels p and q >= p, a triangle of them
-
-  float* block(std::int64_t p, std::int64_t q) const {
-    return blocks + (p * panels - p * (p - 1) / 2 + q - p) * kPanel * kPanel;
-  }
 };
 
+static inline float* block_of(const Panels& all, std::int64_t p, std::int64_t q) {
+  return all.blocks + (p * all.panels - p * (p - 1) / 2 + q - p) * kPanel * kPanel;
+}
+
 struct GraphKernels {
-  // See connection_strength(); `readable` floats may be read from `weight`.
+  // See connection_strengths(); `readable` floats may be read from `weight`.
   void (*strengths)(const float* weight, std::int64_t pairs, std::int64_t kernel,
                     std::int64_t readable, float* out);
-  // Chooses in the rows [first, last). values: room for whole_groups(cols) + kGroups.
+  // Chooses in the rows [first, last). values: room for whole_groups(cols).
   void (*choose_in_rows)(const Choice& choice, std::int64_t first, std::int64_t last,
                          float* values);
   // out[c, r] = matrix[r, c]

@@ -59,35 +59,50 @@ ONP_INLINE void transpose(Vec (&rows)[kLanes]) {
 
 // ---- connection strength
 
-// One pair a lane. `tail` floats of every pair are left after whole vectors.
+// kLanes pairs, or `count` of them, one a lane; whole: that many, and what is read behind the last
+// may be. Every pair is summed in the same order wherever it stands.
+ONP_INLINE void strengths_of_some(const float* weight, Index kernel, Index count, bool whole,
+                                  float* out) {
+  const Index tail = kernel % kLanes, vectors = kernel - tail;
+  const IntVec in_tail = lane_numbers() < static_cast<int>(tail);
+  Vec sums[kLanes];
+#pragma GCC unroll 16
+  for (int i = 0; i < kLanes; ++i) {
+    sums[i] = Vec{};
+    if (!whole && i >= count) continue;
+    const float* from = weight + i * kernel;
+    if (whole) {
+      // Bits of what is behind the pair are cleared: a NaN there is none here.
+      sums[i] = magnitude((Vec)((IntVec)load(from + vectors) & in_tail));
+    } else {
+      float last[kLanes] = {};
+      for (Index k = 0; k < tail; ++k) last[k] = from[vectors + k];
+      sums[i] = magnitude(load(last));
+    }
+    for (Index k = 0; k < vectors; k += kLanes) sums[i] += magnitude(load(from + k));
+  }
+  transpose(sums);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
+  }
+  if (whole) {
+    store(sums[0], out);
+  } else {
+    for (Index i = 0; i < count; ++i) out[i] = sums[0][i];
+  }
+}
+
 ONP_INLINE void strengths(const float* weight, Index pairs, Index kernel, Index readable,
                           float* out) {
   Index p = 0;
   if (kernel == 1) {
     for (; p + kLanes <= pairs; p += kLanes) store(magnitude(load(weight + p)), out + p);
-  } else if (kernel > 1) {
-    const Index tail = kernel % kLanes, whole = kernel - tail;
-    const IntVec in_tail = lane_numbers() < static_cast<int>(tail);
-    for (; p + kLanes <= pairs && (p + kLanes) * kernel + kLanes <= readable; p += kLanes) {
-      Vec sums[kLanes];
-#pragma GCC unroll 16
-      for (int i = 0; i < kLanes; ++i) {
-        const float* from = weight + (p + i) * kernel;
-        // Bits of what is beyond the pair are cleared: a NaN there is none here.
-        sums[i] = magnitude((Vec)((IntVec)load(from + whole) & in_tail));
-        for (Index k = 0; k < whole; k += kLanes) sums[i] += magnitude(load(from + k));
-      }
-      transpose(sums);
-      for (int half = kLanes / 2; half > 0; half /= 2) {
-        for (int i = 0; i < half; ++i) sums[i] += sums[i + half];
-      }
-      store(sums[0], out + p);
-    }
   }
-  for (; p < pairs; ++p) {
-    float sum = 0;
-    for (Index k = 0; k < kernel; ++k) sum += __builtin_fabsf(weight[p * kernel + k]);
-    out[p] = sum;
+  for (; p + kLanes <= pairs && (p + kLanes) * kernel + kLanes <= readable; p += kLanes) {
+    strengths_of_some(weight + p * kernel, kernel, kLanes, true, out + p);
+  }
+  for (; p < pairs; p += kLanes) {
+    strengths_of_some(weight + p * kernel, kernel, smaller(kLanes, pairs - p), false, out + p);
   }
 }
 
@@ -373,7 +388,7 @@ ONP_INLINE void fill_blocks(const Panels& panels, Index p, Index together) {
         const float* b = panels.units + q * panel + d * kPanel + j;
         for (Index n = p; n < last; ++n) {
           const float* a = panels.units + n * panel + d * kPanel;
-          float* block = panels.block(n, q) + j;
+          float* block = block_of(panels, n, q) + j;
           for (Index i = 0; i < kPanel; i += kTileRows) {
             if (n == p && i == 0) {
               dot_tile<true>(a + i, b, depth, d == 0, block + i * kPanel);
@@ -392,7 +407,7 @@ ONP_INLINE void cosines(const Panels& panels, Index p, float* rows, Index stride
   const float* absent_here = panels.absent + p * kPanel;
   for (Index q = 0; q < panels.panels; ++q) {
     const float* absent_there = panels.absent + q * kPanel;
-    const float* block = panels.block(smaller(p, q), p + q - smaller(p, q));
+    const float* block = block_of(panels, smaller(p, q), p + q - smaller(p, q));
     for (Index i = 0; i < kPanel; i += kLanes) {
       for (Index j = 0; j < kPanel; j += kLanes) {
         Vec part[kLanes];

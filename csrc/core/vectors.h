@@ -1,4 +1,5 @@
-// The widest vectors of floats that the including file is compiled for. Internal linkage: files
+// The vectors of floats of the instruction set that the including file is for: ONP_LANES, which the
+// build sets beside the compiler's options, is how many floats they have. Internal linkage: files
 // for different instruction sets see different ones.
 //
 // Vec and IntVec are GCC vector types of `lanes` elements; Bits has one bit for each lane.
@@ -8,8 +9,12 @@
 //   pack(bits, x, to): x there, side by side, and what comes behind does not count
 #pragma once
 
+#ifndef ONP_LANES
+#define ONP_LANES 4
+#endif
+
 #include <cstdint>
-#if defined(__AVX2__) || defined(__AVX512F__)
+#if ONP_LANES > 4
 #include <immintrin.h>
 #endif
 
@@ -18,7 +23,7 @@
 namespace onp {
 namespace {
 
-#if defined(__AVX512F__)
+#if ONP_LANES == 16
 
 struct Vectors {
   using Vec = __m512;
@@ -36,7 +41,7 @@ struct Vectors {
   }
 };
 
-#elif defined(__AVX2__)
+#elif ONP_LANES == 8
 
 struct Vectors {
   using Vec = __m256;

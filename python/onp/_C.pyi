@@ -34,6 +34,22 @@ def message_passing_weight_grad(
     threads: int,
     /,
 ) -> None: ...
+def message_passing_gradients(
+    dtype: str,
+    grad: int,
+    x: int,
+    weight: int,
+    t_indptr: int,
+    t_indices: int,
+    t_edge: int,
+    x_grad: int,
+    weight_grad: int,
+    batch: int,
+    nodes: int,
+    features: int,
+    threads: int,
+    /,
+) -> None: ...
 
 # ---- neuron graph
 def connection_strengths(

@@ -1,5 +1,3 @@
-#include "core/message_passing.h"
-
 #include <cmath>
 #include <cstdint>
 #include <limits>
@@ -9,6 +7,7 @@
 #include "check.h"
 #include "core/check.h"
 #include "core/csr.h"
+#include "core/message_passing.h"
 
 namespace {
 
@@ -56,7 +55,12 @@ void test_sizes(std::int64_t batch, std::int64_t nodes, std::int64_t features, d
   const auto grad = random_values<T>(batch * nodes * features, random);
   const auto weight = random_values<T>(edges, random);
 
+  std::vector<std::int64_t> t_indptr(nodes + 1), t_indices(edges), t_edge(edges);
+  onp::csr_transpose(graph.view(), t_indptr.data(), t_indices.data(), t_edge.data());
+  const onp::CsrView transposed{t_indptr.data(), t_indices.data(), nodes};
+
   std::vector<double> expected(x.size(), 0.0), expected_grad(edges, 0.0);
+  std::vector<double> expected_x_grad(x.size(), 0.0);
   for (std::int64_t b = 0; b < batch; ++b) {
     for (std::int64_t row = 0; row < nodes; ++row) {
       for (std::int64_t e = graph.indptr[row]; e < graph.indptr[row + 1]; ++e) {
@@ -65,6 +69,7 @@ void test_sizes(std::int64_t batch, std::int64_t nodes, std::int64_t features, d
           const std::int64_t from = (b * nodes + graph.indices[e]) * features + d;
           expected[to] += static_cast<double>(weight[e]) * x[from];
           expected_grad[e] += static_cast<double>(grad[to]) * x[from];
+          expected_x_grad[from] += static_cast<double>(weight[e]) * grad[to];
         }
       }
     }
@@ -72,12 +77,22 @@ void test_sizes(std::int64_t batch, std::int64_t nodes, std::int64_t features, d
 
   const T poison = std::numeric_limits<T>::quiet_NaN();
   std::vector<T> out(x.size(), poison), weight_grad(edges, poison);
+  std::vector<T> x_grad(x.size(), poison), both_weight_grad(edges, poison);
   for (const int threads : {1, 2, 5}) {
     std::vector<T> out_now(x.size(), poison), weight_grad_now(edges, poison);
     onp::message_passing<T>(
         {graph.view(), batch, features, x.data(), weight.data(), out_now.data()}, threads);
     onp::message_passing_weight_grad<T>(
         {graph.view(), batch, features, grad.data(), x.data(), weight_grad_now.data()}, threads);
+    std::vector<T> x_grad_now(x.size(), poison), both_now(edges, poison);
+    onp::message_passing_gradients<T>({transposed, t_edge.data(), batch, features, grad.data(),
+                                       x.data(), weight.data(), x_grad_now.data(), both_now.data()},
+                                      threads);
+    CHECK(close(x_grad_now, expected_x_grad, tolerance));
+    CHECK(close(both_now, expected_grad, tolerance));
+    CHECK(threads == 1 || (x_grad_now == x_grad && both_now == both_weight_grad));
+    x_grad = x_grad_now;
+    both_weight_grad = both_now;
     CHECK(close(out_now, expected, tolerance));
     CHECK(close(weight_grad_now, expected_grad, tolerance));
     CHECK(threads == 1 || (out_now == out && weight_grad_now == weight_grad));

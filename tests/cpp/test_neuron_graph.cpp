@@ -90,6 +90,12 @@ void test_strength(const std::string& isa) {
       for (std::int64_t k = 0; k < kernel; ++k) expected += std::fabs(weight[p * kernel + k]);
       CHECK(std::fabs(one[p] - expected) <= 1e-5 * (1 + expected));
     }
+    // Equal pairs have equal strengths, wherever they stand.
+    std::vector<float> equal((pairs + few) * kernel), all(pairs + few, kNaN);
+    for (std::int64_t i = 0; i < (pairs + few) * kernel; ++i)
+      equal[i] = .1f + i % std::max<std::int64_t>(kernel, 1);
+    onp::connection_strengths({{equal.data(), pairs + few, kernel}}, {all.data()}, 2, isa);
+    CHECK(all == std::vector<float>(pairs + few, all[0]));
     if (kernel == 0) continue;
     weight[40 * kernel] = kNaN;  // spoils its own pair alone
     onp::connection_strengths(layers, {three.data(), three.data() + pairs}, 1, isa);
@@ -157,7 +163,7 @@ void test_many() {
 }
 
 void test_similar(const std::string& isa) {
-  for (const std::int64_t count : {0, 1, 3, 37, 70, 300}) {
+  for (const std::int64_t count : {0, 1, 3, 37, 70, 550}) {
     const std::int64_t size = count == 70 ? 147 : 19;  // more than is summed at a time
     const auto vectors = random_values(count * size, 3);
     const Edges all = similar(vectors, count, size, -1.0f, count, 1, isa);

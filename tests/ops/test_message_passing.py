@@ -174,26 +174,45 @@ def test_gradients_of_first_and_second_order(backend: str) -> None:
     assert torch.autograd.gradgradcheck(run, (x, weight))
 
 
+GRADIENTS = ["message_passing_x_grad", "message_passing_weight_grad", "message_passing_gradients"]
+
+
+def inputs_of(op: str, x: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+    """What an operator takes before the graph: gradients of the output are other features."""
+    other = x.detach().flip(0).requires_grad_()
+    if op == "message_passing_gradients":
+        return other, x, weight
+    return (x, other) if op == "message_passing_weight_grad" else (x, weight)
+
+
 @pytest.mark.parametrize(
     ("kernels", "device"), [("native", "cpu"), ("triton", TRITON_DEVICE)], ids=["native", "triton"]
 )
-@pytest.mark.parametrize(
-    "op", ["message_passing", "message_passing_x_grad", "message_passing_weight_grad"]
-)
+@pytest.mark.parametrize("op", ["message_passing", *GRADIENTS])
 def test_opcheck(op: str, kernels: str, device: str) -> None:
     x, weight, graph = random_inputs((9, 30, 2, 5), device=device)
-    second = x.detach().flip(0).requires_grad_() if op.endswith("weight_grad") else weight
     overload = getattr(torch.ops.onp, op).default
-    torch.library.opcheck(overload, (x, second, *graph.tensors(), kernels))
+    torch.library.opcheck(overload, (*inputs_of(op, x, weight), *graph.tensors(), kernels))
 
 
-@pytest.mark.parametrize("op", ["message_passing_x_grad", "message_passing_weight_grad"])
-def test_gradient_operators_match_their_twins(op: str) -> None:
-    x, weight, graph = random_inputs((35, 100, 2, 9))
-    second = x.detach().flip(0) if op.endswith("weight_grad") else weight
-    got = getattr(torch.ops.onp, op)(x, second, *graph.tensors(), "native")
-    expected = getattr(reference, op)(x, second, graph.indptr, graph.indices)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+@pytest.mark.parametrize("shape", [(35, 100, 2, 9), (35, 100, 2, 70)], ids=str)
+@pytest.mark.parametrize("op", GRADIENTS)
+def test_gradient_operators_match_their_twins(op: str, shape: tuple[int, int, int, int]) -> None:
+    x, weight, graph = random_inputs(shape)
+    given = inputs_of(op, x, weight)
+    got = getattr(torch.ops.onp, op)(*given, *graph.tensors(), "native")
+    expected = getattr(reference, op)(*given, graph.indptr, graph.indices)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_single_gradient_is_what_both_are() -> None:
+    x, weight, graph = random_inputs((35, 100, 2, 40))
+    _, *both = forward_and_gradients(x, weight, graph, "native")
+    out = message_passing(x, weight.detach(), graph)
+    target = torch.linspace(-1, 1, out.numel()).view(out.shape)
+    torch.testing.assert_close(torch.autograd.grad((out * target).sum(), x)[0], both[0])
+    out = message_passing(x.detach(), weight, graph)
+    torch.testing.assert_close(torch.autograd.grad((out * target).sum(), weight)[0], both[1])
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -2,10 +2,11 @@
 
 ``out[b, i, :]`` is the sum over the edges e in row i of ``weight[e] * x[b, indices[e], :]``.
 
-Registered as ``onp::message_passing`` with its two gradients, so that torch.compile and autograd
+Registered as ``onp::message_passing`` with its gradients, so that torch.compile and autograd
 see them: the gradient of x is the same sum over the transposed graph (no atomics), that of a
-weight is a dot product per edge. Each gradient is again one of the three operators, so they are
-differentiable any number of times. CPU tensors run native code, CUDA tensors run Triton.
+weight is a dot product per edge; both together are one pass that reads each row of the output's
+gradient once an edge. Gradients are again these operators, so they are differentiable any number of
+times. CPU tensors run native code, CUDA tensors run Triton.
 """
 
 from __future__ import annotations
@@ -40,6 +41,10 @@ LIBRARY.define(
 )
 LIBRARY.define(
     f"message_passing_weight_grad(Tensor grad, Tensor x, {_GRAPH}, str kernels) -> Tensor"
+)
+LIBRARY.define(
+    "message_passing_gradients(Tensor grad, Tensor x, Tensor weight, "
+    f"{_GRAPH}, str kernels) -> (Tensor, Tensor)"
 )
 
 
@@ -201,6 +206,44 @@ def _weight_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return weight_grad
 
 
+def _gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Of features and of weights."""
+    *graph, kernels = rest
+    if kernels != "native":
+        return _x_grad(grad, weight, *rest), _weight_grad(grad, x, *rest)
+    _check_gradients(grad, x, weight, *graph)
+    _check_kernels("message_passing_gradients", grad, kernels)
+    grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
+    _, _, t_indptr, t_indices, t_edge = graph
+    batch, nodes, features = x.shape
+    x_grad, weight_grad = torch.empty_like(x), torch.empty_like(weight)
+    _C.message_passing_gradients(
+        _NATIVE_DTYPES[x.dtype],
+        grad.data_ptr(),
+        x.data_ptr(),
+        weight.data_ptr(),
+        t_indptr.data_ptr(),
+        t_indices.data_ptr(),
+        t_edge.data_ptr(),
+        x_grad.data_ptr(),
+        weight_grad.data_ptr(),
+        batch,
+        nodes,
+        features,
+        torch.get_num_threads(),
+    )
+    return x_grad, weight_grad
+
+
+def _check_gradients(grad: Tensor, x: Tensor, weight: Tensor, *graph: Tensor) -> None:
+    if grad.shape != x.shape or grad.dtype != x.dtype:
+        raise ValueError(
+            f"message_passing_gradients: grad must be {x.dtype} {tuple(x.shape)}, "
+            f"got {grad.dtype} {tuple(grad.shape)}"
+        )
+    _check("message_passing_gradients", x, weight, *graph)
+
+
 def _check_weight_grad(grad: Tensor, x: Tensor, *graph: Tensor) -> None:
     if grad.shape != x.shape:
         raise ValueError(
@@ -223,6 +266,16 @@ def _fake_weight_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
     return x.new_empty(graph[1].shape)
 
 
+def _fake_gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    *graph, kernels = rest
+    _check_gradients(grad, x, weight, *graph)
+    _check_kernels("message_passing_gradients", grad, kernels)
+    return (
+        torch.empty_like(x, memory_format=torch.contiguous_format),
+        torch.empty_like(weight, memory_format=torch.contiguous_format),
+    )
+
+
 def _torch_scatter(x: Tensor, weight: Tensor, graph: CsrGraph) -> Tensor:
     try:
         import torch_scatter
@@ -240,10 +293,11 @@ def _torch_scatter(x: Tensor, weight: Tensor, graph: CsrGraph) -> Tensor:
 # ---- gradients -----------------------------------------------------------------------------------
 #
 # With A(w) the N x N matrix of the weights: forward is A(w) x, x_grad is A(w)^T g, and
-# weight_grad[e] is <g[row e], x[col e]>. All three are bilinear in their first two inputs.
+# weight_grad[e] is <g[row e], x[col e]>. All three are bilinear in their first two inputs;
+# `gradients` gives the latter two.
 
 
-def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:  # noqa: ARG001
+def _save_inputs(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG001
     *tensors, ctx.kernels = inputs
     ctx.save_for_backward(*tensors)
 
@@ -255,6 +309,9 @@ def _no_grads(count: int) -> tuple[None, ...]:
 def _forward_backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
     x, weight, *graph = ctx.saved_tensors
     ops, rest = torch.ops.onp, (*graph, ctx.kernels)
+    if ctx.needs_input_grad[0] and ctx.needs_input_grad[1]:
+        both = ops.message_passing_gradients(out_grad, x, weight, *rest)
+        return (*both, *_no_grads(len(rest)))
     return (
         ops.message_passing_x_grad(out_grad, weight, *rest) if ctx.needs_input_grad[0] else None,
         ops.message_passing_weight_grad(out_grad, x, *rest) if ctx.needs_input_grad[1] else None,
@@ -282,10 +339,27 @@ def _weight_grad_backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ..
     )
 
 
+def _gradients_backward(
+    ctx: Any, x_grad_grad: Tensor, weight_grad_grad: Tensor
+) -> tuple[Tensor | None, ...]:
+    grad, x, weight, *graph = ctx.saved_tensors
+    ops, rest = torch.ops.onp, (*graph, ctx.kernels)
+    of_grad = ops.message_passing(x_grad_grad, weight, *rest) + ops.message_passing(
+        x, weight_grad_grad, *rest
+    )
+    return (
+        of_grad,
+        ops.message_passing_x_grad(grad, weight_grad_grad, *rest),
+        ops.message_passing_weight_grad(grad, x_grad_grad, *rest),
+        *_no_grads(len(rest)),
+    )
+
+
 for _name, _implementation, _fake, _backward in (
     ("message_passing", _forward, _fake_features, _forward_backward),
     ("message_passing_x_grad", _x_grad, _fake_features, _x_grad_backward),
     ("message_passing_weight_grad", _weight_grad, _fake_weight_grad, _weight_grad_backward),
+    ("message_passing_gradients", _gradients, _fake_gradients, _gradients_backward),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _implementation, _key)

@@ -57,12 +57,12 @@ def connection_strengths(weights: Sequence[Tensor]) -> list[Tensor]:
     layers = [_layer(weight) for weight in weights]
     shapes = [weight.shape[:2] for weight in weights]
     if not weights[0].is_cuda:
-        out = [torch.empty(shape) for shape in shapes]
+        out = [torch.empty(shape, dtype=torch.float32, device="cpu") for shape in shapes]
         addresses = [strength.data_ptr() for strength in out]
         _C.connection_strengths(layers, addresses, torch.get_num_threads())
         return out
     starts = [0, *accumulate(pairs for _, pairs, _ in layers)]
-    whole = torch.empty(starts[-1], device=weights[0].device)
+    whole = torch.empty(starts[-1], dtype=torch.float32, device=weights[0].device)
     _C.connection_strengths_cuda(*_queue(whole), layers, whole.data_ptr())
     # Meanwhile the kernel runs.
     return [
@@ -129,8 +129,8 @@ def similarity_edges(vectors: Tensor, threshold: float, max_neighbours: int) -> 
 
     Returns:
         Edges with their similarities, in [-1, 1], on the same device. Needs about ``4 * N * D +
-        2 * N * N`` bytes of scratch memory. On CUDA similarities are summed in another order than
-        on the CPU, and the number of edges is waited for.
+        2 * N * N`` bytes of scratch memory, on CUDA twice the latter. There similarities are
+        summed in another order than on the CPU, and the number of edges is waited for.
 
     Raises:
         ValueError: wrong dtype, shape, device, threshold or max_neighbours.
@@ -199,7 +199,7 @@ def _chosen(choice: _C.EdgeChoice) -> list[Edges]:
 def _room(count: int, device: torch.device) -> tuple[Edges, tuple[int, int, int]]:
     """For ``count`` edges, and its addresses."""
     rows, cols = torch.empty((2, count), dtype=torch.int64, device=device).unbind()
-    values = torch.empty(count, device=device)
+    values = torch.empty(count, dtype=torch.float32, device=device)
     return Edges(rows, cols, values), (rows.data_ptr(), cols.data_ptr(), values.data_ptr())
 
 

@@ -33,6 +33,16 @@ def message_passing_weight_grad(grad: Tensor, x: Tensor, indptr: Tensor, indices
     return (grad[:, csr_rows(indptr)] * x[:, indices]).sum((0, 2))
 
 
+def message_passing_gradients(
+    grad: Tensor, x: Tensor, weight: Tensor, indptr: Tensor, indices: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and of weight."""
+    return (
+        message_passing_x_grad(grad, weight, indptr, indices),
+        message_passing_weight_grad(grad, x, indptr, indices),
+    )
+
+
 def csr_transpose(indptr: Tensor, indices: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """``(t_indptr, t_indices, t_edge)`` of a CSR graph, rows in ascending order."""
     t_edge = torch.argsort(indices, stable=True)

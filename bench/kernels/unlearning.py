@@ -1,0 +1,95 @@
+"""Steps of unlearning: ours against a plain loop in torch, eager and compiled.
+
+All take the same steps of the same batches, so that the weights they end with can be compared.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from bench.kernels.gate import timed
+from bench.kernels.masked_forward import FIRST, LAST, NETWORKS, settled
+from bench.kernels.peak import Ceilings
+from bench.kernels.rows import Row
+from bench.zoo.architectures import ARCHITECTURES
+from onp.config import UnlearningConfig
+from onp.ledger import Ledger
+from onp.probes.unlearning import unlearn
+
+KERNEL = "unlearning"
+CASES = ("preactresnet18-16", "resnet20-16", "mobilenetv2-1")
+IMAGES, CLASSES, STEPS = 256, 10, 4
+CONFIG = UnlearningConfig(max_steps=STEPS, stop_accuracy=-1.0)
+"""Never done before its last step."""
+TOLERANCE = 2e-2
+"""Of the norm of what the steps changed: batch statistics amplify rounding."""
+
+Network = Callable[[Tensor], Tensor]
+
+
+def ours(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
+    """What unlearning changes each weight by."""
+    student = unlearn(model, images, labels, CONFIG, seed=0, ledger=Ledger()).model
+    return changes(model, student)
+
+
+def plain(
+    model: nn.Module, images: Tensor, labels: Tensor, layout: torch.memory_format, *, compiled: bool
+) -> Callable[[], list[Tensor]]:
+    """The same by a loop of torch's own parts; compiled once."""
+    student = copy.deepcopy(model).requires_grad_(True).to(memory_format=layout)
+    call: Network = torch.compile(student) if compiled else student
+
+    def run() -> list[Tensor]:
+        random = torch.Generator().manual_seed(0)
+        student.load_state_dict(model.state_dict())
+        student.train()
+        optimizer = torch.optim.SGD(
+            student.parameters(), CONFIG.learning_rate, momentum=CONFIG.momentum
+        )
+        for _ in range(STEPS):
+            index = torch.randperm(len(images), generator=random)[: CONFIG.batch]
+            optimizer.zero_grad()
+            logits = call(images[index].contiguous(memory_format=layout))
+            (-F.cross_entropy(logits, labels[index])).backward()
+            nn.utils.clip_grad_norm_(student.parameters(), CONFIG.gradient_norm)
+            optimizer.step()
+        with torch.no_grad():  # as ours counts its answers
+            student.eval()(images)
+        return changes(model, student)
+
+    return run
+
+
+def changes(before: nn.Module, after: nn.Module) -> list[Tensor]:
+    """All weights' changes as one vector."""
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    return [torch.cat([(b - a).detach().flatten() for a, b in pairs])]
+
+
+def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:  # noqa: ARG001
+    """Every network."""
+    for name in CASES[: 1 if quick else None]:
+        arch, width, _ = NETWORKS[name]
+        torch.manual_seed(0)
+        model = settled(ARCHITECTURES[arch](width, CLASSES))
+        data = torch.rand(IMAGES, 3, 32, 32), torch.randint(CLASSES, (IMAGES,))
+        ways: dict[str, Callable[[], list[Tensor]]] = {
+            "onp": partial(ours, model, *data),
+            "torch eager, NCHW": plain(model, *data, FIRST, compiled=False),
+            "torch eager, channels last": plain(model, *data, LAST, compiled=False),
+            "torch.compile": plain(model, *data, LAST, compiled=True),
+        }
+        expected = ways["torch eager, NCHW"]()
+        for way, run in ways.items():
+            case = f"{name}, {STEPS} steps of {CONFIG.batch} images"
+            row = Row(KERNEL, case, way, "fp32", None, False)
+            row = replace(row, target=1.2 if way == "onp" else None)
+            yield timed(row, run, expected, repeats, TOLERANCE, by_norm=True)
