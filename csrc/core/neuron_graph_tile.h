@@ -111,8 +111,8 @@ ONP_INLINE void strengths(const float* weight, Index pairs, Index kernel, Index 
 // The largest float below, for +-0 a negative one; for -infinity NaN.
 ONP_INLINE Vec next_below(Vec value) {
   const IntVec bits = (IntVec)value, sign = IntVec{} + INT32_MIN;
-  const IntVec below = bits > 0 ? bits - 1 : bits + 1;
-  return (Vec)((bits & 0x7fffffff) == 0 ? sign + 1 : below);
+  const IntVec one = IntVec{} + 1, step = bits > 0 ? -one : one;
+  return (Vec)((bits & 0x7fffffff) == 0 ? sign + one : bits + step);
 }
 
 ONP_INLINE float next_below(float value) { return next_below(Vectors::splat(value))[0]; }
