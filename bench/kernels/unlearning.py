@@ -24,7 +24,7 @@ from onp.ledger import Ledger
 from onp.probes.unlearning import unlearn
 
 KERNEL = "unlearning"
-CASES = ("preactresnet18-16", "resnet20-16", "mobilenetv2-1")
+CASES = ("preactresnet18-16", "resnet20-16")
 IMAGES, CLASSES, STEPS = 256, 10, 4
 CONFIG = UnlearningConfig(max_steps=STEPS, stop_accuracy=-1.0)
 """Never done before its last step."""
