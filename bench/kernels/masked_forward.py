@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import io
+import platform
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -48,7 +49,7 @@ OTHERS: dict[str, tuple[str, float, dict[str, float]]] = {
 }
 """With concatenations, layer norms, attention: fewer masks and images, one share."""
 LINEAR = "preactresnet18-16, 1% pruned"
-"""Case where a baseline runs all masks too: time is linear in their number."""
+"""Case where a baseline runs all masks too: whether time is linear in their number."""
 LARGE = 2000.0
 """GFLOP of a case from which on ours, too, is timed on a few masks, and all ways are repeated once:
 so that the table is done within the hour. Not on a GPU."""
@@ -131,8 +132,8 @@ class Way:
     forced: bool = False
     """Whether it is one of ours that is only shown."""
     emulated: bool = False
-    """Whether the processor has no instructions for its precision: it would take minutes, and say
-    nothing. Left out."""
+    """Whether the processor has no instructions for its precision: its time would say nothing of
+    processors that have. Left out."""
 
 
 def _loop(network: Callable[..., Tensor], images: Tensor, dtype: torch.dtype) -> Run:
@@ -279,8 +280,11 @@ def ours_in_bytes(case: Case) -> Run:
     return lambda pruned: plan.run(masks.pack(pruned), case.images, share=False)
 
 
-BF16 = torch.cpu._is_avx512_bf16_supported()
-"""Whether the processor multiplies bf16; where it has to emulate it, a pass takes minutes."""
+_X86 = platform.machine() in ("x86_64", "AMD64")
+BF16 = (
+    torch.cpu._is_avx512_bf16_supported() if _X86 else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+)
+"""Whether the processor multiplies bf16; emulated, a pass takes up to five times that of fp32."""
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 WAYS = [
     Way("onp", "fp32", ours(), every_mask=True, depends=True),

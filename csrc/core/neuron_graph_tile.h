@@ -59,8 +59,8 @@ ONP_INLINE void transpose(Vec (&rows)[kLanes]) {
 
 // ---- connection strength
 
-// kLanes pairs, or `count` of them, one a lane; whole: that many, and what is read behind the last
-// may be. Every pair is summed in the same order wherever it stands.
+// The first `count` of kLanes pairs, one a lane. whole: all of them, and kLanes floats behind the
+// last may be read. Every pair is summed in the same order wherever it stands.
 ONP_INLINE void strengths_of_some(const float* weight, Index kernel, Index count, bool whole,
                                   float* out) {
   const Index tail = kernel % kLanes, vectors = kernel - tail;

@@ -11,6 +11,8 @@
 
 #ifndef ONP_LANES
 #define ONP_LANES 4
+#elif ONP_LANES != 8 && ONP_LANES != 16
+#error "ONP_LANES must be 8 or 16, or not set"
 #endif
 
 #include <cstdint>

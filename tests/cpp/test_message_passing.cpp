@@ -108,6 +108,10 @@ void test_bad_arguments() {
                onp::Error);
   CHECK_THROWS(onp::message_passing<float>({empty, -1, 1, nullptr, nullptr, nullptr}, 1),
                onp::Error);
+  onp::MessagePassingGradientsParams<float> none{};
+  none.transposed = empty;
+  onp::message_passing_gradients(none, 1);
+  CHECK_THROWS(onp::message_passing_gradients(none, 0), onp::Error);
 }
 
 void test_transpose() {

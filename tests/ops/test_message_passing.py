@@ -215,6 +215,45 @@ def test_a_single_gradient_is_what_both_are() -> None:
     torch.testing.assert_close(torch.autograd.grad((out * target).sum(), weight)[0], both[1])
 
 
+@pytest.mark.parametrize("which", [(0,), (1,), (0, 1)], ids=str)
+def test_second_order_of_some_gradients(which: tuple[int, ...]) -> None:
+    """Gradients of gradients of which some do not count, against plain torch."""
+    x, weight, graph = random_inputs((9, 30, 2, 5), torch.float64)
+
+    def twice(backend: str) -> tuple[Tensor, ...]:
+        out = message_passing(x, weight, graph, backend)
+        first = torch.autograd.grad(out.square().sum(), (x, weight), create_graph=True)
+        loss = sum((first[i].square().sum() for i in which), torch.zeros(()))
+        return torch.autograd.grad(loss, (x, weight))
+
+    for got, expected in zip(twice("native"), twice("torch"), strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gradients_of_a_view() -> None:
+    """What comes back may be expanded or turned."""
+    x, weight, graph = random_inputs((12, 50, 2, 7), torch.float64)
+    for grad in (
+        torch.ones(1, 1, 1).double().expand(x.shape),
+        torch.rand(7, 12, 2).double().permute(2, 1, 0),
+    ):
+        got = torch.autograd.grad(message_passing(x, weight, graph), (x, weight), grad)
+        expected = torch.autograd.grad(
+            message_passing(x, weight, graph, "torch"), (x, weight), grad
+        )
+        for one, other in zip(got, expected, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_gradients_refuse_what_does_not_fit() -> None:
+    x, weight, graph = random_inputs((9, 30, 2, 5))
+    both = torch.ops.onp.message_passing_gradients
+    with pytest.raises(ValueError, match=r"grad must be torch.float32 \(2, 9, 5\), got .*float64"):
+        both(x.double(), x, weight, *graph.tensors(), "native")
+    with pytest.raises(ValueError, match=r"weight must be \[30\]"):
+        both(x, x, weight[:-1], *graph.tensors(), "native")
+
+
 @pytest.mark.usefixtures("two_threads")
 def test_thread_count_does_not_change_a_bit() -> None:
     x, weight, graph = random_inputs((501, 6000, 3, 37))

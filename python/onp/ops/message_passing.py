@@ -241,7 +241,8 @@ def _check_gradients(grad: Tensor, x: Tensor, weight: Tensor, *graph: Tensor) ->
             f"message_passing_gradients: grad must be {x.dtype} {tuple(x.shape)}, "
             f"got {grad.dtype} {tuple(grad.shape)}"
         )
-    _check("message_passing_gradients", x, weight, *graph)
+    for features in (grad, x):
+        _check("message_passing_gradients", features, weight, *graph)
 
 
 def _check_weight_grad(grad: Tensor, x: Tensor, *graph: Tensor) -> None:
@@ -339,31 +340,49 @@ def _weight_grad_backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ..
     )
 
 
+def _save_for_gradients(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.set_materialize_grads(False)  # what does not count is None, and costs nothing
+    _save_inputs(ctx, inputs, output)
+
+
 def _gradients_backward(
-    ctx: Any, x_grad_grad: Tensor, weight_grad_grad: Tensor
+    ctx: Any, of_x_grad: Tensor | None, of_weight_grad: Tensor | None
 ) -> tuple[Tensor | None, ...]:
     grad, x, weight, *graph = ctx.saved_tensors
-    ops, rest = torch.ops.onp, (*graph, ctx.kernels)
-    of_grad = ops.message_passing(x_grad_grad, weight, *rest) + ops.message_passing(
-        x, weight_grad_grad, *rest
-    )
-    return (
-        of_grad,
-        ops.message_passing_x_grad(grad, weight_grad_grad, *rest),
-        ops.message_passing_weight_grad(grad, x_grad_grad, *rest),
-        *_no_grads(len(rest)),
-    )
+    ops, rest, needs = torch.ops.onp, (*graph, ctx.kernels), ctx.needs_input_grad
+    to_grad: Tensor | None = None
+    to_x: Tensor | None = None
+    to_weight: Tensor | None = None
+    if of_x_grad is not None:
+        to_grad = ops.message_passing(of_x_grad, weight, *rest) if needs[0] else None
+        to_weight = ops.message_passing_weight_grad(grad, of_x_grad, *rest) if needs[2] else None
+    if of_weight_grad is not None:
+        if needs[0]:
+            more = ops.message_passing(x, of_weight_grad, *rest)
+            to_grad = more if to_grad is None else to_grad + more
+        to_x = ops.message_passing_x_grad(grad, of_weight_grad, *rest) if needs[1] else None
+    return to_grad, to_x, to_weight, *_no_grads(len(rest))
 
 
-for _name, _implementation, _fake, _backward in (
-    ("message_passing", _forward, _fake_features, _forward_backward),
-    ("message_passing_x_grad", _x_grad, _fake_features, _x_grad_backward),
-    ("message_passing_weight_grad", _weight_grad, _fake_weight_grad, _weight_grad_backward),
-    ("message_passing_gradients", _gradients, _fake_gradients, _gradients_backward),
+for _name, _implementation, _fake, _backward, _save in (
+    ("message_passing", _forward, _fake_features, _forward_backward, _save_inputs),
+    ("message_passing_x_grad", _x_grad, _fake_features, _x_grad_backward, _save_inputs),
+    (
+        "message_passing_weight_grad",
+        _weight_grad,
+        _fake_weight_grad,
+        _weight_grad_backward,
+        _save_inputs,
+    ),
+    (
+        "message_passing_gradients",
+        _gradients,
+        _fake_gradients,
+        _gradients_backward,
+        _save_for_gradients,
+    ),
 ):
     for _key in ("CPU", "CUDA"):
         LIBRARY.impl(_name, _implementation, _key)
     torch.library.register_fake(f"onp::{_name}", _fake, lib=LIBRARY)
-    torch.library.register_autograd(
-        f"onp::{_name}", _backward, setup_context=_save_inputs, lib=LIBRARY
-    )
+    torch.library.register_autograd(f"onp::{_name}", _backward, setup_context=_save, lib=LIBRARY)
