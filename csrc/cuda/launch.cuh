@@ -6,9 +6,9 @@
 #include "core/check.h"
 
 // The static runtime keeps its own error state, which torch does not see.
-#define ONP_CUDA_CHECK(expression)                                                       \
-  do {                                                                                   \
-    const cudaError_t onp_status = (expression);                                         \
+#define ONP_CUDA_CHECK(expression)                                                          \
+  do {                                                                                      \
+    const cudaError_t onp_status = (expression);                                            \
     ONP_CHECK(onp_status == cudaSuccess, #expression ": ", cudaGetErrorString(onp_status)); \
   } while (false)
 
