@@ -8,12 +8,12 @@ inline int& failures() {
   return count;
 }
 
-#define CHECK(condition)                                                       \
-  do {                                                                         \
-    if (!(condition)) {                                                        \
+#define CHECK(condition)                                                        \
+  do {                                                                          \
+    if (!(condition)) {                                                         \
       std::printf("%s:%d: CHECK(%s) failed\n", __FILE__, __LINE__, #condition); \
-      ++failures();                                                            \
-    }                                                                          \
+      ++failures();                                                             \
+    }                                                                           \
   } while (false)
 
 #define CHECK_THROWS(expression, Exception) \
@@ -24,7 +24,7 @@ inline int& failures() {
     } catch (const Exception&) {            \
       thrown = true;                        \
     }                                       \
-    CHECK(thrown && #expression);           \
+    CHECK(thrown&& #expression);            \
   } while (false)
 
 // The exit status of main.

@@ -1,5 +1,3 @@
-#include "core/masked_forward.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -8,6 +6,7 @@
 
 #include "check.h"
 #include "core/check.h"
+#include "core/masked_forward.h"
 #include "naive_step.h"
 
 namespace {
@@ -83,7 +82,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   };
   Network network;
   network.buffers = {{3, 11, 13}, {20, 6, 7}, {20, 6, 7}, {20, 6, 7}, {48, 6, 7}, {48, 3, 4},
-                     {48, 3, 4},  {37, 2, 2}, {37, 2, 2}, {37, 1, 1}, {5, 1, 1}, {48, 3, 4}};
+                     {48, 3, 4},  {37, 2, 2}, {37, 2, 2}, {37, 1, 1}, {5, 1, 1},  {48, 3, 4}};
   StepSpec stem;  // 0 -> 1 unmasked, 2 masked
   stem.kind = StepKind::convolution;
   stem.kernel_height = stem.kernel_width = 3;

@@ -1,5 +1,3 @@
-#include "core/masked_gradient.h"
-
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -9,6 +7,7 @@
 
 #include "check.h"
 #include "core/check.h"
+#include "core/masked_gradient.h"
 #include "naive_step.h"
 
 namespace {
@@ -27,9 +26,7 @@ struct Network {
   std::int64_t sites = 0;
   std::int64_t units = 0;
 
-  std::int64_t pixels() const {
-    return buffers[0].channels * buffers[0].height * buffers[0].width;
-  }
+  std::int64_t pixels() const { return buffers[0].channels * buffers[0].height * buffers[0].width; }
   std::int64_t classes() const { return buffers[output].channels; }
 };
 
@@ -155,8 +152,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   average.final = 9;
   StepSpec linear = convolution(9, 10, 17, 5, 2, 1);  // 9 -> 10
   linear.bias = values(5, 0.3);
-  network.steps = {stem,     large,   pool,      small,   shortcut,
-                   strided, depthwise, average, linear};
+  network.steps = {stem, large, pool, small, shortcut, strided, depthwise, average, linear};
   network.norms = {{-1, 0}, {20, 40}, {}, {60, -1}, {}, {}, {}, {}, {}};
   network.output = 10;
   network.sites = 57;
@@ -196,9 +192,8 @@ struct Results {
       const std::size_t bytes = a.size() * sizeof(float);
       return a.size() == b.size() && (bytes == 0 || !std::memcmp(a.data(), b.data(), bytes));
     };
-    return same(logits, other.logits) && same(mean, other.mean) &&
-           same(variance, other.variance) && same(images, other.images) &&
-           same(gates, other.gates);
+    return same(logits, other.logits) && same(mean, other.mean) && same(variance, other.variance) &&
+           same(images, other.images) && same(gates, other.gates);
   }
 };
 
@@ -222,9 +217,13 @@ Results run(const onp::MaskedGradientPlan& plan, const Network& network, const B
     const auto floats = plan.workspace_floats(batch.count, options.gated, options.moments);
     workspace.assign(static_cast<std::size_t>(floats), NAN);
   }
-  const onp::MaskedGradientInput input{
-      batch.images.data(),  batch.count,     options.gated ? batch.gates.data() : nullptr,
-      options.keep ? workspace.data() : nullptr, options.moments, options.threads, options.isa};
+  const onp::MaskedGradientInput input{batch.images.data(),
+                                       batch.count,
+                                       options.gated ? batch.gates.data() : nullptr,
+                                       options.keep ? workspace.data() : nullptr,
+                                       options.moments,
+                                       options.threads,
+                                       options.isa};
   plan.forward(input, {out.logits.data(), options.moments ? out.mean.data() : nullptr,
                        options.moments ? out.variance.data() : nullptr});
   Values slope, offset;  // of each norm's output, from the gradients of its moments
@@ -351,8 +350,8 @@ void test_an_image_is_alone() {
     return repeated;
   };
   all.count = 8 * many.count;
-  for (Values Batch::*values : {&Batch::images, &Batch::gates, &Batch::logits, &Batch::mean,
-                                &Batch::variance}) {
+  for (Values Batch::*values :
+       {&Batch::images, &Batch::gates, &Batch::logits, &Batch::mean, &Batch::variance}) {
     all.*values = repeat(many.*values);
   }
   for (const bool keep : {false, true}) {
