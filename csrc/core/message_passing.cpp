@@ -232,6 +232,18 @@ ONP_TARGET_AVX2 void dot_rows_avx2(const MessagePassingWeightGradParams<T>& p, s
 }
 #endif
 
+std::int64_t blocks_of(std::int64_t nodes) { return (nodes + kRowsPerItem - 1) / kRowsPerItem; }
+
+// All nodes, as many a work item as a block has; a kernel takes all batch entries of its nodes.
+template <typename Params>
+void run_blocks(void (*kernel)(const Params&, std::int64_t, std::int64_t), const Params& params,
+                std::int64_t nodes, int threads) {
+  parallel_for(blocks_of(nodes), threads, [&](std::int64_t item, int) {
+    const std::int64_t first = item * kRowsPerItem;
+    kernel(params, first, std::min(first + kRowsPerItem, nodes));
+  });
+}
+
 void check_sizes(const char* op, std::int64_t batch, std::int64_t nodes, std::int64_t features,
                  int threads) {
   ONP_CHECK(batch >= 0 && nodes >= 0 && features >= 0, op, ": sizes must not be negative, got [",
@@ -249,9 +261,8 @@ void message_passing(const MessagePassingParams<T>& params, int threads) {
 #ifdef ONP_X86_KERNELS
   if (machine_has_avx2()) kernel = sum_rows_avx2<T>;
 #endif
-  const std::int64_t values = params.batch * nodes * params.features;
-  ask_for_large_pages(params.out, values * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
+  ask_for_large_pages(params.out, params.batch * nodes * params.features);
+  const std::int64_t blocks = blocks_of(nodes);
   parallel_for(params.batch * blocks, threads, [&](std::int64_t item, int) {
     const std::int64_t offset = item / blocks * nodes * params.features;
     const std::int64_t first = item % blocks * kRowsPerItem;
@@ -268,11 +279,7 @@ void message_passing_weight_grad(const MessagePassingWeightGradParams<T>& params
 #ifdef ONP_X86_KERNELS
   if (machine_has_avx2()) kernel = dot_rows_avx2<T>;
 #endif
-  const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
-  parallel_for(blocks, threads, [&](std::int64_t item, int) {
-    const std::int64_t first = item * kRowsPerItem;
-    kernel(params, first, std::min(first + kRowsPerItem, nodes));
-  });
+  run_blocks(kernel, params, nodes, threads);
 }
 
 template <typename T>
@@ -283,13 +290,8 @@ void message_passing_gradients(const MessagePassingGradientsParams<T>& params, i
 #ifdef ONP_X86_KERNELS
   if (machine_has_avx2()) kernel = gradients_of_nodes_avx2<T>;
 #endif
-  const std::int64_t values = params.batch * nodes * params.features;
-  ask_for_large_pages(params.x_grad, values * static_cast<std::int64_t>(sizeof(T)));
-  const std::int64_t blocks = (nodes + kRowsPerItem - 1) / kRowsPerItem;
-  parallel_for(blocks, threads, [&](std::int64_t item, int) {
-    const std::int64_t first = item * kRowsPerItem;
-    kernel(params, first, std::min(first + kRowsPerItem, nodes));
-  });
+  ask_for_large_pages(params.x_grad, params.batch * nodes * params.features);
+  run_blocks(kernel, params, nodes, threads);
 }
 
 template void message_passing(const MessagePassingParams<float>&, int);

@@ -35,6 +35,7 @@ std::int64_t line_stride(std::int64_t cols) {
   return (blocks_of(cols, line) | 1) * line;
 }
 
+// Of work items: pairs of connection strengths, and rows of what is chosen.
 constexpr std::int64_t kPairsPerItem = 8192;
 constexpr std::int64_t kRowsPerItem = 64;
 constexpr std::int64_t kWord = 64;                               // bits
@@ -91,7 +92,9 @@ void choose_in_columns(const GraphKernels& kernels, const Choice& choice, int th
 
 // ---- cosine similarity
 
-void fill(const GraphKernels& kernels, const float* vectors, const Panels& panels, int threads) {
+// The unit vectors, and all blocks of their dot products.
+void fill_panels(const GraphKernels& kernels, const float* vectors, const Panels& panels,
+                 int threads) {
   parallel_for(panels.panels, threads,
                [&](std::int64_t p, int) { kernels.fill_panel(vectors, p, panels); });
   // Panels that are taken together stay in the second cache; every thread has some to do.
@@ -220,7 +223,7 @@ EdgeChoice EdgeChoice::similar(const std::vector<MatrixView>& vectors, float thr
     const Spare units(blocks * kPanel * size), absent(blocks * kPanel);
     const Spare dots(triangle * kPanel * kPanel);
     const Panels panels{count, size, blocks, units.data(), absent.data(), dots.data()};
-    fill(kernels, matrix.values, panels, threads);
+    fill_panels(kernels, matrix.values, panels, threads);
     const std::int64_t stride = line_stride(blocks * kPanel);
     const Choice choice{
         nullptr,   count, count, stride, max_neighbours, below_threshold, part.chosen.data(),

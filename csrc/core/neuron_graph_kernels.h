@@ -29,11 +29,12 @@ struct Choice {
 // Brings the k largest of `size` > k to the front, the least of them to place k - 1.
 void bring_largest(float* values, std::int64_t size, std::int64_t k);
 
-// Unit vectors side by side, in panels, and zeros behind the last.
+// Unit vectors side by side, in panels of kPanel, and zeros behind the last; and their dot
+// products.
 constexpr std::int64_t kPanel = 32;
 constexpr std::int64_t kMostTogether = 4;  // panels
 struct Panels {
-  std::int64_t count, size;
+  std::int64_t count, size;  // vectors, and the length of each
   std::int64_t panels;
   float* units;   // [panels, size, kPanel]
   float* absent;  // [panels, kPanel]: 0, NaN where a vector is zero or not finite

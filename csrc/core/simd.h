@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#define ONP_INLINE inline __attribute__((always_inline))
+#include "core/inline.h"
 
 #ifdef ONP_X86_KERNELS
 #define ONP_TARGET_AVX2 __attribute__((target("avx2,fma")))

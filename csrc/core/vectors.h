@@ -20,7 +20,7 @@
 #include <immintrin.h>
 #endif
 
-#define ONP_INLINE inline __attribute__((always_inline))
+#include "core/inline.h"
 
 namespace onp {
 namespace {

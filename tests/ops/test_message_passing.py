@@ -202,7 +202,7 @@ def test_gradient_operators_match_their_twins(op: str, shape: tuple[int, int, in
     given = inputs_of(op, x, weight)
     got = getattr(torch.ops.onp, op)(*given, *graph.tensors(), "native")
     expected = getattr(reference, op)(*given, graph.indptr, graph.indices)
-    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_single_gradient_is_what_both_are() -> None:

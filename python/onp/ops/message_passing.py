@@ -209,10 +209,10 @@ def _weight_grad(grad: Tensor, x: Tensor, *rest: Any) -> Tensor:
 def _gradients(grad: Tensor, x: Tensor, weight: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
     """Of features and of weights."""
     *graph, kernels = rest
-    if kernels != "native":
-        return _x_grad(grad, weight, *rest), _weight_grad(grad, x, *rest)
     _check_gradients(grad, x, weight, *graph)
     _check_kernels("message_passing_gradients", grad, kernels)
+    if kernels != "native":
+        return _x_grad(grad, weight, *rest), _weight_grad(grad, x, *rest)
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     _, _, t_indptr, t_indices, t_edge = graph
     batch, nodes, features = x.shape
