@@ -55,6 +55,7 @@ def onp_defence(
 
 
 defence("onp-quick")(partial(onp_defence, budget="quick"))
+defence("onp-thorough")(partial(onp_defence, budget="thorough"))
 defence("onp-recalibrate")(partial(onp_defence, recalibrate=True))
 defence("onp-finetune")(partial(onp_defence, finetune=True))
 defence("onp-quick-finetune")(partial(onp_defence, budget="quick", finetune=True))

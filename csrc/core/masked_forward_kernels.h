@@ -24,15 +24,15 @@ constexpr std::int64_t winograd_scratch(int size, std::int64_t inputs, std::int6
 }
 
 // Attention: queries that are taken together at most, and floats of scratch for `keys` pixels and
-// heads of `size` channels: a head's keys and values, some queries with their weights and sums, the
-// outputs of all heads.
-constexpr int kMostQueries = 16;
+// heads of `size` channels: a head's keys and values, some queries with their scores and answers,
+// the outputs of all heads.
+constexpr int kMostQueries = 32;
 constexpr std::int64_t attention_scratch(std::int64_t queries, std::int64_t keys, std::int64_t size,
                                          std::int64_t outputs) {
   const auto whole = [](std::int64_t value) {
     return (value + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
   };
-  return size * whole(keys) + keys * whole(size) + kMostQueries * (whole(keys) + 2 * whole(size)) +
+  return keys * (size + whole(size)) + kMostQueries * (keys + size + whole(size)) +
          queries * whole(outputs);
 }
 

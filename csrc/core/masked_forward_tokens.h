@@ -17,9 +17,8 @@ struct TokenTile : Tile<Simd> {
   using Base::kLanes;
   using Base::load;
   using Base::store;
-  static constexpr int kVectors = kLanes < kChannelBlock ? 2 : 1;
-  static constexpr int kStep = kVectors * kLanes;
-  static constexpr int kQueries = Simd::tile_pixels;  // of an attention, taken together
+  static constexpr int kRows = Simd::tile_pixels, kFewRows = 4;  // of a matrix product's tiles
+  static constexpr int kQueries = 2 * kLanes;                    // of an attention, taken together
   static_assert(kQueries <= kMostQueries, "attention_scratch has room for them");
 
   static ONP_INLINE Index whole(Index count) {
@@ -60,17 +59,15 @@ struct TokenTile : Tile<Simd> {
     Vec sums = Simd::splat(0.0f);
     Index c = 0;
     for (; c + kLanes <= count; c += kLanes) sums += term(load(values + c));
-    float parts[kLanes];
-    store(parts, sums);
-    float total = 0;
-    for (int lane = 0; lane < kLanes; ++lane) total += parts[lane];
     if (c < count) {
-      for (int lane = 0; lane < kLanes; ++lane)
-        parts[lane] = c + lane < count ? values[c + lane] : 0;
-      store(parts, term(load(parts)));
-      for (Index lane = 0; lane < count - c; ++lane) total += parts[lane];
+      float last[kLanes] = {};
+      for (Index lane = 0; lane < count - c; ++lane) last[lane] = values[c + lane];
+      Vec rest = term(load(last));
+      store(last, rest);
+      for (Index lane = count - c; lane < kLanes; ++lane) last[lane] = 0;
+      sums += load(last);
     }
-    return total;
+    return Simd::sum(sums);
   }
 
   static void layer_norm(const StepArgs& step) {
@@ -94,93 +91,159 @@ struct TokenTile : Tile<Simd> {
     }
   }
 
-  // results[p][j] = sum over i < length of left[p][i] * right[i][j] for kQueries rows and `width`
-  // columns, a whole number of channel blocks.
-  static ONP_INLINE void multiply(const float* left, Index left_row, const float* right,
-                                  Index length, Index width, float* results) {
-    const float* rows[kQueries];
-    for (int p = 0; p < kQueries; ++p) rows[p] = left + p * left_row;
-    for (Index j = 0; j < width; j += kStep) {
-      Vec sums[kQueries][kVectors];
-      Base::clear(sums);
-      for (Index i = 0; i < length; ++i) {
-        Vec row[kVectors];
+  // A matrix as it lies: (i, j) is at data[i * row + j * column].
+  struct Matrix {
+    const float* data;
+    Index row, column;
+  };
+
+  // results[p][j] = sum over i < length of left(p, i) * right[i][j], for `rows` rows and `vectors`
+  // vectors of columns; right and results have rows `width` apart.
+  template <int rows, int vectors>
+  static ONP_INLINE void tile(const Matrix& left, const float* right, Index length, Index width,
+                              float* results) {
+    const float* from = left.data;
+    Vec sums[rows][vectors];
+    Base::clear(sums);
+    for (Index i = 0; i < length; ++i) {
+      Vec lanes[vectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < kVectors; ++v) row[v] = load(right + i * width + j + v * kLanes);
+      for (int v = 0; v < vectors; ++v) lanes[v] = load(right + v * kLanes);
 #pragma GCC unroll 32
-        for (int p = 0; p < kQueries; ++p) {
-          const Vec x = Simd::splat(rows[p][i]);
+      for (int p = 0; p < rows; ++p) {
+        const Vec x = Simd::splat(from[p * left.row]);
 #pragma GCC unroll 2
-          for (int v = 0; v < kVectors; ++v) sums[p][v] = Simd::fma(x, row[v], sums[p][v]);
+        for (int v = 0; v < vectors; ++v) sums[p][v] = Simd::fma(x, lanes[v], sums[p][v]);
+      }
+      from += left.column;
+      right += width;
+    }
+    for (int p = 0; p < rows; ++p) {
+      for (int v = 0; v < vectors; ++v) store(results + p * width + v * kLanes, sums[p][v]);
+    }
+  }
+
+  // The same for `count` rows.
+  template <int vectors>
+  static ONP_INLINE void multiply(Matrix left, Index count, const float* right, Index length,
+                                  Index width, float* results) {
+    const auto next = [&](Index rows) {
+      count -= rows;
+      left.data += rows * left.row;
+      results += rows * width;
+    };
+    for (; count >= kRows; next(kRows)) tile<kRows, vectors>(left, right, length, width, results);
+    for (; count >= kFewRows; next(kFewRows)) {
+      tile<kFewRows, vectors>(left, right, length, width, results);
+    }
+    for (; count > 0; next(1)) tile<1, vectors>(left, right, length, width, results);
+  }
+
+  // exp(x - largest x) over the keys, in place, of every query of scores [keys][vectors]; 1 over
+  // each query's sum.
+  template <int vectors>
+  static ONP_INLINE void exponentials(float* scores, Index keys, float* inverse) {
+    constexpr Index width = vectors * kLanes;
+    for (int v = 0; v < vectors; ++v) {
+      float* const lanes = scores + v * kLanes;
+      Vec tops[kFewRows];  // side by side: one alone waits for itself
+      for (int r = 0; r < kFewRows; ++r) tops[r] = load(lanes + (r < keys ? r : 0) * width);
+      Index t = kFewRows;
+      for (; t + kFewRows <= keys; t += kFewRows) {
+#pragma GCC unroll 4
+        for (int r = 0; r < kFewRows; ++r) {
+          tops[r] = Simd::larger(load(lanes + (t + r) * width), tops[r]);
         }
       }
-      for (int p = 0; p < kQueries; ++p) {
-        for (int v = 0; v < kVectors; ++v) {
-          store(results + p * width + j + v * kLanes, sums[p][v]);
-        }
+      for (; t < keys; ++t) tops[0] = Simd::larger(load(lanes + t * width), tops[0]);
+      const Vec most = Simd::larger(Simd::larger(tops[0], tops[1]), Simd::larger(tops[2], tops[3]));
+      Vec sums = Simd::splat(0.0f);
+      for (t = 0; t < keys; ++t) {
+        const Vec weight = Smooth<Simd>::exp(load(lanes + t * width) - most);
+        store(lanes + t * width, weight);
+        sums += weight;
+      }
+      store(inverse + v * kLanes, Simd::splat(1.0f) / sums);
+    }
+  }
+
+  // One head of an attention.
+  struct Head {
+    const float* keys;    // [count][size]
+    const float* values;  // [count][depth], zeros behind `size`
+    Index count, size, depth;
+  };
+
+  // A head's outputs [queries][depth] for queries that lie side by side in vectors, asked
+  // [size][vectors], so that their sums over keys need none over lanes; scores: [count][vectors] of
+  // scratch.
+  template <int vectors>
+  static __attribute__((noinline)) void attend(const Head& head, const float* asked, Index queries,
+                                               float* scores, float* outputs) {
+    constexpr Index width = vectors * kLanes;
+    const Index size = head.size, count = head.count, depth = head.depth;
+    multiply<vectors>({head.keys, size, 1}, count, asked, size, width, scores);
+    float inverse[width];
+    exponentials<vectors>(scores, count, inverse);
+    for (Index d = 0; d < depth; d += kLanes) {
+      multiply<1>({scores, 1, width}, queries, head.values + d, count, depth, outputs + d);
+    }
+    for (Index q = 0; q < queries; ++q) {
+      for (Index d = 0; d < depth; d += kLanes) {
+        float* const lanes = outputs + q * depth + d;
+        store(lanes, load(lanes) * Simd::splat(inverse[q]));
       }
     }
   }
 
-  // exp(x - largest x) in place for the first `count` of `width` scores, 0 behind them; returns
-  // their sum.
-  static ONP_INLINE float exponentials(float* scores, Index count, Index width) {
-    Vec tops = Simd::splat(scores[0]);
-    Index i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
-      const Vec values = load(scores + i);
-      tops = Simd::larger(values, tops);
+  // rows[t][d] = channel index[d] of pixel t, rows `stride` apart.
+  static ONP_INLINE void gather(const Operand& from, Index image, Index pixels,
+                                const std::int32_t* index, Index size, float* rows, Index stride) {
+    bool in_order = true;
+    for (Index d = 1; d < size; ++d) in_order &= index[d] == index[0] + d;
+    for (Index t = 0; t < pixels; ++t, rows += stride) {
+      const float* row = address(from, image, t);
+      if (in_order) {
+        copy(rows, row + index[0], size);
+      } else {
+        for (Index d = 0; d < size; ++d) rows[d] = row[index[d]];
+      }
     }
-    float parts[kLanes];
-    store(parts, tops);
-    float most = parts[0];
-    for (int lane = 1; lane < kLanes; ++lane) most = parts[lane] > most ? parts[lane] : most;
-    for (; i < count; ++i) most = scores[i] > most ? scores[i] : most;
-    for (i = 0; i < width; i += kLanes) {
-      store(scores + i, Smooth<Simd>::exp(load(scores + i) - Simd::splat(most)));
-    }
-    for (i = count; i < width; ++i) scores[i] = 0;
-    return sum(scores, width, [](Vec value) { return value; });
+  }
+
+  static ONP_INLINE void copy(float* to, const float* from, Index count) {
+    __builtin_memcpy(to, from, static_cast<std::size_t>(count) * sizeof(float));
   }
 
   static void attention(const StepArgs& step) {
     const Index size = step.channels / step.heads, keys = step.keys, queries = step.pixels;
-    const Index columns = whole(keys), depth = whole(size), outputs = whole(step.channels);
-    float* const turned = step.scratch;                // [size][columns]: a head's keys
-    float* const values = turned + size * columns;     // [keys][depth]
-    float* const asked = values + keys * depth;        // [kQueries][depth]: scaled queries
-    float* const weights = asked + kQueries * depth;   // [kQueries][columns]
-    float* const sums = weights + kQueries * columns;  // [kQueries][depth]
-    float* const results = sums + kQueries * depth;    // [queries][outputs]
-    for (float* padding = turned; padding < asked; ++padding) *padding = 0;
+    const Index depth = whole(size), outputs = whole(step.channels);
+    float* const key_rows = step.scratch;               // [keys][size]
+    float* const values = key_rows + keys * size;       // [keys][depth]
+    float* const asked = values + keys * depth;         // [size][kQueries], scaled
+    float* const scores = asked + size * kQueries;      // [keys][kQueries]
+    float* const answers = scores + keys * kQueries;    // [kQueries][depth]
+    float* const results = answers + kQueries * depth;  // [queries][outputs]
+    for (float* padding = values; padding < asked; ++padding) *padding = 0;
     for (Index image = 0; image < step.images; ++image) {
       for (Index head = 0; head < step.heads; ++head) {
         const std::int32_t* read_query = step.index + head * size;
         const std::int32_t* read_key = read_query + step.channels;
-        const std::int32_t* read_value = read_key + step.channels;
-        for (Index t = 0; t < keys; ++t) {
-          const float* key = address(step.others[0], image, t);
-          const float* value = address(step.others[1], image, t);
-          for (Index d = 0; d < size; ++d) turned[d * columns + t] = key[read_key[d]];
-          for (Index d = 0; d < size; ++d) values[t * depth + d] = value[read_value[d]];
-        }
+        gather(step.others[0], image, keys, read_key, size, key_rows, size);
+        gather(step.others[1], image, keys, read_key + step.channels, size, values, depth);
+        const Head now = {key_rows, values, keys, size, depth};
         for (Index first = 0; first < queries; first += kQueries) {
-          for (int p = 0; p < kQueries; ++p) {
-            const Index pixel = first + p < queries ? first + p : queries - 1;
-            const float* query = address(step.input, image, pixel);
+          const Index count = queries - first < kQueries ? queries - first : kQueries;
+          const Index width = count > kLanes ? kQueries : kLanes;
+          for (Index q = 0; q < width; ++q) {
+            const float* query = address(step.input, image, first + (q < count ? q : 0));
             for (Index d = 0; d < size; ++d) {
-              asked[p * depth + d] = query[read_query[d]] * step.value;
+              asked[d * width + q] = query[read_query[d]] * step.value;
             }
           }
-          multiply(asked, depth, turned, size, columns, weights);
-          float inverse[kQueries];
-          for (int p = 0; p < kQueries; ++p) {
-            inverse[p] = 1.0f / exponentials(weights + p * columns, keys, columns);
-          }
-          multiply(weights, columns, values, keys, depth, sums);
-          for (int p = 0; p < kQueries && first + p < queries; ++p) {
-            float* const to = results + (first + p) * outputs + head * size;
-            for (Index d = 0; d < size; ++d) to[d] = sums[p * depth + d] * inverse[p];
+          (width > kLanes ? attend<2> : attend<1>)(now, asked, count, scores, answers);
+          for (Index q = 0; q < count; ++q) {
+            copy(results + (first + q) * outputs + head * size, answers + q * depth, size);
           }
         }
       }

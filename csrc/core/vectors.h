@@ -7,6 +7,7 @@
 //   above(a, b): where a > b, which is nowhere for NaN; only(bits, x): x there, 0 elsewhere
 //   larger(a, b), smaller(a, b): a where it is above (below) b, else b, which may be NaN
 //   pack(bits, x, to): x there, side by side, and what comes behind does not count
+//   sum(x): of all lanes, by halves
 #pragma once
 
 #ifndef ONP_LANES
@@ -41,6 +42,7 @@ struct Vectors {
   static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
     _mm512_storeu_ps(to, _mm512_maskz_compress_ps(bits, x));
   }
+  static ONP_INLINE float sum(Vec x) { return _mm512_reduce_add_ps(x); }
 };
 
 #elif ONP_LANES == 8
@@ -63,6 +65,11 @@ struct Vectors {
   static ONP_INLINE Vec smaller(Vec a, Vec b) { return _mm256_min_ps(a, b); }
   static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
     for (unsigned left = bits; left; left &= left - 1) *to++ = x[__builtin_ctz(left)];
+  }
+  static ONP_INLINE float sum(Vec x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
 };
 
@@ -89,6 +96,7 @@ struct Vectors {
   static ONP_INLINE void pack(Bits bits, Vec x, float* to) {
     for (unsigned left = bits; left; left &= left - 1) *to++ = x[__builtin_ctz(left)];
   }
+  static ONP_INLINE float sum(Vec x) { return (x[0] + x[2]) + (x[1] + x[3]); }
 };
 
 #endif
