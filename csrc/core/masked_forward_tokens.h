@@ -18,6 +18,7 @@ struct TokenTile : Tile<Simd> {
   using Base::load;
   using Base::store;
   static constexpr int kRows = Simd::tile_pixels, kFewRows = 4;  // of a matrix product's tiles
+  static constexpr int kWide = kLanes < kChannelBlock ? 2 : 1;   // vectors that divide a block
   static constexpr int kQueries = 2 * kLanes;                    // of an attention, taken together
   static_assert(kQueries <= kMostQueries, "attention_scratch has room for them");
 
@@ -185,8 +186,8 @@ struct TokenTile : Tile<Simd> {
     multiply<vectors>({head.keys, size, 1}, count, asked, size, width, scores);
     float inverse[width];
     exponentials<vectors>(scores, count, inverse);
-    for (Index d = 0; d < depth; d += kLanes) {
-      multiply<1>({scores, 1, width}, queries, head.values + d, count, depth, outputs + d);
+    for (Index d = 0; d < depth; d += kWide * kLanes) {
+      multiply<kWide>({scores, 1, width}, queries, head.values + d, count, depth, outputs + d);
     }
     for (Index q = 0; q < queries; ++q) {
       for (Index d = 0; d < depth; d += kLanes) {
