@@ -112,10 +112,11 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert pruned == report["sites"]["pruned"]
     before, after = (report["choice"][f"probe_success_{when}"] for when in ("before", "after"))
     assert max(after) < 0.3 < min(before)
-    starts = [log["start"] for log in report["rounds"]]
-    assert starts == sorted(starts)
-    for start in set(starts):
-        worths = [log["worth"] for log in report["rounds"] if log["start"] == start]
+    turns = [(log["start"], log["draw"]) for log in report["rounds"]]
+    assert turns == sorted(turns)
+    assert {draw for _, draw in turns} == {0, 1}
+    for turn in set(turns):
+        worths = [r["worth"] for r in report["rounds"] if (r["start"], r["draw"]) == turn]
         assert worths == sorted(worths)
     assert all(log["tried"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Literal
 
 import pytest
 import torch
 from torch import Tensor
 
+from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.agent.flips import Round
+from onp.agent.learner import Learner
 from onp.agent.race import Contender
 from onp.clean import Clean
-from onp.config import Config
+from onp.config import AgentConfig, ChoiceConfig, Config
 from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence, Scene
 from onp.graph import build_graph
@@ -21,7 +24,7 @@ from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.responses import activations
-from onp.search import Search
+from onp.search import Found, Search
 from onp.suspect.trace import trace
 from onp.verdict import Verdict
 from tests.agent.test_agent import SIZE, toy
@@ -79,16 +82,15 @@ def test_a_trigger_that_adds_little_weighs_more(scene: Scene) -> None:
 def test_a_dear_repair_is_searched_for_again(
     scene: Scene, worths: list[float], starts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search, contender = search_of(scene, toy()[3], 1.0, "probes")
+    search, contender = small(scene, AgentConfig(starts=3, dear=0.15), ChoiceConfig())
     sites = scene.evaluator.trace.sites
     asked: list[Tensor] = []
 
-    def run(_counted: object, gates: Tensor, _known: object) -> tuple[Elite, list[Round]]:
-        elite, mask = Elite(3), torch.zeros(sites, dtype=torch.bool)
-        mask[len(asked)] = True
-        elite.offer(mask[None], torch.tensor(worths[len(asked) : len(asked) + 1]))
+    def run(_counted: object, gates: Tensor, _known: object) -> Found:
+        number, mask = len(asked), torch.zeros(sites, dtype=torch.bool)
+        mask[number] = True
         asked.append(gates)
-        return elite, [Round(1, 0, 0.0, 0.0, elite.worths[0])]
+        return Found([mask], worths[number], [Round(1, 0, 0.0, 0.0, worths[number])])
 
     monkeypatch.setattr(search, "run", run)
     with torch.enable_grad():
@@ -99,3 +101,69 @@ def test_a_dear_repair_is_searched_for_again(
     assert int(masks[0].int().argmax()) == best  # the best start's comes first
     assert len(masks) == starts
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(asked, 2))
+
+
+@pytest.mark.parametrize("images", [8, 40])
+def test_draws_take_turns_and_leave_others_to_give_back_by(scene: Scene, images: int) -> None:
+    search, _ = small(scene, AgentConfig(images=images), ChoiceConfig(images=50))
+    count = len(scene.clean)
+    draws = [search.draw(number) for number in range(4)]
+    for seen, unseen in draws:
+        assert len(seen) == images
+        assert len(unseen) == min(50, count - images)
+        assert not set(seen.tolist()) & set(unseen.tolist())
+    for (before, _), (after, _) in itertools.pairwise(draws):
+        assert after[0] == (before[-1] + 1) % count  # cyclically
+
+
+def test_a_draw_goes_on_from_what_the_one_before_has_left(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, choice = AgentConfig(images=16, rounds=3, further=(2, 1)), ChoiceConfig(least=8)
+    search, contender = small(scene, agent, choice)
+    starts: list[Tensor] = []
+    limits: list[int] = []
+    seen: list[Tensor] = []
+    learners: set[int] = set()
+
+    def improved(
+        cost: Cost, start: Tensor, learner: Learner, limit: int
+    ) -> tuple[Elite, list[Round]]:
+        elite = Elite(1)
+        elite.offer(torch.ones(1, cost.sites, dtype=torch.bool), torch.tensor([-float(limit)]))
+        starts.append(start)
+        limits.append(limit)
+        seen.append(cost.images)
+        learners.add(id(learner))
+        return elite, [Round(1, 0, 0.0, 0.0, 0.0)]
+
+    monkeypatch.setattr(search, "improved", improved)
+    ranking = torch.rand(scene.evaluator.trace.sites)
+    known = torch.ones(scene.evaluator.trace.sites, dtype=torch.bool)
+    with torch.enable_grad():
+        found = search.run([contender], ranking, [known])
+    assert limits == [3, 2, 1]
+    assert torch.equal(starts[0][-1], known)  # beside what the gates start from
+    given = [found.masks[place] for place in (4, 2, 0)]  # of the first draw, the second, the last
+    assert all(not mask.all() for mask in given)  # pruning everything is not worth it elsewhere
+    assert torch.equal(starts[1], given[0][None])
+    assert torch.equal(starts[2], given[1][None])
+    assert all(not torch.equal(a, b) for a, b in itertools.combinations(seen, 2))
+    assert found.worth == -3.0  # of the first draw, which all starts have in common
+    assert [log.draw for log in found.rounds] == [0, 1, 2]
+    assert len(learners) == 1  # the agent goes on learning
+
+
+def test_too_few_images_are_searched_on_once(scene: Scene) -> None:
+    agent = AgentConfig(images=len(scene.clean) - 5, rounds=2)
+    search, contender = small(scene, agent, ChoiceConfig(least=6))
+    with torch.enable_grad():
+        found = search.run([contender], torch.rand(scene.evaluator.trace.sites), [])
+    assert len(found.masks) == 1
+    assert len(found.rounds) <= 2
+
+
+def small(scene: Scene, agent: AgentConfig, choice: ChoiceConfig) -> tuple[Search, Contender]:
+    """A search with a part of its configuration."""
+    scene = replace(scene, config=replace(scene.config, agent=agent, choice=choice))
+    return search_of(scene, toy()[3], 1.0, "probes")

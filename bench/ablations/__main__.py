@@ -4,7 +4,7 @@ One JSON line per (network, variant, seed, budget), appended when it is done; li
 are not made again. Evidence is made once per network, seed and budget and kept in --work; gates are
 shared by the variants that do not change them; one start, without renewal. The true trigger only
 scores. A variant's forwards are those of its gates (not in older rows), its search and the final
-choice, its seconds without the gates. Rivals get as many forwards for their search as ``onp`` took;
+choice, its seconds without the gates. Rivals get as many forwards for their moves as ``onp`` took;
 its own variants as many rounds. ``policy`` and ``policy-no-gnn`` let the gates start from what a
 policy proposes that was taught without the network's attack (--agent: what ``bench.train_agent``
 wrote), and take fewer steps.
@@ -16,7 +16,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -24,7 +24,15 @@ from typing import Any
 
 import torch
 
-from bench.ablations.searches import POLICIES, RIVALS, VARIANTS, has, without
+from bench.ablations.searches import (
+    POLICIES,
+    RIVALS,
+    VARIANTS,
+    Measured,
+    Replaced,
+    has,
+    without,
+)
 from bench.ablations.setting import Setting, digest_of, search_of
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
@@ -33,7 +41,6 @@ from bench.zoo.datasets import load
 from bench.zoo.folds import attack_fold
 from bench.zoo.recipes import CORE, Recipe
 from bench.zoo.scoring import Exam
-from onp.agent.elite import Elite
 from onp.config import BUDGETS, Config
 from onp.data import draw_balanced
 from onp.errors import UsageError
@@ -62,10 +69,13 @@ class Found:
 
     mask: torch.Tensor
     worth: float
-    """Of its best mask, on the images it saw, at the search's prices."""
+    """Of its best mask on the first draw of the images, at the search's prices."""
     cost: float
     """Of the chosen mask, on all clean images."""
+    moves_forwards: list[int]
+    """Of moves, on each draw of the images: these are what rivals get as well."""
     search_forwards: int
+    """Of these and of what is given back."""
     choice_forwards: int
 
 
@@ -84,34 +94,35 @@ def at_variant(name: str, setting: Setting, recipe: Recipe, policies: Path) -> S
     return setting.at(VARIANTS[name](config)) if name in VARIANTS else setting
 
 
-def run_variant(name: str, setting: Setting, seed: int, limit: int) -> Found:
-    """limit: image-forwards that a rival's search may take; the agent's own variants end
-    themselves."""
-    search, ledger = setting.search, setting.search.evaluator.ledger
+def run_variant(name: str, setting: Setting, seed: int, limits: Sequence[int]) -> Found:
+    """limits: image-forwards that a rival's moves may take on each draw of the images; the agent's
+    own variants end themselves."""
+    ledger = setting.search.evaluator.ledger
     started = ledger.total
-    if name in RIVALS:
-        cost = search.cost(setting.counted, slice(search.config.agent.images))
-        elite = Elite(search.config.choice.leaders)
-        start = search.first_masks(setting.counted, setting.gates)
-        search.calibrate(cost, start)
-        elite.offer(start, cost.worth(start))
-        left = (limit - (ledger.total - started)) // len(cost.both)
-        RIVALS[name](elite, cost, max(0, left), torch.Generator().manual_seed(seed))
-        masks, worth = elite.masks, elite.worths[0]
-    else:
-        elite, _ = search.run(setting.counted, setting.gates, [])
-        masks, worth = elite.masks, elite.worths[0]
+    search = (
+        Replaced(setting.search, RIVALS[name], limits, seed)
+        if name in RIVALS
+        else Measured(setting.search)
+    )
+    start = search.run(setting.counted, setting.gates, [])
     searched = ledger.total
-    choice = search.choose(masks, setting.counted)
-    return Found(choice.mask, worth, choice.cost, searched - started, ledger.total - searched)
+    choice = search.choose(start.masks, setting.counted)
+    spent = search.spent if isinstance(search, Measured) else list(limits)
+    return Found(
+        choice.mask, start.worth, choice.cost, spent, searched - started, ledger.total - searched
+    )
 
 
 def new_rows(
-    network: ZooModel, seed: int, missing: list[str], limit: int | None, args: argparse.Namespace
+    network: ZooModel,
+    seed: int,
+    missing: list[str],
+    limits: list[int] | None,
+    args: argparse.Namespace,
 ) -> Iterator[dict[str, Any]]:
     """The missing rows of one network and seed, one by one; none where no backdoor is found.
 
-    limit: image-forwards of the row of ``onp``, where that is there.
+    limits: image-forwards of the moves of the row of ``onp``, where that is there.
     """
     dataset = network.card["dataset"]
     model = network.model.eval()
@@ -126,14 +137,14 @@ def new_rows(
     exam = Exam.of(test, network.attack)
     before = exam.score(model)
     trace = search.evaluator.trace
-    for name in missing if limit is not None else ["onp", *(n for n in missing if n != "onp")]:
+    for name in missing if limits is not None else ["onp", *(n for n in missing if n != "onp")]:
         if name.startswith(WITHOUT) and not has(search, name.removeprefix(WITHOUT)):
             continue
         setting = at_variant(name, shared, network.recipe, args.agent)
         started = time.process_time()
-        found = run_variant(name, setting, seed, limit or 0)
+        found = run_variant(name, setting, seed, limits or [])
         seconds = time.process_time() - started
-        limit = found.search_forwards if name == "onp" else limit
+        limits = found.moves_forwards if name == "onp" else limits
         after = exam.score(apply_mask(model, trace, found.mask).eval())
         assert before.asr is not None
         assert after.asr is not None
@@ -156,6 +167,7 @@ def new_rows(
                 "der_ceiling": (1 + before.asr) / 2,
                 "pruned": int(found.mask.sum()),
                 "gates_forwards": setting.gates_forwards,
+                "moves_forwards": found.moves_forwards,
                 "search_forwards": found.search_forwards,
                 "choice_forwards": found.choice_forwards,
                 "cpu_seconds": round(seconds, 2),
@@ -245,7 +257,7 @@ def main() -> int:
     rows = [row for row in rows if row.get("budget", "standard") == args.budget]
     args.work.mkdir(parents=True, exist_ok=True)
     limits = {
-        (row["model"], row["seed"]): row["search_forwards"]
+        (row["model"], row["seed"]): row["moves_forwards"]
         for row in rows
         if row["variant"] == "onp"
     }
@@ -256,8 +268,8 @@ def main() -> int:
             if network.attack is None or network.name not in args.models:
                 continue
             missing = [n for n in args.variants if (network.name, n, seed) not in done]
-            limit = limits.get((network.name, seed))
-            for row in new_rows(network, seed, missing, limit, args) if missing else ():
+            own = limits.get((network.name, seed))
+            for row in new_rows(network, seed, missing, own, args) if missing else ():
                 with args.out.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 rows.append(row)

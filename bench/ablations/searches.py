@@ -1,19 +1,22 @@
 """What the agent is compared with: searches with the same cost, rivals from the same first masks.
 
 Variants of the agent change its configuration, or leave a probe family out. The others take the
-agent's place and stop when they have spent the image-forwards that it took on the same network with
-the same seed.
+agent's place on every draw of the images and stop when they have spent the image-forwards that it
+took there, on the same network with the same seed; what they prune is given back as its is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
+from onp.agent.flips import Round
+from onp.agent.learner import Learner
 from onp.config import Config
 from onp.search import Search
 
@@ -23,10 +26,12 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "no-learning": lambda config: replace(config, agent=replace(config.agent, steps=0)),
     "layerwise": lambda config: replace(config, graph=replace(config.graph, layerwise=True)),
     "singles": lambda config: replace(config, agent=replace(config.agent, tried=8, heads=(0,))),
-    "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1)),
+    "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1, further=())),
+    "one-draw": lambda config: replace(config, agent=replace(config.agent, further=())),
 }
-"""The agent's own: the GNN without messages; the model of the margins trusted as it
-is; one graph per layer as in the paper; no sets of flips; one move instead of a sequence."""
+"""The agent's own: the GNN without messages; the model of the margins trusted as it is; one graph
+per layer as in the paper; no sets of flips; one move instead of a sequence; one draw of the images
+instead of two."""
 POLICIES = {"policy": 1, "policy-no-gnn": 0}
 """Gates that start from a policy's proposal; its rounds of messages."""
 BATCH = 32
@@ -72,6 +77,44 @@ RIVALS: dict[str, Rival] = {
     "random": random_flips,
     "gates-alone": nothing,
 }
+
+
+class Measured(Search):
+    """The agent's search, with what its moves cost."""
+
+    def __init__(self, search: Search) -> None:
+        super().__init__(search.scene, search.graph, search.norm_shift, search.evidence)
+        self.spent: list[int] = []
+        """Image-forwards of the moves on each draw of the images."""
+
+    def improved(
+        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+    ) -> tuple[Elite, list[Round]]:
+        before = self.evaluator.ledger.total
+        elite, rounds = super().improved(cost, start, learner, limit)
+        self.spent.append(self.evaluator.ledger.total - before)
+        return elite, rounds
+
+
+class Replaced(Search):
+    """The same search with a rival's moves."""
+
+    def __init__(self, search: Search, rival: Rival, limits: Sequence[int], seed: int) -> None:
+        """limits: image-forwards on each draw of the images."""
+        super().__init__(search.scene, search.graph, search.norm_shift, search.evidence)
+        self.rival, self.limits = rival, list(limits)
+        self.random = torch.Generator().manual_seed(seed)
+
+    def improved(
+        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+    ) -> tuple[Elite, list[Round]]:
+        self.calibrate(cost, start)
+        before = self.evaluator.ledger.total
+        elite = Elite(self.config.choice.leaders)
+        elite.offer(start, cost.worth(start))
+        left = self.limits.pop(0) - (self.evaluator.ledger.total - before)
+        self.rival(elite, cost, max(0, left // len(cost.both)), self.random)
+        return elite, []
 
 
 def _batches(masks: int) -> list[int]:

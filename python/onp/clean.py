@@ -37,5 +37,5 @@ class Clean:
     def __len__(self) -> int:
         return len(self.labels)
 
-    def __getitem__(self, index: slice) -> Clean:
+    def __getitem__(self, index: slice | Tensor) -> Clean:
         return Clean(self.images[index], self.labels[index], self.original[index])

@@ -128,12 +128,14 @@ class AgentConfig:
 
     images: int = 128
     """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
-    starts: int = 3
+    starts: int = 2
     """At most, each from gates of its own: there is another one as long as"""
-    dear: float = 0.15
-    """the best mask costs more, its sites' price included, in nats an image."""
+    dear: float = 0.2
+    """the first draw's best mask costs more, its sites' price included, in nats an image."""
     rounds: int = 8
-    """Of a start, at most."""
+    """Of a start on its first draw of the images, at most,"""
+    further: tuple[int, ...] = (4,)
+    """and on each further one, where enough images are left to give back by."""
     tried: int = 1
     """Flips evaluated alone in a round, those that promise most."""
     pool: int = 96
@@ -156,7 +158,7 @@ class AgentConfig:
 class CostConfig:
     """What a mask costs: see ``onp.agent.cost``."""
 
-    success_weight: float = 1.5
+    success_weight: float = 2.0
     """Of a triggered image's nats over a clean one's."""
     strengths: tuple[float, ...] = (1.0, 1.5)
     """Multiples of a replayed trigger's change, in turn: what it would be had .06 of the images
@@ -167,19 +169,19 @@ class CostConfig:
 
 @dataclass(frozen=True)
 class ChoiceConfig:
-    """The last choice among masks: see ``onp.agent.choice``."""
+    """What is given back, and the last choice among masks: see ``onp.agent.choice``."""
 
-    leaders: int = 3
-    """Best masks of the search that take part."""
-    images: int = 250
-    """Of those that the search has not seen, at most so many judge what is given back;"""
+    leaders: int = 1
+    """Best masks of each draw's search that take part, beside what was left of the best one."""
+    images: int = 400
+    """Of those that a draw's search has not seen, at most so many judge what is given back;"""
     least: int = 100
     """with fewer, nothing is."""
-    rounds: int = 2
-    """Of giving back."""
+    rounds: int = 1
+    """Of giving back, after each draw."""
     judged: int = 500
     """Images of all that the last pick is made on, at most."""
-    success_weight: float = 2.0
+    success_weight: float = 2.7
     """As in the search's cost, but dearer: an attacker's trigger works better than what stands for
     it here."""
 
@@ -278,8 +280,10 @@ BUDGETS: dict[str, Config] = {
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=128, starts=1, rounds=3, tried=1, pool=64, heads=(3, 8, 20)),
-        choice=ChoiceConfig(leaders=2, images=100, rounds=1, judged=150),
+        agent=AgentConfig(
+            images=128, starts=1, rounds=3, further=(), tried=1, pool=64, heads=(3, 8, 20)
+        ),
+        choice=ChoiceConfig(images=100, judged=150),
         aftercare=AftercareConfig(epochs=4),
     ),
     "standard": Config("standard"),
@@ -288,7 +292,10 @@ BUDGETS: dict[str, Config] = {
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         replay=ReplayConfig(steps=80, images_per_step=64),
         gates=GatesConfig(steps=80, images_per_step=64, learning_rate=0.05),
-        agent=AgentConfig(images=250, rounds=16, tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)),
+        agent=AgentConfig(
+            images=250, rounds=16, further=(8,), tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)
+        ),
+        choice=ChoiceConfig(rounds=2),
     ),
 }
 """What --budget names."""

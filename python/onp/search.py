@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,17 @@ CALIBRATION_IMAGES = 64
 """Clean and triggered ones that an 8-bit search is calibrated on."""
 CONFIRMED = 0.05
 """Nats by which the worth of its best mask may be off what fp32 says, or it goes on in fp32."""
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What one start led to."""
+
+    masks: list[Tensor]
+    """bool [S] each, the one of the last draw first."""
+    worth: float
+    """Of the best mask on the first draw, in fp32."""
+    rounds: list[Round]
 
 
 class Search:
@@ -71,11 +82,11 @@ class Search:
     def cost(
         self,
         counted: Sequence[Contender],
-        images: slice,
+        images: slice | Tensor,
         success_weight: float | None = None,
         exact: bool = False,
     ) -> Cost:
-        """The cost on a part of the clean images."""
+        """The cost on a part of the clean images: a slice, or places int64 [n]."""
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
@@ -147,33 +158,72 @@ class Search:
     def find(
         self, counted: Sequence[Contender], known: Sequence[Tensor]
     ) -> tuple[list[Tensor], list[Round]]:
-        """The best masks, bool [S] each, and the rounds' logs: gates are learned and the agent goes
-        on from there, and again from other gates, as long as what was found is dear."""
+        """Finalists, masks bool [S] of the best start first, and the rounds' logs: gates are
+        learned and the agent goes on from there, and again from other gates, as long as what was
+        found is dear."""
         agent, ledger = self.config.agent, self.evaluator.ledger
-        best, rounds = Elite(self.config.choice.leaders), list[Round]()
+        found = list[Found]()
+        rounds = list[Round]()
         for number in range(agent.starts):
             with ledger.stage("gates"):
                 gates = self.gates(counted, number)
             with ledger.stage("agent"):
-                found, more = self.run(counted, gates, known)
-            best.offer(torch.stack(found.masks), torch.tensor(found.worths))
-            rounds += [replace(one, start=self.starts) for one in more]
+                found.append(self.run(counted, gates, known))
+            rounds += [replace(one, start=self.starts) for one in found[-1].rounds]
             self.starts += 1
-            if best.worths[0] >= -agent.dear:
+            if found[-1].worth >= -agent.dear:
                 break
-            log.info("the best mask of start %d costs %.3f nats", number + 1, -best.worths[0])
-        return best.masks, rounds
+            log.info("the best mask of start %d costs %.3f nats", number + 1, -found[-1].worth)
+        found.sort(key=lambda start: -start.worth)
+        return [mask for start in found for mask in start.masks], rounds
 
-    def run(
-        self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]
-    ) -> tuple[Elite, list[Round]]:
-        """One start: from the best of the first and of the ``known`` masks on. The best masks, with
-        worths in fp32, and the rounds' logs."""
+    def run(self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]) -> Found:
+        """One start: from the best of the first and of the ``known`` masks on, on one draw of the
+        images after another. What is pruned by the chance of a draw is given back on the images
+        that are not in it, and the next draw goes on from there."""
+        agent, choice = self.config.agent, self.config.choice
+        learner = self.learner(counted, ranking)
         first = self.first_masks(counted, ranking)
-        cost = self.cost(counted, slice(self.config.agent.images))
-        self.calibrate(cost, first)
         start = torch.cat([first, *(mask[None] for mask in known)])
-        elite, rounds = self._improved(cost, start, counted, ranking)
+        masks, rounds, worths = list[Tensor](), list[Round](), list[float]()
+        for number, limit in enumerate((agent.rounds, *agent.further)):
+            seen, unseen = self.draw(number)
+            elite, logs = self.improved(self.cost(counted, seen), start, learner, limit)
+            masks[:0] = elite.masks
+            rounds += [replace(one, draw=number) for one in logs]
+            worths.append(elite.worths[0])
+            if len(unseen) < choice.least:
+                break
+            fresh = self.cost(counted, unseen, choice.success_weight)
+            masks.insert(0, give_back(elite.best, fresh, choice.rounds))
+            start = masks[0][None]
+        return Found(masks, worths[0], rounds)
+
+    def draw(self, number: int) -> tuple[Tensor, Tensor]:
+        """Places of the clean images that are searched on in a draw, and of others that tell what
+        to give back: int64 each, in turn, so that classes are as balanced as the images are."""
+        images = self.config.agent.images
+        order = torch.arange(len(self.clean)).roll(-number * images)
+        return order[:images], order[images : images + self.config.choice.images]
+
+    def learner(self, counted: Sequence[Contender], ranking: Tensor) -> Learner:
+        """An agent that has seen nothing yet."""
+        agent = self.config.agent
+        features = self.features(counted, ranking)
+        model = CautionModel(
+            features.shape[1], len(self.graph.relations),
+            hidden=agent.hidden, rounds=agent.messages, seed=self.seed,
+        )  # fmt: skip
+        device = self.evaluator.network.device
+        return Learner(model, self.graph, features, agent, seed=self.seed, device=device)
+
+    def improved(
+        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+    ) -> tuple[Elite, list[Round]]:
+        """What the agent makes of the masks ``start`` bool [B, S] in ``limit`` rounds at most. The
+        best masks, with worths in fp32, and the rounds' logs."""
+        self.calibrate(cost, start)
+        elite, rounds = self._moved(cost, start, learner, limit)
         if self.evaluator.byte_plan is not None:
             cost.exact = True
             exact = cost.worth(torch.stack(elite.masks))
@@ -186,36 +236,26 @@ class Search:
                 log.info("8 bits err by %.3f nats: the search goes on in fp32", off)
                 self.evaluator.byte_plan = None
                 start = torch.cat([start, torch.stack(elite.masks)])
-                elite, more = self._improved(cost, start, counted, ranking)
+                elite, more = self._moved(cost, start, learner, limit)
                 rounds = rounds + more
         return elite, rounds
 
-    def _improved(
-        self, cost: Cost, start: Tensor, counted: Sequence[Contender], ranking: Tensor
+    def _moved(
+        self, cost: Cost, start: Tensor, learner: Learner, limit: int
     ) -> tuple[Elite, list[Round]]:
-        """What an agent of its own makes of the masks ``start`` bool [B, S]."""
-        agent, ledger = self.config.agent, self.evaluator.ledger
+        """In whatever precision the cost is told."""
+        ledger = self.evaluator.ledger
         elite = Elite(self.config.choice.leaders)
         elite.offer(start, cost.worth(start))
-        features = self.features(counted, ranking)
-        model = CautionModel(
-            features.shape[1], len(self.graph.relations),
-            hidden=agent.hidden, rounds=agent.messages, seed=self.seed,
-        )  # fmt: skip
 
         def tell(number: int, log: Round) -> None:
             message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
-            ledger.tick(number + 1, agent.rounds, message)
+            ledger.tick(number + 1, limit, message)
 
-        learner = Learner(model, self.graph, features, agent, seed=self.seed, device=cost.device)
-        return elite, improve(elite, cost, learner, agent, tell)
+        return elite, improve(elite, cost, learner, replace(self.config.agent, rounds=limit), tell)
 
     def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:
-        """Give back what images that the search has not seen do not need pruned, then take what is
-        cheapest on seen and unseen ones."""
-        config, seen = self.config.choice, self.config.agent.images
-        weight = config.success_weight
-        if len(self.clean) - seen >= config.least:
-            fresh = self.cost(counted, slice(seen, seen + config.images), weight)
-            finalists = [give_back(finalists[0], fresh, config.rounds), *finalists]
-        return choose(finalists, self.cost(counted, slice(config.judged), weight, exact=True))
+        """The cheapest, on seen and unseen images."""
+        config = self.config.choice
+        judge = self.cost(counted, slice(config.judged), config.success_weight, exact=True)
+        return choose(finalists, judge)

@@ -38,7 +38,9 @@ class Round:
     worth: float
     """Of the best mask after the round."""
     start: int = 0
-    """Number of the start that it belongs to."""
+    """Number of the start that it belongs to,"""
+    draw: int = 0
+    """and of the draw of images; worths of one draw are not those of another."""
 
 
 def improve(
