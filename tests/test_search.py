@@ -119,7 +119,8 @@ def test_draws_take_turns_and_leave_others_to_give_back_by(scene: Scene, images:
 def test_a_draw_goes_on_from_what_the_one_before_has_left(
     scene: Scene, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    agent, choice = AgentConfig(images=16, rounds=3, further=(2, 1)), ChoiceConfig(least=8)
+    agent = AgentConfig(images=16, rounds=3, further=(2, 1))
+    choice = ChoiceConfig(leaders=1, least=8)
     search, contender = small(scene, agent, choice)
     starts: list[Tensor] = []
     limits: list[int] = []

@@ -110,7 +110,7 @@ class Replaced(Search):
     ) -> tuple[Elite, list[Round]]:
         self.calibrate(cost, start)
         before = self.evaluator.ledger.total
-        elite = Elite(self.config.choice.leaders)
+        elite = Elite(max(1, self.config.choice.leaders))
         elite.offer(start, cost.worth(start))
         left = self.limits.pop(0) - (self.evaluator.ledger.total - before)
         self.rival(elite, cost, max(0, left // len(cost.both)), self.random)

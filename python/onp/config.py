@@ -171,9 +171,9 @@ class CostConfig:
 class ChoiceConfig:
     """What is given back, and the last choice among masks: see ``onp.agent.choice``."""
 
-    leaders: int = 1
+    leaders: int = 0
     """Best masks of each draw's search that take part, beside what was left of the best one."""
-    images: int = 400
+    images: int = 250
     """Of those that a draw's search has not seen, at most so many judge what is given back;"""
     least: int = 100
     """with fewer, nothing is."""
@@ -283,7 +283,8 @@ BUDGETS: dict[str, Config] = {
         agent=AgentConfig(
             images=128, starts=1, rounds=3, further=(), tried=1, pool=64, heads=(3, 8, 20)
         ),
-        choice=ChoiceConfig(images=100, judged=150),
+        cost=CostConfig(success_weight=1.5),
+        choice=ChoiceConfig(leaders=2, images=100, judged=150, success_weight=2.0),
         aftercare=AftercareConfig(epochs=4),
     ),
     "standard": Config("standard"),
@@ -295,7 +296,7 @@ BUDGETS: dict[str, Config] = {
         agent=AgentConfig(
             images=250, rounds=16, further=(8,), tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)
         ),
-        choice=ChoiceConfig(rounds=2),
+        choice=ChoiceConfig(leaders=2, rounds=2),
     ),
 }
 """What --budget names."""

@@ -189,14 +189,15 @@ class Search:
         for number, limit in enumerate((agent.rounds, *agent.further)):
             seen, unseen = self.draw(number)
             elite, logs = self.improved(self.cost(counted, seen), start, learner, limit)
-            masks[:0] = elite.masks
             rounds += [replace(one, draw=number) for one in logs]
             worths.append(elite.worths[0])
             if len(unseen) < choice.least:
+                masks[:0] = elite.masks
                 break
             fresh = self.cost(counted, unseen, choice.success_weight)
-            masks.insert(0, give_back(elite.best, fresh, choice.rounds))
-            start = masks[0][None]
+            left = give_back(elite.best, fresh, choice.rounds)
+            masks[:0] = [left, *elite.masks[: choice.leaders]]
+            start = left[None]
         return Found(masks, worths[0], rounds)
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
@@ -245,7 +246,7 @@ class Search:
     ) -> tuple[Elite, list[Round]]:
         """In whatever precision the cost is told."""
         ledger = self.evaluator.ledger
-        elite = Elite(self.config.choice.leaders)
+        elite = Elite(max(1, self.config.choice.leaders))
         elite.offer(start, cost.worth(start))
 
         def tell(number: int, log: Round) -> None:
