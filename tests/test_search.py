@@ -12,7 +12,7 @@ from torch import Tensor
 
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
-from onp.agent.flips import Round
+from onp.agent.flips import Round, give_back
 from onp.agent.learner import Learner
 from onp.agent.race import Contender
 from onp.clean import Clean
@@ -24,7 +24,7 @@ from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.responses import activations
-from onp.search import Found, Search
+from onp.search import FINALISTS, Found, Search
 from onp.suspect.trace import trace
 from onp.verdict import Verdict
 from tests.agent.test_agent import SIZE, toy
@@ -138,12 +138,26 @@ def test_a_draw_goes_on_from_what_the_one_before_has_left(
         learners.add(id(learner))
         return elite, [Round(1, 0, 0.0, 0.0, 0.0)]
 
+    asked: list[tuple[Tensor, Cost, int]] = []
+
+    def noted(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
+        asked.append((mask, cost, rounds))
+        return give_back(mask, cost, rounds)
+
     monkeypatch.setattr(search, "improved", improved)
+    monkeypatch.setattr("onp.search.give_back", noted)
     ranking = torch.rand(scene.evaluator.trace.sites)
     known = torch.ones(scene.evaluator.trace.sites, dtype=torch.bool)
     with torch.enable_grad():
         found = search.run([contender], ranking, [known])
     assert limits == [3, 2, 1]
+    count = len(scene.clean)
+    for number, (mask, cost, rounds) in enumerate(asked):
+        places = (torch.arange(count - 16) + 16 * (number + 1)) % count  # none that were seen
+        assert torch.equal(cost.images, scene.clean.images[places])
+        assert cost.config.success_weight == choice.success_weight
+        assert rounds == choice.rounds
+        assert mask.all()
     assert torch.equal(starts[0][-1], known)  # beside what the gates start from
     given = [found.masks[place] for place in (4, 2, 0)]  # of the first draw, the second, the last
     assert all(not mask.all() for mask in given)  # pruning everything is not worth it elsewhere
@@ -155,13 +169,24 @@ def test_a_draw_goes_on_from_what_the_one_before_has_left(
     assert len(learners) == 1  # the agent goes on learning
 
 
-def test_too_few_images_are_searched_on_once(scene: Scene) -> None:
-    agent = AgentConfig(images=len(scene.clean) - 5, rounds=2)
+@pytest.mark.parametrize("left", [5, 6])
+def test_with_too_few_images_nothing_is_given_back(
+    scene: Scene, left: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent = AgentConfig(images=len(scene.clean) - left, rounds=2)
     search, contender = small(scene, agent, ChoiceConfig(least=6))
+    asked: list[Tensor] = []
+
+    def noted(mask: Tensor, _cost: Cost, _rounds: int) -> Tensor:
+        asked.append(mask)
+        return mask
+
+    monkeypatch.setattr("onp.search.give_back", noted)
     with torch.enable_grad():
         found = search.run([contender], torch.rand(scene.evaluator.trace.sites), [])
-    assert len(found.masks) == 1
-    assert len(found.rounds) <= 2
+    assert len(asked) == (0 if left == 5 else 2)
+    assert len(found.masks) == (FINALISTS if left == 5 else 2)
+    assert {log.draw for log in found.rounds} == ({0} if left == 5 else {0, 1})
 
 
 def small(scene: Scene, agent: AgentConfig, choice: ChoiceConfig) -> tuple[Search, Contender]:

@@ -256,10 +256,12 @@ def main() -> int:
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("budget", "standard") == args.budget]
     args.work.mkdir(parents=True, exist_ok=True)
+    if not args.summary and any("moves_forwards" not in row for row in rows):
+        parser.error(f"{args.out} has rows of a former search: choose another --out")
     limits = {
         (row["model"], row["seed"]): row["moves_forwards"]
         for row in rows
-        if row["variant"] == "onp"
+        if row["variant"] == "onp" and not args.summary
     }
     done = {(row["model"], row["variant"], row["seed"]) for row in rows}
     networks = [] if args.summary else load_set("core", args.models_dir)

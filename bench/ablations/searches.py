@@ -18,7 +18,7 @@ from onp.agent.elite import Elite
 from onp.agent.flips import Round
 from onp.agent.learner import Learner
 from onp.config import Config
-from onp.search import Search
+from onp.search import FINALISTS, Search
 
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "onp": lambda config: config,
@@ -108,9 +108,8 @@ class Replaced(Search):
     def improved(
         self, cost: Cost, start: Tensor, learner: Learner, limit: int
     ) -> tuple[Elite, list[Round]]:
-        self.calibrate(cost, start)
         before = self.evaluator.ledger.total
-        elite = Elite(max(1, self.config.choice.leaders))
+        elite = Elite(max(FINALISTS, self.config.choice.leaders))
         elite.offer(start, cost.worth(start))
         left = self.limits.pop(0) - (self.evaluator.ledger.total - before)
         self.rival(elite, cost, max(0, left // len(cost.both)), self.random)

@@ -29,6 +29,9 @@ from onp.probes.responses import activation_statistics
 
 log = logging.getLogger("onp")
 
+FINALISTS = 3
+"""Best masks of a search that are kept: where no images are left to give back by, all take part in
+the last choice."""
 SEEDS_APART = 101
 """Seeds of the gates of one start and the next."""
 
@@ -103,9 +106,10 @@ class Search:
         return probe
 
     def calibrate(self, cost: Cost, start: Tensor) -> None:
-        """Let the cost be told in 8 bits, if that is configured: with ranges of the first and the
-        last of the masks bool [B, S] that the search starts from, as what they prune moves values
-        too far for ranges that have not seen it."""
+        """Let costs be told in 8 bits, if that is configured: with ranges of the first and the
+        last of the masks bool [B, S] that a start has, as what they prune moves values too far for
+        ranges that have not seen it. Once a start: where fp32 does not confirm, it stays with
+        fp32."""
         if self.config.search_in_8_bits:
             ends = start[:: max(1, len(start) - 1)]
             self.evaluator.calibrate(ends, cost.sample(CALIBRATION_IMAGES))
@@ -188,7 +192,10 @@ class Search:
         masks, rounds, worths = list[Tensor](), list[Round](), list[float]()
         for number, limit in enumerate((agent.rounds, *agent.further)):
             seen, unseen = self.draw(number)
-            elite, logs = self.improved(self.cost(counted, seen), start, learner, limit)
+            cost = self.cost(counted, seen)
+            if number == 0:
+                self.calibrate(cost, start)
+            elite, logs = self.improved(cost, start, learner, limit)
             rounds += [replace(one, draw=number) for one in logs]
             worths.append(elite.worths[0])
             if len(unseen) < choice.least:
@@ -223,7 +230,6 @@ class Search:
     ) -> tuple[Elite, list[Round]]:
         """What the agent makes of the masks ``start`` bool [B, S] in ``limit`` rounds at most. The
         best masks, with worths in fp32, and the rounds' logs."""
-        self.calibrate(cost, start)
         elite, rounds = self._moved(cost, start, learner, limit)
         if self.evaluator.byte_plan is not None:
             cost.exact = True
@@ -246,7 +252,7 @@ class Search:
     ) -> tuple[Elite, list[Round]]:
         """In whatever precision the cost is told."""
         ledger = self.evaluator.ledger
-        elite = Elite(max(1, self.config.choice.leaders))
+        elite = Elite(max(FINALISTS, self.config.choice.leaders))
         elite.offer(start, cost.worth(start))
 
         def tell(number: int, log: Round) -> None:
