@@ -1,4 +1,4 @@
-"""What stands for the attacker's trigger in the search, and when the search starts again."""
+"""What stands for the attacker's trigger in the search, its draws of images, and other starts."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from bench.ablations.searches import (
     RIVALS,
     VARIANTS,
     Measured,
-    Replaced,
+    RivalSearch,
     has,
     without,
 )
@@ -100,7 +100,7 @@ def run_variant(name: str, setting: Setting, seed: int, limits: Sequence[int]) -
     ledger = setting.search.evaluator.ledger
     started = ledger.total
     search = (
-        Replaced(setting.search, RIVALS[name], limits, seed)
+        RivalSearch(setting.search, RIVALS[name], limits, seed)
         if name in RIVALS
         else Measured(setting.search)
     )

@@ -96,7 +96,7 @@ class Measured(Search):
         return elite, rounds
 
 
-class Replaced(Search):
+class RivalSearch(Search):
     """The same search with a rival's moves."""
 
     def __init__(self, search: Search, rival: Rival, limits: Sequence[int], seed: int) -> None:

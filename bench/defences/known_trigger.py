@@ -70,7 +70,8 @@ def known_trigger(
         RelaxedCost(evaluator.network, known, [probe], response, GATES), torch.ones(trace.sites),
         steps=GATES.steps, learning_rate=GATES.learning_rate, seed=seed, ledger=ledger,
     )  # fmt: skip
-    cost = Cost(evaluator, known[: SEARCH.images], [probe], CostConfig(success_weight=1.5))
+    weighed = CostConfig(success_weight=1.5)  # the yardstick's own, whatever a repair's is
+    cost = Cost(evaluator, known[: SEARCH.images], [probe], weighed)
     nothing = torch.zeros(1, trace.sites, dtype=torch.bool)
     closed = int((gates > 0).sum())
     heads = heads_of(gates, [count for count in GATES.counts if count <= closed])
