@@ -30,13 +30,14 @@ class Ceilings:
     tf32_gflops: float | None = None
     """On a GPU; of a matrix product there, as the others are."""
     bf16_gflops: float | None = None
+    """On a processor with AVX-512 BF16, and on a GPU."""
     int8_gops: float | None = None
     """On a processor with AVX-512 VNNI."""
 
     @classmethod
     def measured(cls, threads: int) -> Ceilings:
-        fp32, int8 = multiply_adds(threads)
-        return cls(fp32, round(copy_gbytes(threads), 1), int8_gops=int8)
+        fp32, int8, bf16 = multiply_adds(threads)
+        return cls(fp32, round(copy_gbytes(threads), 1), bf16_gflops=bf16, int8_gops=int8)
 
     @classmethod
     def measured_on_gpu(cls) -> Ceilings:
@@ -70,9 +71,9 @@ def best_time(run: Callable[[], object], repeats: int) -> float:
     return min(seconds)
 
 
-def multiply_adds(threads: int) -> tuple[float, float | None]:
-    """Multiply-adds in fp32 and of bytes on ``threads`` cores, counted as two operations each, in
-    1e9 a second; None without VNNI.
+def multiply_adds(threads: int) -> tuple[float, float | None, float | None]:
+    """Multiply-adds in fp32, of bytes and in bf16 on ``threads`` cores, counted as two operations
+    each, in 1e9 a second; None without AVX-512 VNNI or BF16.
 
     Compiled on the spot for this processor; raises RuntimeError where there is no compiler.
     """
@@ -88,16 +89,19 @@ def multiply_adds(threads: int) -> tuple[float, float | None]:
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(f"the peak needs a C compiler called cc: {error}") from error
         loaded = ctypes.CDLL(str(library))
-        found = []
-        for name, width in (("fma_loop", lanes), ("byte_loop", 4 * lanes)):
+
+        def rate(name: str, width: int) -> float | None:
             loop = getattr(loaded, name, None)
             if loop is None:
-                return found[0], None
+                return None
             loop.argtypes, loop.restype = [ctypes.c_long], ctypes.c_float
             with ThreadPoolExecutor(threads) as pool:  # ctypes lets go of the interpreter's lock
-                seconds = best_time(lambda loop=loop: list(pool.map(loop, [STEPS] * threads)), 3)
-            found.append(round(2 * CHAINS * width * STEPS * threads / seconds / 1e9, 1))
-    return found[0], found[1]
+                seconds = best_time(lambda: list(pool.map(loop, [STEPS] * threads)), 3)
+            return round(2 * CHAINS * width * STEPS * threads / seconds / 1e9, 1)
+
+        fp32 = rate("fma_loop", lanes)
+        assert fp32 is not None
+        return fp32, rate("byte_loop", 4 * lanes), rate("half_loop", 2 * lanes)
 
 
 def copy_gbytes(threads: int, device: str = "cpu") -> float:

@@ -27,10 +27,10 @@ struct ByteTile {
   using Index = typename Base::Index;
   static constexpr int kLanes = Base::kLanes;
   static constexpr int kPixels = Base::kPixels;
-  static constexpr int kGroup = Base::kGroup;
 
   struct Place {
     const std::uint8_t* input[kPixels];
+    typename Base::Pixel pixel[kPixels];
     typename Base::template Outputs<kPixels> outputs;
   };
 
@@ -90,23 +90,9 @@ struct ByteTile {
     Base::finish(step, place.outputs, channel, results);
   }
 
-  static void locate(const StepArgs& step, Index begin, Index end, Place& place) {
-    for (int p = 0; p < kPixels; ++p) {
-      const Index at = begin + p < end ? begin + p : end - 1;
-      const Index image = at / step.pixels, pixel = at % step.pixels;
-      place.input[p] = Base::address(step.input_bytes, image, pixel);
-      place.outputs.set(step, p, image, pixel);
-    }
-  }
-
   static void convolution(const StepArgs& step) {
-    Place places[kGroup];
-    const Index total = step.images * step.pixels;
-    for (Index begin = 0; begin < total; begin += kGroup * kPixels) {
-      int tiles = 0;
-      for (; tiles < kGroup && begin + tiles * kPixels < total; ++tiles) {
-        locate(step, begin + tiles * kPixels, total, places[tiles]);
-      }
+    const auto& input = step.input_bytes;
+    Base::template for_each_group<Place>(step, input, [&](const Place* places, int tiles) {
       Index channel = 0;
       for (; channel + kLanes < step.channels; channel += 2 * kLanes) {
         for (int t = 0; t < tiles; ++t) convolve<2>(step, places[t], channel);
@@ -114,7 +100,7 @@ struct ByteTile {
       for (; channel < step.channels; channel += kLanes) {
         for (int t = 0; t < tiles; ++t) convolve<1>(step, places[t], channel);
       }
-    }
+    });
   }
 };
 

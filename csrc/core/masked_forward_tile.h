@@ -40,8 +40,13 @@ struct Tile {
   static_assert(kFew > 0 && kPixels % kFew == 0, "few tiles may stand for the end of many");
   static_assert(kChannelBlock % kLanes == 0, "a channel block is a whole number of vectors");
 
-  // Where the epilogue of some output pixels reads and writes. Pixels outside the image repeat one
-  // inside: the same values are stored again.
+  // An output pixel of a block.
+  struct Pixel {
+    Index image, number;
+  };
+
+  // Where the epilogue of some output pixels reads and writes; what a step has not got is not set.
+  // Pixels outside the image repeat one inside: the same values are stored again.
   template <int pixels>
   struct Outputs {
     const float* residual[pixels];
@@ -52,33 +57,42 @@ struct Tile {
     Index kept[pixels];    // in each of the buffers that a gradient keeps
     const float* gates[pixels];
 
-    void set(const StepArgs& step, int p, Index image, Index pixel) {
-      residual[p] = address(step.residual, image, pixel);
-      plain[p] = address(step.plain, image, pixel);
-      final[p] = address(step.final, image, pixel);
-      final_bytes[p] = address(step.final_bytes, image, pixel);
-      number[p] = image * step.pixels + pixel;
+    // Operand by operand: most steps have few, and small convolutions would wait for the others.
+    void set(const StepArgs& step, const Pixel (&at)[pixels]) {
+      const auto place = [&](const auto& operand, auto& to) {
+        if (!operand.data) return;
+        for (int p = 0; p < pixels; ++p) to[p] = address(operand, at[p]);
+      };
+      place(step.residual, residual);
+      place(step.plain, plain);
+      place(step.final, final);
+      place(step.final_bytes, final_bytes);
       const Kept& k = step.kept;
-      kept[p] = k.offset ? image * k.image_stride + k.offset[pixel] : 0;
-      gates[p] = k.gates ? k.gates + image * k.gate_stride : nullptr;
+      if (k.first_passed || k.second_passed) {
+        for (int p = 0; p < pixels; ++p) number[p] = at[p].image * step.pixels + at[p].number;
+      }
+      if (k.offset) {
+        for (int p = 0; p < pixels; ++p) {
+          kept[p] = at[p].image * k.image_stride + k.offset[at[p].number];
+        }
+      }
+      if (k.gates) {
+        for (int p = 0; p < pixels; ++p) gates[p] = k.gates + at[p].image * k.gate_stride;
+      }
     }
   };
 
   // One tile of kPixels output pixels.
   struct Place {
     const float* input[kPixels];
-    Index pixel[kPixels];
+    Pixel pixel[kPixels];
     Outputs<kPixels> outputs;
   };
 
-  static ONP_INLINE float* address(const Operand& operand, Index image, Index pixel) {
-    if (!operand.data) return nullptr;
-    return operand.data + image * operand.image_stride + operand.offset[pixel];
-  }
-
-  static ONP_INLINE std::uint8_t* address(const Bytes& bytes, Index image, Index pixel) {
-    if (!bytes.data) return nullptr;
-    return bytes.data + image * bytes.image_stride + bytes.offset[pixel];
+  // Of a pixel in an Operand or Bytes.
+  template <typename Where>
+  static ONP_INLINE auto* address(const Where& where, Pixel at) {
+    return where.data + at.image * where.image_stride + where.offset[at.number];
   }
 
   static ONP_INLINE Vec load(const float* from) {
@@ -261,28 +275,47 @@ struct Tile {
     finish(step, place.outputs, channel, sums);
   }
 
-  static void locate(const StepArgs& step, Index begin, Index end, Place& place) {
-    for (int p = 0; p < kPixels; ++p) {
-      const Index at = begin + p < end ? begin + p : end - 1;
-      const Index image = at / step.pixels, pixel = at % step.pixels;
-      place.input[p] = address(step.input, image, pixel);
-      place.pixel[p] = pixel;
-      place.outputs.set(step, p, image, pixel);
+  // To the next pixel of a block, image after image; stays at the last. Counted on, as a division
+  // takes as long as many multiplications of vectors.
+  static ONP_INLINE void advance(const StepArgs& step, Pixel& at) {
+    if (at.number + 1 < step.pixels) {
+      ++at.number;
+    } else if (at.image + 1 < step.images) {
+      at = {at.image + 1, 0};
     }
   }
 
+  // The next tile from a pixel on, which moves along; `input` is what the step reads.
+  template <typename Input, typename TilePlace>
+  static ONP_INLINE void locate(const StepArgs& step, const Input& input, Pixel& at,
+                                TilePlace& place) {
+    for (int p = 0; p < kPixels; ++p) {
+      place.pixel[p] = at;
+      place.input[p] = address(input, at);
+      advance(step, at);
+    }
+    place.outputs.set(step, place.pixel);
+  }
+
   // Calls body(places, tiles) for groups of tiles that cover all output pixels of the block.
-  template <typename Body>
-  static ONP_INLINE void for_each_group(const StepArgs& step, const Body& body) {
-    Place places[kGroup];
+  template <typename TilePlace, typename Input, typename Body>
+  static ONP_INLINE void for_each_group(const StepArgs& step, const Input& input,
+                                        const Body& body) {
+    TilePlace places[kGroup];
+    Pixel at{0, 0};
     const Index total = step.images * step.pixels;
     for (Index begin = 0; begin < total; begin += kGroup * kPixels) {
       int tiles = 0;
       for (; tiles < kGroup && begin + tiles * kPixels < total; ++tiles) {
-        locate(step, begin + tiles * kPixels, total, places[tiles]);
+        locate(step, input, at, places[tiles]);
       }
       body(places, tiles);
     }
+  }
+
+  template <typename Body>
+  static ONP_INLINE void for_each_group(const StepArgs& step, const Body& body) {
+    for_each_group<Place>(step, step.input, body);
   }
 
   static void convolution(const StepArgs& step) {
@@ -313,19 +346,35 @@ struct Tile {
     bool below, right;  // size 2: whether the second row and column lie inside the image
   };
 
+  // Where the output of a tile begins; tiles come row by row, image after image.
+  struct Corner {
+    Index image = 0, y = 0, x = 0;
+
+    void advance(Index height, Index width, int size) {
+      x += size;
+      if (x < width) return;
+      x = 0;
+      y += size;
+      if (y < height) return;
+      y = 0;
+      ++image;
+    }
+  };
+
   template <int size>
-  static void locate(const StepArgs& step, Index tile, WinogradTile<size>& at) {
-    const Index columns = (step.width + size - 1) / size, height = step.pixels / step.width;
-    const Index tiles = columns * ((height + size - 1) / size);
-    const Index image = tile / tiles, y = tile % tiles / columns * size, x = tile % columns * size;
-    at.input = address(step.input, image, y * step.width + x);
-    at.below = y + 1 < height;
-    at.right = x + 1 < step.width;
+  static ONP_INLINE void locate(const StepArgs& step, const Corner& corner, Index height,
+                                WinogradTile<size>& at) {
+    const Index first = corner.y * step.width + corner.x;
+    at.input = address(step.input, {corner.image, first});
+    at.below = corner.y + 1 < height;
+    at.right = corner.x + 1 < step.width;
+    Pixel pixels[size * size];
     for (int p = 0; p < size * size; ++p) {
       const Index down = size == 2 && !at.below ? 0 : p / size;
       const Index across = size == 2 && !at.right ? 0 : p % size;
-      at.outputs.set(step, p, image, (y + down) * step.width + x + across);
+      pixels[p] = {corner.image, first + down * step.width + across};
     }
+    at.outputs.set(step, pixels);
   }
 
   // 1-D transforms of inputs, in place.
@@ -435,9 +484,9 @@ struct Tile {
   static void winograd(const StepArgs& step) {
     constexpr Index kTiles = winograd_tiles(size) / kPixels * kPixels;
     constexpr Index kPoints = winograd_points(size);
-    const Index columns = (step.width + size - 1) / size;
-    const Index rows = (step.pixels / step.width + size - 1) / size;
-    const Index total = step.images * rows * columns;
+    const Index height = step.pixels / step.width;
+    const Index total =
+        step.images * ((height + size - 1) / size) * ((step.width + size - 1) / size);
     const Index length = step.segment_length;
     const Index inputs = (length + kLanes - 1) / kLanes * kLanes;
     const Index outputs = (step.channels + kLanes - 1) / kLanes * kLanes;
@@ -447,11 +496,13 @@ struct Tile {
     float* const transformed = step.scratch;  // [points][tiles, inputs]
     // [points][tiles, outputs]
     float* const products = transformed + kPoints * input_point;
+    Corner corner;
     for (Index begin = 0; begin < total; begin += kTiles) {
       const Index tiles = begin + kTiles < total ? kTiles : total - begin;
       WinogradTile<size> places[kTiles];
       for (Index t = 0; t < tiles; ++t) {
-        locate(step, begin + t, places[t]);
+        locate(step, corner, height, places[t]);
+        corner.advance(height, step.width, size);
         for (Index c = 0; c < inputs; c += kLanes) {
           transform_input<size>(step, places[t].input + c, transformed + t * inputs + c,
                                 input_point);
@@ -523,7 +574,7 @@ struct Tile {
         for (Index c = 0; c < step.channels; c += kLanes) {
           Vec results[kPixels][1];
           for (int p = 0; p < kPixels; ++p) {
-            const Window& window = step.windows[place.pixel[p]];
+            const Window& window = step.windows[place.pixel[p].number];
             const float* corner = place.input[p] + c;
             Vec result = average ? Simd::splat(0.0f) : load(corner);
             for (Index y = 0; y < window.rows; ++y) {

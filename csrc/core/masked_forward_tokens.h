@@ -29,8 +29,8 @@ struct TokenTile : Tile<Simd> {
   // The epilogue of one pixel whose results lie at `row`, padded to whole vectors.
   static ONP_INLINE void finish_row(const StepArgs& step, Index image, Index pixel,
                                     const float* row) {
-    typename Base::template Outputs<1> outputs;
-    outputs.set(step, 0, image, pixel);
+    typename Base::template Outputs<1> outputs{};
+    outputs.set(step, {{image, pixel}});
     for (Index c = 0; c < step.channels; c += kLanes) {
       Vec sums[1][1] = {{load(row + c)}};
       Base::finish(step, outputs, c, sums);
@@ -45,7 +45,7 @@ struct TokenTile : Tile<Simd> {
         for (Index part = 0; part <= step.other_count; ++part) {
           const Operand& from = part == 0 ? step.input : step.others[part - 1];
           const Index channels = step.index[part];
-          __builtin_memcpy(to, address(from, image, pixel),
+          __builtin_memcpy(to, address(from, {image, pixel}),
                            static_cast<std::size_t>(channels) * sizeof(float));
           to += channels;
         }
@@ -75,15 +75,15 @@ struct TokenTile : Tile<Simd> {
     const float inverse = 1.0f / static_cast<float>(step.channels);
     for (Index image = 0; image < step.images; ++image) {
       for (Index pixel = 0; pixel < step.pixels; ++pixel) {
-        const float* row = address(step.input, image, pixel);
+        const float* row = address(step.input, {image, pixel});
         const Vec mean =
             Simd::splat(inverse * sum(row, step.channels, [](Vec value) { return value; }));
         const float variance = inverse * sum(row, step.channels, [mean](Vec value) {
                                  return (value - mean) * (value - mean);
                                });
         const Vec scale = Simd::splat(1.0f / __builtin_sqrtf(variance + step.value));
-        typename Base::template Outputs<1> outputs;
-        outputs.set(step, 0, image, pixel);
+        typename Base::template Outputs<1> outputs{};
+        outputs.set(step, {{image, pixel}});
         for (Index c = 0; c < step.channels; c += kLanes) {
           Vec sums[1][1] = {{(load(row + c) - mean) * scale}};
           Base::finish(step, outputs, c, sums);
@@ -203,7 +203,7 @@ struct TokenTile : Tile<Simd> {
     bool in_order = true;
     for (Index d = 1; d < size; ++d) in_order &= index[d] == index[0] + d;
     for (Index t = 0; t < pixels; ++t, rows += stride) {
-      const float* row = address(from, image, t);
+      const float* row = address(from, {image, t});
       if (in_order) {
         copy(rows, row + index[0], size);
       } else {
@@ -237,7 +237,7 @@ struct TokenTile : Tile<Simd> {
           const Index count = queries - first < kQueries ? queries - first : kQueries;
           const Index width = count > kLanes ? kQueries : kLanes;
           for (Index q = 0; q < width; ++q) {
-            const float* query = address(step.input, image, first + (q < count ? q : 0));
+            const float* query = address(step.input, {image, first + (q < count ? q : 0)});
             for (Index d = 0; d < size; ++d) {
               asked[d * width + q] = query[read_query[d]] * step.value;
             }
