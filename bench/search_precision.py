@@ -1,8 +1,9 @@
-"""``python -m bench.search_precision``: what a search in 8 bits does to what it is told.
+"""``python -m bench.search_precision``: what a search in 8 bits, or bf16, does to what it is told.
 
 Repairs the backdoored networks of the core set and evaluates every mask that the search asks for in
 fp32 as well, which the search does not see: how far logits and answers agree, and whether masks
-rank alike by their worth. One JSON line a network; exit code 2 where this processor has no VNNI.
+rank alike by their worth. One JSON line a network; exit code 2 where this processor has no
+instructions for it.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from bench.scoreboard.provenance import provenance
 from bench.zoo.checkpoints import load_set
 from bench.zoo.datasets import load
 from onp.agent.cost import Cost, Parts
-from onp.config import BUDGETS
+from onp.config import BUDGETS, SearchPrecision
 from onp.data import draw_balanced
 from onp.files import write_atomically
-from onp.ops.masked_forward import bytes_pay
+from onp.ops.masked_forward import bytes_pay, halves_pay
 from onp.sanitize import sanitize
 
 _BENCH = Path(__file__).parent
@@ -55,7 +56,7 @@ class Comparison:
     """Margin of an answer that changed."""
 
     def add(self, cost: Cost, pruned: Tensor, rough: Parts) -> None:
-        """Evaluate in fp32 what was evaluated in 8 bits."""
+        """Evaluate in fp32 what was evaluated in less."""
         run = cost.evaluator.run
         close, exact = run(pruned, cost.both, rough=True), run(pruned, cost.both)
         best = exact.topk(2, 2).values
@@ -100,12 +101,12 @@ def rank_correlation(one: Tensor, other: Tensor) -> float:
 
 @contextmanager
 def compared() -> Iterator[Comparison]:
-    """Every evaluation that searches make in 8 bits meanwhile."""
+    """Every evaluation that searches make in less than fp32 meanwhile."""
     found, parts = Comparison(), Cost.parts
 
     def both(self: Cost, pruned: Tensor) -> Parts:
         rough = parts(self, pruned)
-        if not self.exact and self.evaluator.byte_plan is not None and len(pruned):
+        if not self.exact and self.evaluator.rough_plan is not None and len(pruned):
             Cost.parts = parts  # type: ignore[method-assign]
             found.add(self, pruned, rough)
             Cost.parts = both  # type: ignore[method-assign]
@@ -124,11 +125,14 @@ def main() -> int:
         "--data", type=Path, required=True, help="folder with cifar10.zip, gtsrb.zip"
     )
     parser.add_argument("--models", nargs="*", default=[""], help="parts of names; default: all")
+    parser.add_argument("--precision", choices=["int8", "bf16"], default="int8")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "search_precision.jsonl")
     args = parser.parse_args()
-    if not bytes_pay():
-        print("this processor has no AVX-512 VNNI: its searches are in fp32", file=sys.stderr)
+    precision: SearchPrecision = args.precision
+    if not (bytes_pay() if precision == "int8" else halves_pay()):
+        needed = "VNNI" if precision == "int8" else "BF16"
+        print(f"this processor has no AVX-512 {needed}: its searches are in fp32", file=sys.stderr)
         return 2
     rows = []
     for network in load_set("core", _BENCH / "zoo" / "models"):
@@ -137,7 +141,7 @@ def main() -> int:
         images = load(network.recipe.dataset, args.data, "train")
         with compared() as found:
             clean = draw_balanced(images, 500, args.seed)
-            config = replace(BUDGETS["standard"], search_in_8_bits=True)
+            config = replace(BUDGETS["standard"], search_precision=precision)
             result = sanitize(network.model, clean, seed=args.seed, budget=config)
         row: dict[str, Any] = {"model": network.name, "seed": args.seed}
         row |= {"precision": result.report["precision"]}

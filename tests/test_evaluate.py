@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from onp.config import SearchPrecision
 from onp.errors import UnsupportedOperation, UsageError
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
@@ -63,10 +64,11 @@ def test_what_the_engine_lacks_goes_to_torch_with_one_line(
 
 
 @pytest.mark.parametrize("pays", [False, True])
-def test_calibrated_for_8_bits_where_they_pay_and_used_on_demand(
-    pays: bool, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("precision", "test"), [("int8", "bytes_pay"), ("bf16", "halves_pay")])
+def test_calibrated_for_less_than_fp32_where_it_pays_and_used_on_demand(
+    precision: SearchPrecision, test: str, pays: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onp.ops.masked_forward.bytes_pay", lambda: pays)
+    monkeypatch.setattr(f"onp.ops.masked_forward.{test}", lambda: pays)
     model = network("preactresnet18")
     traced = trace(model, (3, 32, 32))
     evaluator = MaskEvaluator(traced, model)
@@ -75,8 +77,8 @@ def test_calibrated_for_8_bits_where_they_pay_and_used_on_demand(
     images = torch.rand(5, 3, 32, 32, generator=random)
     before = evaluator.run(masks, images)
     assert evaluator.precision == "fp32"
-    evaluator.calibrate(masks, images)
-    assert evaluator.precision == ("int8" if pays else "fp32")
+    evaluator.calibrate(precision, masks, images)
+    assert evaluator.precision == (precision if pays else "fp32")
     rough = evaluator.run(masks, images, rough=True)
     assert torch.equal(rough, before) != pays
     torch.testing.assert_close(rough, before, rtol=0, atol=0.05 * float(before.abs().max()))
@@ -90,11 +92,15 @@ def test_a_network_that_suffers_from_8_bits_stays_in_fp32(monkeypatch: pytest.Mo
     traced = trace(model, (3, 32, 32))
     evaluator = MaskEvaluator(traced, model)
     nothing, images = torch.zeros(1, traced.sites, dtype=torch.bool), torch.rand(3, 3, 32, 32)
-    evaluator.calibrate(nothing, images)
+    evaluator.calibrate("int8", nothing, images)
     assert evaluator.precision == "fp32"
 
 
-def test_an_unknown_backend_is_refused() -> None:
+def test_an_unknown_backend_or_precision_is_refused() -> None:
     model = network("resnet20")
+    traced = trace(model, (3, 32, 32))
     with pytest.raises(UsageError, match="backend must be"):
-        MaskEvaluator(trace(model, (3, 32, 32)), model, backend="cudnn")  # type: ignore[arg-type]
+        MaskEvaluator(traced, model, backend="cudnn")  # type: ignore[arg-type]
+    nothing, images = torch.zeros(1, traced.sites, dtype=torch.bool), torch.rand(3, 3, 32, 32)
+    with pytest.raises(UsageError, match="search_precision must be"):
+        MaskEvaluator(traced, model).calibrate("fp8", nothing, images)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ import onp
 from onp import demo
 from onp.agent.policy import PruningPolicy
 from onp.agent.weights import save_policy
-from onp.config import BUDGETS, AgentConfig, SynthesisConfig, UnlearningConfig
+from onp.config import BUDGETS, AgentConfig, SearchPrecision, SynthesisConfig, UnlearningConfig
 from onp.data import ImageSet, Normalize
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.features import NAMES
@@ -59,15 +59,21 @@ def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: Im
     assert repaired.report["target_classes"] == [demo.TARGET]
 
 
-@pytest.mark.parametrize("confirmed", [True, False])
-def test_a_search_in_8_bits_repairs_and_goes_on_in_fp32_where_that_does_not_confirm_it(
-    confirmed: bool, test_set: ImageSet, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("precision", "confirmed"), [("int8", True), ("int8", False), ("bf16", True)]
+)
+def test_a_search_in_less_than_fp32_repairs_and_goes_on_in_it_where_that_does_not_confirm(
+    precision: SearchPrecision,
+    confirmed: bool,
+    test_set: ImageSet,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("onp.ops.masked_forward.bytes_pay", lambda: True)
+    monkeypatch.setattr("onp.ops.masked_forward.halves_pay", lambda: True)
     monkeypatch.setattr("onp.search.CONFIRMED", 0.05 if confirmed else -1.0)
-    budget = replace(BUDGETS["quick"], search_in_8_bits=True)
+    budget = replace(BUDGETS["quick"], search_precision=precision)
     result = onp.sanitize(suspect(), demo.clean_images(), seed=0, budget=budget)
-    assert result.report["precision"] == ("int8" if confirmed else "fp32")
+    assert result.report["precision"] == (precision if confirmed else "fp32")
     after = onp.score(result.model, test_set, load_trigger(str(demo.TRIGGER)), demo.TARGET)
     assert after["attack_success_rate"] < 0.2
 

@@ -27,13 +27,19 @@ from bench.kernels.peak import Ceilings, best_time
 from bench.kernels.rows import Row
 from bench.zoo.architectures import ARCHITECTURES
 from onp import masks
-from onp.ops.masked_forward import MaskedForwardPlan, bytes_pay, instruction_sets, lower
+from onp.ops.masked_forward import (
+    MaskedForwardPlan,
+    bytes_pay,
+    halves_pay,
+    instruction_sets,
+    lower,
+)
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.surgery import apply_mask
 from onp.suspect.trace import Trace, trace
 
 KERNEL = "masked_forward"
-SEARCH = "onp, 8 bits"
+BYTES, HALVES = "onp, 8 bits", "onp, bf16"
 NETWORKS: dict[str, tuple[str, float, dict[str, float]]] = {
     "preactresnet18-64": ("preactresnet18", 64, {"fp32": 1.0, "reduced": 1.2}),
     "preactresnet18-16": ("preactresnet18", 16, {"fp32": 1.2, "reduced": 1.3}),
@@ -275,10 +281,26 @@ def in_bytes(case: Case) -> MaskedForwardPlan:
     return lower(case.trace, case.model, ranges)
 
 
-def ours_in_bytes(case: Case) -> Run:
-    """The native engine as it searches."""
-    plan = in_bytes(case)
-    return lambda pruned: plan.run(masks.pack(pruned), case.images, share=False)
+def in_halves(case: Case) -> MaskedForwardPlan:
+    """The native engine's plan in bf16."""
+    return lower(case.trace, case.model, halves=True)
+
+
+def rough(plan_of: Callable[[Case], MaskedForwardPlan]) -> Callable[[Case], Run]:
+    """The native engine as it may search."""
+
+    def make(case: Case) -> Run:
+        plan = plan_of(case)
+        return lambda pruned: plan.run(masks.pack(pruned), case.images, share=False)
+
+    return make
+
+
+ROUGH = {
+    **({BYTES: in_bytes} if bytes_pay() else {}),
+    **({HALVES: in_halves} if halves_pay() else {}),
+}
+"""What a search may be told instead of fp32, where this processor has instructions for it."""
 
 
 _X86 = platform.machine() in ("x86_64", "AMD64")
@@ -289,12 +311,12 @@ BF16 = (
 LAST, FIRST = torch.channels_last, torch.contiguous_format
 WAYS = [
     Way("onp", "fp32", ours(), every_mask=True, depends=True),
+    *(Way(n, "reduced", rough(plan), every_mask=True, depends=True) for n, plan in ROUGH.items()),
     *(
-        [Way(SEARCH, "reduced", ours_in_bytes, every_mask=True, depends=True)]
-        if bytes_pay()
-        else []
+        Way(f"onp, {isa}", "fp32", ours(isa), forced=True)
+        for isa in ("avx2", "generic")
+        if isa in instruction_sets()[1:]
     ),
-    *(Way(f"onp, {isa}", "fp32", ours(isa), forced=True) for isa in instruction_sets()[1:]),
     Way("torch eager, NCHW", "fp32", eager(FIRST)),
     Way("torch eager, channels last", "fp32", eager(LAST)),
     Way("torch.compile", "fp32", eager(LAST, compiled=True)),
@@ -338,7 +360,7 @@ def measure(case: Case, way: Way, repeats: int, peak: float | None) -> Row:
     some = case.pruned if whole else case.pruned[:FEW]
     often = min(repeats, 1 if case.gflop >= LARGEST else 2) if large else repeats
     seconds = best_time(lambda: run(some), often) * len(case.pruned) / len(some)
-    main = way.precision if way.name in ("onp", SEARCH) else ""
+    main = way.precision if way.name in ("onp", *ROUGH) else ""
     return replace(
         row,
         seconds=seconds,
@@ -352,7 +374,7 @@ def measure(case: Case, way: Way, repeats: int, peak: float | None) -> Row:
 
 def peak_of(way: Way, ceilings: Ceilings) -> float | None:
     """What the machine can do in the way's arithmetic, in GFLOP/s."""
-    return ceilings.int8_gops if way.name == SEARCH else ceilings.gflops(way.precision)
+    return ceilings.int8_gops if way.name == BYTES else ceilings.gflops(way.precision)
 
 
 def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:

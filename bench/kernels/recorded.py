@@ -14,13 +14,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bench.kernels.gated import gated
 from bench.kernels.masked_forward import (
+    BYTES,
     LAST,
-    SEARCH,
+    ROUGH,
     TOLERANCES,
     Case,
     Way,
     eager,
-    in_bytes,
     openvino,
 )
 from bench.kernels.peak import Ceilings, best_time
@@ -28,7 +28,7 @@ from bench.kernels.rows import Row
 from bench.recordings import NETWORKS, Recording
 from bench.zoo.checkpoints import load_set
 from onp import masks
-from onp.ops.masked_forward import bytes_pay, lower
+from onp.ops.masked_forward import lower
 from onp.suspect.trace import trace
 
 KERNEL = "recorded evaluations"
@@ -78,11 +78,12 @@ class Repair:
     def row(self, way: str, precision: str) -> Row:
         return Row(KERNEL, self.case.name, way, precision, None, False)
 
-    def ours(self, ceilings: Ceilings, repeats: int, *, share: bool, search: bool) -> Row:
-        """Every evaluation as the repair asked for it; ``search``: in 8 bits."""
+    def ours(self, ceilings: Ceilings, repeats: int, name: str, *, share: bool) -> Row:
+        """Every evaluation as the repair asked for it; ``name``: onp, or one of ``ROUGH``."""
         largest = max(self.by_count(), key=lambda case: len(case.pruned))
-        plan = in_bytes(largest) if search else lower(self.case.trace, self.case.model)
-        precision = "reduced" if search else "fp32"
+        exact = name not in ROUGH
+        plan = lower(self.case.trace, self.case.model) if exact else ROUGH[name](largest)
+        precision = "fp32" if exact else "reduced"
         calls = [
             (masks.pack(pruned), self.case.images[:count]) for pruned, count in self.recording.calls
         ]
@@ -91,7 +92,6 @@ class Repair:
             for packed, images in calls:
                 plan.run(packed, images, share=share)
 
-        name = SEARCH if search else "onp"
         row = self.row(name if share else f"{name}, nothing shared", precision)
         for case in self.by_count():
             few = case.images[: case.expected.shape[1]]
@@ -99,7 +99,7 @@ class Repair:
             if not off < TOLERANCES[precision]:
                 return replace(row, note=f"off by {off:.2g} of the largest logit")
         seconds = best_time(run, repeats)
-        peak = ceilings.int8_gops if search else ceilings.fp32_gflops
+        peak = ceilings.int8_gops if name == BYTES else ceilings.gflops(precision)
         share_of_peak = None if peak is None else round(self.case.gflop / seconds / peak, 3)
         return replace(
             row, seconds=seconds, correct=True, share_of_peak=share_of_peak, forced=not share,
@@ -133,10 +133,10 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:
     """Every recording; if quick the first."""
     for name in NETWORKS[: 1 if quick else None]:
         repair = Repair.of(name)
-        for search in (False, True) if bytes_pay() else (False,):
+        for ours in ("onp", *ROUGH):
             for share in (True, False):
-                print(f"{name}: onp, {search=}, {share=}", file=sys.stderr, flush=True)
-                yield repair.ours(ceilings, repeats, share=share, search=search)
+                print(f"{name}: {ours}, {share=}", file=sys.stderr, flush=True)
+                yield repair.ours(ceilings, repeats, ours, share=share)
         for way in WAYS:
             print(f"{name}: {way.name}", file=sys.stderr, flush=True)
             yield repair.other(way, repeats)

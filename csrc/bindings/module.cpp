@@ -198,14 +198,15 @@ std::unique_ptr<onp::MaskedForwardPlan> masked_forward_plan(
     const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
     const std::vector<onp::StepSpec>& steps,
     const std::vector<std::pair<std::int64_t, std::uintptr_t>>& constants, std::int64_t output,
-    std::int64_t sites, const std::vector<Range>& ranges) {
+    std::int64_t sites, const std::vector<Range>& ranges, bool halves) {
   std::vector<onp::BufferShape> shapes;
   for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
   std::vector<onp::ConstantSpec> fixed;
   for (const auto& [buffer, values] : constants) fixed.push_back({buffer, floats_at(values)});
   std::vector<onp::RangeSpec> specs;
   for (const auto& [buffer, lowest, highest] : ranges) specs.push_back({buffer, lowest, highest});
-  return std::make_unique<onp::MaskedForwardPlan>(shapes, steps, fixed, output, sites, specs);
+  return std::make_unique<onp::MaskedForwardPlan>(shapes, steps, fixed, output, sites, specs,
+                                                  halves);
 }
 
 onp::StepSpec masked_forward_step(int kind, std::int64_t input, Pair kernel, Pair stride,
@@ -368,8 +369,9 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("second"), py::arg("site_start"), py::arg("final"));
   py::class_<onp::MaskedForwardPlan>(m, "MaskedForwardPlan")
       .def(py::init(&masked_forward_plan), py::arg("buffers"), py::arg("steps"),
-           py::arg("constants"), py::arg("output"), py::arg("sites"), py::arg("ranges"))
-      .def_property_readonly("byte_steps", &onp::MaskedForwardPlan::byte_steps)
+           py::arg("constants"), py::arg("output"), py::arg("sites"), py::arg("ranges"),
+           py::arg("halves"))
+      .def_property_readonly("narrow_steps", &onp::MaskedForwardPlan::narrow_steps)
       .def("ranges", &masked_forward_ranges, py::kw_only(), py::arg("images"), py::arg("count"),
            py::arg("masks"), py::arg("batch"), py::arg("words"), py::arg("isa"))
       .def("least_bytes", &onp::MaskedForwardPlan::least_bytes, py::arg("share"))

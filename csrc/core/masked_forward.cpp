@@ -13,7 +13,7 @@ namespace onp {
 
 constexpr std::size_t kNowhere = ~std::size_t{0};
 
-// Where the buffers of a program lie; constants, and floats that only their bytes stand for,
+// Where the buffers of a program lie; constants, and floats that only narrow copies stand for,
 // nowhere.
 struct Layout {
   Slots slots;
@@ -30,17 +30,17 @@ struct MaskedForwardPlan::Program : Network {
 
 void MaskedForwardPlan::Program::lay_out() {
   std::vector<std::size_t> last_use(buffers.size(), 0);
-  // A step that reads the bytes of a buffer does not read its floats.
+  // A step that reads the narrow copy of a buffer does not read its floats.
   const auto reads = [&](const Step& step) {
     std::set<std::int64_t> all(step.reads.begin(), step.reads.end());  // some read one twice
-    if (step.input_bytes >= 0) {
+    if (step.input_narrow >= 0) {
       if (!step.reads_floats(step.spec.input)) all.erase(step.spec.input);
-      all.insert(step.input_bytes);
+      all.insert(step.input_narrow);
     }
     return all;
   };
   const auto writes = [](const Step& step) {
-    std::vector<std::int64_t> all = {step.spec.plain, step.final_bytes};
+    std::vector<std::int64_t> all = {step.spec.plain, step.final_narrow};
     if (step.final_floats) all.push_back(step.spec.final);
     all.erase(std::remove_if(all.begin(), all.end(), [](auto id) { return id < 0; }), all.end());
     return all;
@@ -71,9 +71,10 @@ MaskedForwardPlan::MaskedForwardPlan(const std::vector<BufferShape>& shapes,
                                      const std::vector<StepSpec>& specs,
                                      const std::vector<ConstantSpec>& constants,
                                      std::int64_t output, std::int64_t sites,
-                                     const std::vector<RangeSpec>& ranges) {
+                                     const std::vector<RangeSpec>& ranges, bool halves) {
   auto program = std::make_unique<Program>();
-  static_cast<Network&>(*program) = plan_network(shapes, specs, constants, output, sites, ranges);
+  static_cast<Network&>(*program) =
+      plan_network(shapes, specs, constants, output, sites, ranges, halves);
   for (Step& step : program->steps) {
     if (step.spec.site_start < 0) continue;
     step.keep_begin = program->keep_words;
@@ -119,10 +120,12 @@ class Worker {
     return {constant.data(), network_.buffers[id].interior.data(), 0};
   }
 
+  // A narrow copy, as what it is made of.
   Bytes bytes(std::int64_t buffer) const {
-    if (buffer < 0) return {};
-    const auto id = static_cast<std::size_t>(buffer);
-    return network_.buffers[id].bytes_at(data_[id]);
+    return buffer < 0 ? Bytes{} : network_.buffers[buffer].bytes_at(data_[buffer]);
+  }
+  Halves halves(std::int64_t buffer) const {
+    return buffer < 0 ? Halves{} : network_.buffers[buffer].halves_at(data_[buffer]);
   }
 
   const Operand* others(const Step& step) {
@@ -168,7 +171,8 @@ class Worker {
 void run_step(const Step& step, const Network& network, Worker& worker, std::int64_t images,
               const Kernels& kernels) {
   const StepSpec& spec = step.spec;
-  const auto input = static_cast<std::size_t>(step.input_bytes < 0 ? spec.input : step.input_bytes);
+  const auto input =
+      static_cast<std::size_t>(step.input_narrow < 0 ? spec.input : step.input_narrow);
   StepArgs args = step.args(network.buffers[input], worker.data(input), images);
   args.others = worker.others(step);
   args.residual = worker.operand(spec.residual);
@@ -179,7 +183,8 @@ void run_step(const Step& step, const Network& network, Worker& worker, std::int
   args.second = spec.second;
   args.keep = spec.site_start >= 0 ? worker.keep(step) : nullptr;
   args.final = worker.operand(step.final_floats ? spec.final : -1);
-  args.final_bytes = worker.bytes(step.final_bytes);
+  args.final_bytes = worker.bytes(step.final_narrow);
+  args.final_halves = worker.halves(step.final_narrow);
   args.scratch = worker.scratch();
   (kernels.*step.kernel)(args);
 }
@@ -208,15 +213,15 @@ std::int64_t MaskedForwardPlan::least_bytes(bool share) const {
          static_cast<std::int64_t>(sizeof(float));
 }
 
-std::int64_t MaskedForwardPlan::byte_steps() const {
-  const auto reads_bytes = [](const Step& step) { return step.input_bytes >= 0; };
-  return std::count_if(program_->steps.begin(), program_->steps.end(), reads_bytes);
+std::int64_t MaskedForwardPlan::narrow_steps() const {
+  const auto reads_narrow = [](const Step& step) { return step.input_narrow >= 0; };
+  return std::count_if(program_->steps.begin(), program_->steps.end(), reads_narrow);
 }
 
 std::vector<RangeSpec> MaskedForwardPlan::ranges(const MaskedForwardRun& run) const {
   const Program& program = *program_;
   check_masks(run.masks, program.sites);
-  ONP_CHECK(byte_steps() == 0, "masked_forward: ranges must be measured by a plan without any");
+  ONP_CHECK(narrow_steps() == 0, "masked_forward: ranges must be measured by a plan in fp32");
   const Kernels& kernels = kernels_for(run.isa);
   std::vector<RangeSpec> found;
   for (const Step& step : program.steps) {

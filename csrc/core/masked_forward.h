@@ -1,8 +1,7 @@
 // Masked forward: a network as a short program of steps over buffers, planned once; one run
-// evaluates many masks on many images, in fp32 or, told the ranges of its buffers, with 8-bit
-// convolutions. Square 3x3 convolutions of stride 1 with 16 or more
-// input channels go by Winograd F(2x2, 3x3), on large maps F(4x4, 3x3): the rounding differs a
-// little from a direct sum.
+// evaluates many masks on many images, in fp32, with convolutions of bf16 or, told the ranges of
+// its buffers, of 8 bits. Square 3x3 convolutions of stride 1 with 16 or more input channels go by
+// Winograd F(2x2, 3x3), on large maps F(4x4, 3x3): the rounding differs a little from a direct sum.
 #pragma once
 
 #include <cstdint>
@@ -93,10 +92,12 @@ std::vector<std::string> instruction_sets();
 // Immutable once built: several threads may run one plan.
 class MaskedForwardPlan {
  public:
-  // Throws onp::Error for a program that does not fit together.
+  // ranges: convolutions read bytes; halves, without ranges: they read bf16; each where that is
+  // worth it. Throws onp::Error for a program that does not fit together.
   MaskedForwardPlan(const std::vector<BufferShape>& buffers, const std::vector<StepSpec>& steps,
                     const std::vector<ConstantSpec>& constants, std::int64_t output,
-                    std::int64_t sites, const std::vector<RangeSpec>& ranges = {});
+                    std::int64_t sites, const std::vector<RangeSpec>& ranges = {},
+                    bool halves = false);
   ~MaskedForwardPlan();
 
   // Logits are the same to the last bit for every choice of share, threads and max_bytes.
@@ -106,8 +107,8 @@ class MaskedForwardPlan {
   // logits, threads and max_bytes count for nothing.
   std::vector<RangeSpec> ranges(const MaskedForwardRun& run) const;
 
-  // How many convolutions read bytes.
-  std::int64_t byte_steps() const;
+  // How many convolutions read bytes or halves.
+  std::int64_t narrow_steps() const;
 
   // The least that max_bytes may be: one thread's buffers for one image.
   std::int64_t least_bytes(bool share) const;

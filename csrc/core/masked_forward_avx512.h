@@ -2,7 +2,7 @@
 // pixels x 2 vectors fills 24 of the 32 registers with sums.
 #pragma once
 
-#include "core/masked_forward_bytes.h"
+#include "core/masked_forward_narrow.h"
 
 namespace onp {
 namespace {

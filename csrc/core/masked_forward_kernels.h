@@ -10,8 +10,9 @@ namespace onp {
 // Output channels of one packed weight block; channel strides are multiples of it.
 constexpr int kChannelBlock = 16;
 
-// Input channels whose bytes are multiplied and summed at once.
+// Input channels whose bytes, or halves (bf16), are multiplied and summed at once: 32 bits.
 constexpr int kQuad = 4;
+constexpr int kPair = 2;
 
 // A Winograd convolution of tiles of `size` x `size` output pixels: tiles that it transforms
 // together at most, and products per tile and pair of channels.
@@ -55,6 +56,13 @@ struct Bytes {
   float zero;
 };
 
+// A buffer's copy in bf16.
+struct Halves {
+  std::uint16_t* data;
+  const std::int32_t* offset;  // [pixels]
+  std::int64_t image_stride;
+};
+
 // The part of a pooling window that lies inside the image.
 struct Window {
   std::int32_t rows;
@@ -87,7 +95,7 @@ struct Kept {
 //   t = t * scale + shift;    kept.scaled = t;
 //   t = second(t);            kept.second_passed = whether it passes;
 //   t = t & keep;             kept.active = t;
-//   t = t * kept.gates;       final = t, final_bytes = t in 8 bits
+//   t = t * kept.gates;       final = t, final_bytes = t in 8 bits, final_halves = t in bf16
 // Per-channel arrays are padded to a multiple of kChannelBlock.
 struct StepArgs {
   std::int64_t images;
@@ -114,6 +122,12 @@ struct StepArgs {
   Bytes input_bytes;
   const std::int8_t* byte_weights;
   const float* unit;
+
+  // Convolution of halves: the same with `input_halves` and pairs of input channels, summed in
+  // fp32; weights [channel blocks][segments][segment_length][kChannelBlock][kPair], segments and
+  // block_stride in halves.
+  Halves input_halves;
+  const std::uint16_t* half_weights;
 
   // Pooling: one window per output pixel.
   const Window* windows;
@@ -150,6 +164,7 @@ struct StepArgs {
   Kept kept;
   Operand final;
   Bytes final_bytes;
+  Halves final_halves;
 };
 
 struct Kernels {
@@ -159,6 +174,7 @@ struct Kernels {
   void (*winograd4)(const StepArgs&);  // height and width are multiples of 4
   void (*depthwise)(const StepArgs&);
   void (*byte_convolution)(const StepArgs&);
+  void (*half_convolution)(const StepArgs&);
   void (*max_pool)(const StepArgs&);
   void (*average_pool)(const StepArgs&);
   void (*concatenation)(const StepArgs&);
@@ -171,7 +187,15 @@ extern const Kernels kGenericKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VnniKernels;
+extern const Kernels kAvx512Bf16Kernels;
 void byte_convolution_vnni(const StepArgs& step);
+void half_convolution_bf16(const StepArgs& step);
+
+// Which differ from those for AVX-512 in convolutions of bytes and halves alone.
+inline bool is_avx512(const Kernels& kernels) {
+  return &kernels == &kAvx512Kernels || &kernels == &kAvx512VnniKernels ||
+         &kernels == &kAvx512Bf16Kernels;
+}
 #endif
 
 }  // namespace onp

@@ -12,6 +12,6 @@ struct Simd : Avx512 {
 
 }  // namespace
 
-void byte_convolution_vnni(const StepArgs& step) { ByteTile<Simd>::convolution(step); }
+void byte_convolution_vnni(const StepArgs& step) { byte_convolution<Simd>(step); }
 
 }  // namespace onp

@@ -12,6 +12,9 @@ struct Simd : Vectors {
   static ONP_INLINE IntVec dot(IntVec sums, IntVec inputs, IntVec weights) {
     return plain_dot(sums, inputs, weights);
   }
+  static ONP_INLINE Vec dot_halves(Vec sums, IntVec inputs, IntVec weights) {
+    return plain_dot_halves<Simd>(sums, inputs, weights);
+  }
 };
 
 }  // namespace

@@ -114,21 +114,28 @@ void pack_convolution(Step& step, const Buffer& from) {
   }
 }
 
-// Weights times the inputs' values per level, in 127 levels either way per output channel.
-void pack_byte_convolution(Step& step, const Buffer& from) {
+// The segments of a convolution that reads `size` input channels at once; how often for a pixel.
+std::int64_t place_narrow_segments(Step& step, const Buffer& from, std::int64_t size) {
   const StepSpec& spec = step.spec;
-  const std::int64_t inputs = from.shape.channels;
-  const std::int64_t quads = divide_up(inputs, kQuad);
-  const std::int64_t taps = spec.kernel_height * spec.kernel_width;
+  const std::int64_t groups = divide_up(from.shape.channels, size);
   // Without gaps between pixels a whole kernel row is one segment.
-  const bool rows = quads * kQuad == from.stride;
-  step.kernel = &Kernels::byte_convolution;
-  step.segment_length = rows ? spec.kernel_width * quads : quads;
+  const bool rows = groups * size == from.stride;
+  step.segment_length = rows ? spec.kernel_width * groups : groups;
   for (std::int64_t y = 0; y < spec.kernel_height; ++y) {
     for (std::int64_t x = 0; x < (rows ? 1 : spec.kernel_width); ++x) {
       step.segments.push_back(static_cast<std::int32_t>(y * from.row() + x * from.stride));
     }
   }
+  return groups;
+}
+
+// Weights times the inputs' values per level, in 127 levels either way per output channel.
+void pack_byte_convolution(Step& step, const Buffer& from) {
+  const StepSpec& spec = step.spec;
+  const std::int64_t inputs = from.shape.channels;
+  const std::int64_t taps = spec.kernel_height * spec.kernel_width;
+  const std::int64_t quads = place_narrow_segments(step, from, kQuad);
+  step.kernel = &Kernels::byte_convolution;
   const std::int64_t channels = round_up(step.channels, kChannelBlock);
   step.block_stride = taps * quads * kChannelBlock * kQuad;
   step.byte_weights.resize(static_cast<std::size_t>(channels / kChannelBlock * step.block_stride));
@@ -154,6 +161,35 @@ void pack_byte_convolution(Step& step, const Buffer& from) {
     }
     step.unit[o] = static_cast<float>(unit);
     step.bias[o] -= static_cast<float>(from.zero * unit * sum);
+  }
+}
+
+// The nearest bf16, the even one of two.
+std::uint16_t half_of(float value) {
+  std::uint32_t bits;
+  std::memcpy(&bits, &value, sizeof(bits));
+  if (value != value) return static_cast<std::uint16_t>(bits >> 16 | 0x40);
+  return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+void pack_half_convolution(Step& step, const Buffer& from) {
+  const StepSpec& spec = step.spec;
+  const std::int64_t inputs = from.shape.channels;
+  const std::int64_t taps = spec.kernel_height * spec.kernel_width;
+  const std::int64_t pairs = place_narrow_segments(step, from, kPair);
+  step.kernel = &Kernels::half_convolution;
+  step.block_stride = taps * pairs * kChannelBlock * kPair;
+  const std::int64_t blocks = divide_up(step.channels, kChannelBlock);
+  step.half_weights.resize(static_cast<std::size_t>(blocks * step.block_stride));
+  for (std::int64_t o = 0; o < step.channels; ++o) {
+    std::uint16_t* packed = step.half_weights.data() + o / kChannelBlock * step.block_stride +
+                            o % kChannelBlock * kPair;
+    for (std::int64_t i = 0; i < inputs; ++i) {
+      for (std::int64_t tap = 0; tap < taps; ++tap) {
+        packed[(tap * pairs + i / kPair) * kChannelBlock * kPair + i % kPair] =
+            half_of(spec.weight[(o * inputs + i) * taps + tap]);
+      }
+    }
   }
 }
 
@@ -210,7 +246,10 @@ const std::vector<const Kernels*>& kernel_tables() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) {
-      if (__builtin_cpu_supports("avx512vnni")) found.push_back(&kAvx512VnniKernels);
+      if (__builtin_cpu_supports("avx512vnni")) {
+        if (__builtin_cpu_supports("avx512bf16")) found.push_back(&kAvx512Bf16Kernels);
+        found.push_back(&kAvx512VnniKernels);
+      }
       found.push_back(&kAvx512Kernels);
     }
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
@@ -276,7 +315,7 @@ std::vector<std::int64_t> add_bytes(std::vector<Buffer>& buffers,
     Buffer bytes;
     bytes.shape = shape;
     bytes.stride = round_up(shape.channels, kChannelBlock);
-    bytes.bytes = true;
+    bytes.number = Number::bytes;
     bytes.zero = range.lowest < 0 ? 128 : 0;
     bytes.levels = Floats(bytes.stride);
     const float most = *std::max_element(range.highest.begin(), range.highest.end());
@@ -290,6 +329,31 @@ std::vector<std::int64_t> add_bytes(std::vector<Buffer>& buffers,
     buffers.push_back(std::move(bytes));
   }
   return bytes_of;
+}
+
+// Appends a copy in bf16 of every buffer that a step's `final` writes and a convolution reads that
+// suits halves. The id of each buffer's copy, -1: none.
+std::vector<std::int64_t> add_halves(std::vector<Buffer>& buffers,
+                                     const std::vector<StepSpec>& specs) {
+  std::vector<std::int64_t> halves_of(buffers.size(), -1);
+  std::vector<bool> written(buffers.size(), false);
+  for (const StepSpec& spec : specs) {
+    if (spec.final >= 0) written[spec.final] = true;
+  }
+  for (const StepSpec& spec : specs) {
+    const BufferShape shape = buffers[spec.input].shape;
+    const BufferShape to = buffers[written_buffer(spec)].shape;
+    if (!written[spec.input] || halves_of[spec.input] >= 0 || !suits_halves(spec, shape, to)) {
+      continue;
+    }
+    Buffer halves;
+    halves.shape = shape;
+    halves.stride = round_up(shape.channels, kChannelBlock);
+    halves.number = Number::halves;
+    halves_of[spec.input] = static_cast<std::int64_t>(buffers.size());
+    buffers.push_back(std::move(halves));
+  }
+  return halves_of;
 }
 
 // Everything that a step reads: its constants too.
@@ -352,6 +416,11 @@ bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShap
          pixels_of(to) > 1 && round_up(from.channels, kQuad) * taps <= kMostProducts;
 }
 
+bool suits_halves(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
+  return spec.kind == StepKind::convolution && spec.groups == 1 && from.channels >= kChannelBlock &&
+         pixels_of(to) > 1 && !(suits_winograd(spec, from.channels) && winograd_size(to) == 4);
+}
+
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) {
   Step step;
   step.spec = spec;
@@ -365,8 +434,10 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
   step.bias = padded(spec.bias, to.channels);
   if (spec.kind != StepKind::convolution) {
     step.kernel = kernel_of(spec.kind);
-  } else if (from.bytes) {
+  } else if (from.number == Number::bytes) {
     pack_byte_convolution(step, from);
+  } else if (from.number == Number::halves) {
+    pack_half_convolution(step, from);
   } else if (is_depthwise(spec, from.shape, to)) {
     pack_depthwise(step, from);
   } else if (suits_winograd(spec, from.shape.channels)) {
@@ -382,7 +453,7 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
 
 bool Step::reads_floats(std::int64_t buffer) const {
   const auto& others = spec.others;
-  return (spec.input == buffer && input_bytes < 0) || spec.residual == buffer ||
+  return (spec.input == buffer && input_narrow < 0) || spec.residual == buffer ||
          std::find(others.begin(), others.end(), buffer) != others.end();
 }
 
@@ -391,14 +462,13 @@ StepArgs Step::args(const Buffer& from, float* input, std::int64_t images) const
   args.images = images;
   args.pixels = static_cast<std::int64_t>(input_offset.size());
   args.channels = channels;
-  if (from.bytes) {
-    args.input_bytes = from.bytes_at(input);
-    args.input_bytes.offset = input_offset.data();
-    args.byte_weights = byte_weights.data();
-    args.unit = unit.data();
-  } else {
-    args.input = {input, input_offset.data(), from.image()};
-  }
+  if (from.number == Number::floats) args.input = {input, input_offset.data(), from.image()};
+  args.input_bytes = from.bytes_at(input);
+  args.input_halves = from.halves_at(input);
+  args.input_bytes.offset = args.input_halves.offset = input_offset.data();
+  args.byte_weights = byte_weights.data();
+  args.half_weights = half_weights.data();
+  args.unit = unit.data();
   args.weights = weights.data();
   args.segments = segments.data();
   args.segment_count = static_cast<std::int64_t>(segments.size());
@@ -420,7 +490,7 @@ StepArgs Step::args(const Buffer& from, float* input, std::int64_t images) const
 
 Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,
                      const std::vector<ConstantSpec>& constants, std::int64_t output,
-                     std::int64_t sites, const std::vector<RangeSpec>& ranges) {
+                     std::int64_t sites, const std::vector<RangeSpec>& ranges, bool halves) {
   Network network;
   ONP_CHECK(output >= 0 && output < static_cast<std::int64_t>(shapes.size()),
             "masked_forward: output must be a buffer, got ", output);
@@ -451,12 +521,14 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     written[one.buffer] = constant[one.buffer] = true;
   }
   for (const StepSpec& spec : specs) check_step(spec, shapes);
-  const std::vector<std::int64_t> bytes_of = add_bytes(network.buffers, specs, ranges);
+  ONP_CHECK(!halves || ranges.empty(), "masked_forward: ranges are of bytes, not of halves");
+  const std::vector<std::int64_t> narrow_of =
+      halves ? add_halves(network.buffers, specs) : add_bytes(network.buffers, specs, ranges);
+  const auto suits = halves ? suits_halves : suits_bytes;
   const auto read_by = [&](const StepSpec& spec) {
-    const std::int64_t bytes = bytes_of[spec.input];
-    const bool fits =
-        bytes >= 0 && suits_bytes(spec, shapes[spec.input], shapes[written_buffer(spec)]);
-    return fits ? bytes : spec.input;
+    const std::int64_t narrow = narrow_of[spec.input];
+    const bool fits = narrow >= 0 && suits(spec, shapes[spec.input], shapes[written_buffer(spec)]);
+    return fits ? narrow : spec.input;
   };
   for (const StepSpec& spec : specs) {
     for (const std::int64_t id : all_reads(spec)) {
@@ -488,8 +560,8 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     const BufferShape to = shapes[written_buffer(spec)];
     network.steps.push_back(pack_step(spec, network.buffers[read_by(spec)], to));
     Step& step = network.steps.back();
-    if (read_by(spec) != spec.input) step.input_bytes = read_by(spec);
-    if (spec.final >= 0) step.final_bytes = bytes_of[spec.final];
+    if (read_by(spec) != spec.input) step.input_narrow = read_by(spec);
+    if (spec.final >= 0) step.final_narrow = narrow_of[spec.final];
     for (const std::int64_t id : all_reads(spec)) {
       if (!constant[id]) step.reads.push_back(id);
     }
@@ -502,11 +574,13 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
         step.index.push_back(static_cast<std::int32_t>(shapes[id].channels));
       }
     }
-    network.weight_bytes += network.steps.back().weights.bytes() +
-                            static_cast<std::int64_t>(network.steps.back().byte_weights.size());
+    network.weight_bytes +=
+        step.weights.bytes() +
+        static_cast<std::int64_t>(step.byte_weights.size() +
+                                  step.half_weights.size() * sizeof(std::uint16_t));
   }
   for (Step& step : network.steps) {
-    if (step.final_bytes < 0 || step.spec.final == output) continue;
+    if (step.final_narrow < 0 || step.spec.final == output) continue;
     step.final_floats = std::any_of(network.steps.begin(), network.steps.end(),
                                     [&](const Step& s) { return s.reads_floats(step.spec.final); });
   }
@@ -545,8 +619,9 @@ const Kernels& kernels_for(const std::string& isa) {
 }
 
 void clear_halo(const Buffer& buffer, std::int64_t images, float* data) {
-  if (buffer.bytes) {
-    std::memset(data, buffer.zero, static_cast<std::size_t>(images * buffer.image()));
+  if (buffer.number != Number::floats) {
+    std::memset(data, buffer.zero,
+                static_cast<std::size_t>(images * buffer.image_floats()) * sizeof(float));
     return;
   }
   const std::int64_t row = buffer.row(), side = buffer.halo * buffer.stride;

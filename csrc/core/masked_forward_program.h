@@ -45,16 +45,18 @@ class Floats {
   std::unique_ptr<float[], Delete> data_;
 };
 
+enum class Number { floats, bytes, halves };
+
 // Images are stored one after the other, each [height + 2 halo][width + 2 halo][stride]. The halo
 // is zero and never written; lanes past `channels` hold whatever the vectors left there.
 struct Buffer {
   BufferShape shape;
+  Number number = Number::floats;  // others are copies of what another buffer holds as floats
   std::int64_t halo = 0;
   std::int64_t stride = 0;             // values from one pixel to the next
   std::vector<std::int32_t> interior;  // [height * width]
-  bool bytes = false;     // of what another buffer holds as floats; what follows is for these
-  std::uint8_t zero = 0;  // byte that stands for 0, of the halo too
-  Floats levels;          // per channel, padded: bytes from one value to that plus 1
+  std::uint8_t zero = 0;               // of bytes: that which stands for 0, of the halo too
+  Floats levels;  // of bytes: per channel, padded, bytes from one value to that plus 1
 
   std::int64_t row() const { return (shape.width + 2 * halo) * stride; }
   std::int64_t image() const {
@@ -62,7 +64,9 @@ struct Buffer {
   }
   // Of the caller's [C, H, W].
   std::int64_t floats() const { return shape.channels * shape.height * shape.width; }
-  std::int64_t values_a_float() const { return bytes ? 4 : 1; }
+  std::int64_t values_a_float() const {
+    return number == Number::bytes ? kQuad : number == Number::halves ? kPair : 1;
+  }
   std::int64_t image_floats() const { return image() / values_a_float(); }
   // May point into the halo: y and x from -halo.
   std::int64_t offset(std::int64_t y, std::int64_t x) const {
@@ -71,9 +75,15 @@ struct Buffer {
   // Once shape, halo and stride stand. Throws onp::Error for an image of 2^31 values or more.
   void place_pixels();
   Operand at(float* data) const { return {data, interior.data(), image()}; }
+  // Absent where they are no bytes, or halves.
   Bytes bytes_at(float* data) const {
+    if (number != Number::bytes) return {};
     return {reinterpret_cast<std::uint8_t*>(data), interior.data(), image(), levels.data(),
             static_cast<float>(zero)};
+  }
+  Halves halves_at(float* data) const {
+    if (number != Number::halves) return {};
+    return {reinterpret_cast<std::uint16_t*>(data), interior.data(), image()};
   }
 };
 
@@ -88,17 +98,18 @@ struct Step {
   std::vector<Window> windows;
   std::int64_t segment_length = 0;
   std::int64_t block_stride = 0;
-  std::vector<std::int64_t> reads;  // buffers, constants left out; bytes by what they are of
-  std::int64_t input_bytes = -1;    // buffers of bytes, -1: none
-  std::int64_t final_bytes = -1;
+  std::vector<std::int64_t> reads;  // buffers, constants left out; copies by what they are of
+  std::int64_t input_narrow = -1;   // narrow copies that stand for `input` and are written beside
+  std::int64_t final_narrow = -1;   // `final`, -1: none
   bool final_floats = true;         // whether anything reads the floats of `final`
   std::vector<std::int32_t> index;  // see StepArgs
   std::int64_t keys = 0;
   std::int64_t keep_begin = 0;  // into one thread's keep words of a masked forward
   Floats weights, bias, scale, shift, unit;
   std::vector<std::int8_t> byte_weights;
+  std::vector<std::uint16_t> half_weights;
 
-  // Whether it reads a buffer other than by its bytes.
+  // Whether it reads a buffer other than by its narrow copy.
   bool reads_floats(std::int64_t buffer) const;
 
   // The operation alone, on a block of images: no residual and nothing to write yet.
@@ -126,13 +137,15 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
 // would save little; nor of groups, nor where its sums might not fit 32 bits.
 bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
 
-// The step with its weights packed for the kernel that suits it and `from`, which may be the bytes
-// of its input; what it reads besides its input
-// is left to plan_network.
+// Whether it may read halves: as for bytes; and not where Winograd in fp32 saves more.
+bool suits_halves(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
+
+// The step with its weights packed for the kernel that suits it and `from`, which may be a narrow
+// copy of its input; what it reads besides its input is left to plan_network.
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to);
 
 struct Network {
-  std::vector<Buffer> buffers;    // those of the caller, then those of bytes
+  std::vector<Buffer> buffers;    // those of the caller, then narrow copies
   std::vector<Floats> constants;  // one a buffer, empty but for constants
   std::vector<Step> steps;
   std::size_t output = 0;
@@ -142,10 +155,12 @@ struct Network {
 };
 
 // Throws onp::Error for a program that does not fit together. With `ranges`, convolutions whose
-// input has one and that are worth it (see suits_bytes) read bytes.
+// input has one and that are worth it (see suits_bytes) read bytes; with `halves` instead, those
+// that are worth it read halves.
 Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,
                      const std::vector<ConstantSpec>& constants, std::int64_t output,
-                     std::int64_t sites, const std::vector<RangeSpec>& ranges = {});
+                     std::int64_t sites, const std::vector<RangeSpec>& ranges = {},
+                     bool halves = false);
 
 // Where buffers lie: slot s begins at begin[s] * images in the block. Only buffers of one shape
 // and halo share a slot: the halo then stays zero.
@@ -158,9 +173,9 @@ class Slots {
   std::vector<std::int64_t> begin;
 
  private:
-  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, int>;
+  using Key = std::tuple<std::int64_t, std::int64_t, std::int64_t, std::int64_t, Number, int>;
   static Key key(const Buffer& b) {
-    return {b.shape.height, b.shape.width, b.stride, b.halo, b.bytes ? b.zero : -1};
+    return {b.shape.height, b.shape.width, b.stride, b.halo, b.number, b.zero};
   }
   std::map<Key, std::vector<std::size_t>> free_;
 };

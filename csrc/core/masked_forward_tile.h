@@ -3,7 +3,7 @@
 // compiled for a wider instruction set can be linked into the baseline.
 //
 // Simd: Vectors with `tile_pixels`; bytes(x): the nearest of 0 to 255, for NaN some; and dot, see
-// masked_forward_bytes.h.
+// masked_forward_narrow.h.
 #pragma once
 
 #include "core/masked_forward_kernels.h"
@@ -53,6 +53,7 @@ struct Tile {
     float* plain[pixels];
     float* final[pixels];
     std::uint8_t* final_bytes[pixels];
+    std::uint16_t* final_halves[pixels];
     Index number[pixels];  // of the block's output pixels
     Index kept[pixels];    // in each of the buffers that a gradient keeps
     const float* gates[pixels];
@@ -67,6 +68,7 @@ struct Tile {
       place(step.plain, plain);
       place(step.final, final);
       place(step.final_bytes, final_bytes);
+      place(step.final_halves, final_halves);
       const Kept& k = step.kept;
       if (k.first_passed || k.second_passed) {
         for (int p = 0; p < pixels; ++p) number[p] = at[p].image * step.pixels + at[p].number;
@@ -89,7 +91,7 @@ struct Tile {
     Outputs<kPixels> outputs;
   };
 
-  // Of a pixel in an Operand or Bytes.
+  // Of a pixel in an Operand, Bytes or Halves.
   template <typename Where>
   static ONP_INLINE auto* address(const Where& where, Pixel at) {
     return where.data + at.image * where.image_stride + where.offset[at.number];
@@ -129,6 +131,16 @@ struct Tile {
   static ONP_INLINE void store_bytes(std::uint8_t* to, Vec value, Vec levels, Vec zero) {
     const auto bytes = Simd::bytes(Simd::fma(value, levels, zero));
     __builtin_memcpy(to, &bytes, sizeof(bytes));
+  }
+
+  // Rounded to the nearest bf16, to the even one of two; NaN stays NaN.
+  static ONP_INLINE void store_halves(std::uint16_t* to, Vec value) {
+    IntVec bits;
+    __builtin_memcpy(&bits, &value, sizeof(bits));
+    const IntVec odd = bits >> 16 & 1;
+    const IntVec rounded = value == value ? bits + (odd + 0x7fff) : bits | 0x400000;
+    const auto halves = __builtin_convertvector(rounded >> 16, typename Simd::HalfVec);
+    __builtin_memcpy(to, &halves, sizeof(halves));
   }
 
   static ONP_INLINE Vec mask(Vec value, const std::uint32_t* keep) {
@@ -189,7 +201,7 @@ struct Tile {
       if (step.plain.data) {
         for (int p = 0; p < pixels; ++p) store(outputs.plain[p] + c, sums[p][v]);
       }
-      if (!step.final.data && !step.final_bytes.data) continue;
+      if (!step.final.data && !step.final_bytes.data && !step.final_halves.data) continue;
       if (step.scale) {
         const Vec scale = load(step.scale + c), shift = load(step.shift + c);
         for (int p = 0; p < pixels; ++p) sums[p][v] = Simd::fma(sums[p][v], scale, shift);
@@ -213,6 +225,9 @@ struct Tile {
         for (int p = 0; p < pixels; ++p) {
           store_bytes(outputs.final_bytes[p] + c, sums[p][v], levels, zero);
         }
+      }
+      if (step.final_halves.data) {
+        for (int p = 0; p < pixels; ++p) store_halves(outputs.final_halves[p] + c, sums[p][v]);
       }
     }
   }

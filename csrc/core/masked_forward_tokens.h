@@ -2,7 +2,7 @@
 // image: concatenation, layer norm and attention. Internal linkage, as in masked_forward_tile.h.
 #pragma once
 
-#include "core/masked_forward_bytes.h"
+#include "core/masked_forward_narrow.h"
 #include "core/masked_forward_smooth.h"
 
 namespace onp {
@@ -264,7 +264,8 @@ constexpr Kernels kernel_table(const char* name) {
           Plain::template winograd<2>,
           Plain::template winograd<4>,
           Plain::depthwise,
-          ByteTile<Simd>::convolution,
+          byte_convolution<Simd>,
+          half_convolution<Simd>,
           Plain::template pool<false>,
           Plain::template pool<true>,
           Tokens::concatenation,

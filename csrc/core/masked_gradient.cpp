@@ -58,7 +58,7 @@ struct Layout {
 
 const GradientKernels& gradient_kernels_for(const Kernels& kernels) {
 #ifdef ONP_X86_KERNELS
-  if (&kernels == &kAvx512Kernels || &kernels == &kAvx512VnniKernels) {
+  if (is_avx512(kernels)) {
     return kAvx512GradientKernels;
   }
   if (&kernels == &kAvx2Kernels) return kAvx2GradientKernels;

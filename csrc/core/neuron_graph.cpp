@@ -17,7 +17,7 @@ namespace {
 const GraphKernels& graph_kernels_for(const std::string& isa) {
   const Kernels& kernels = kernels_for(isa);
 #ifdef ONP_X86_KERNELS
-  if (&kernels == &kAvx512Kernels || &kernels == &kAvx512VnniKernels) return kAvx512GraphKernels;
+  if (is_avx512(kernels)) return kAvx512GraphKernels;
   if (&kernels == &kAvx2Kernels) return kAvx2GraphKernels;
 #endif
   (void)kernels;

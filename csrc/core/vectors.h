@@ -2,7 +2,8 @@
 // build sets beside the compiler's options, is how many floats they have. Internal linkage: files
 // for different instruction sets see different ones.
 //
-// Vec and IntVec are GCC vector types of `lanes` elements; Bits has one bit for each lane.
+// Vec, IntVec and HalfVec (of 16 bits) are GCC vector types of `lanes` elements; Bits has one bit
+// for each lane.
 //   splat(x); fma(a, b, c) = a * b + c
 //   above(a, b): where a > b, which is nowhere for NaN; only(bits, x): x there, 0 elsewhere
 //   larger(a, b), smaller(a, b): a where it is above (below) b, else b, which may be NaN
@@ -31,6 +32,7 @@ namespace {
 struct Vectors {
   using Vec = __m512;
   typedef std::int32_t IntVec __attribute__((vector_size(64)));
+  typedef std::uint16_t HalfVec __attribute__((vector_size(32)));
   using Bits = __mmask16;
   static constexpr int lanes = 16;
   static ONP_INLINE Vec splat(float x) { return _mm512_set1_ps(x); }
@@ -50,6 +52,7 @@ struct Vectors {
 struct Vectors {
   using Vec = __m256;
   typedef std::int32_t IntVec __attribute__((vector_size(32)));
+  typedef std::uint16_t HalfVec __attribute__((vector_size(16)));
   using Bits = std::uint8_t;
   static constexpr int lanes = 8;
   static ONP_INLINE Vec splat(float x) { return _mm256_set1_ps(x); }
@@ -79,6 +82,7 @@ struct Vectors {
 struct Vectors {
   typedef float Vec __attribute__((vector_size(16)));
   typedef std::int32_t IntVec __attribute__((vector_size(16)));
+  typedef std::uint16_t HalfVec __attribute__((vector_size(8)));
   using Bits = std::uint8_t;
   static constexpr int lanes = 4;
   static ONP_INLINE Vec splat(float x) { return Vec{x, x, x, x}; }

@@ -6,6 +6,9 @@ A forward of one image counts 1, with the gradient of its pixels 2, with weight 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
+
+SearchPrecision = Literal["fp32", "bf16", "int8"]
 
 
 @dataclass(frozen=True)
@@ -250,10 +253,11 @@ class Config:
     """Everything a run depends on besides model, data and seed."""
 
     budget: str = "standard"
-    search_in_8_bits: bool = False
-    """Where the processor has VNNI; it was a tenth to a fifth faster, of fp32 kernels slower than
-    these. Off: in 31 pairs of repairs it cost .4 points of DER, nearly all on three of one
-    architecture (bench/NOTES.md)."""
+    search_precision: SearchPrecision = "fp32"
+    """Of the masks that a search on a CPU asks for, where the processor has instructions for it
+    (AVX-512 BF16, or VNNI). 8 bits were a tenth to a fifth faster, of fp32 kernels slower than
+    these, and in 31 pairs of repairs cost .4 points of DER, nearly all on three of one architecture
+    (bench/NOTES.md)."""
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)

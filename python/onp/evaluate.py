@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
 from onp import masks
+from onp.config import SearchPrecision
 from onp.errors import NativeError, NotBuiltError, ResourceError, UnsupportedOperation, UsageError
 from onp.ledger import Ledger
 from onp.ops import masked_forward, masked_forward_gpu
@@ -28,7 +29,7 @@ SEARCH_PRECISION: GpuPrecision = "tf32"
 
 
 MOST_ERROR = 0.05
-"""Of logits in 8 bits, in standard deviations of the exact ones, for a search in 8 bits."""
+"""Of the logits that a search is told, in standard deviations of the exact ones."""
 
 
 class MaskEvaluator:
@@ -55,8 +56,9 @@ class MaskEvaluator:
         self.ledger = ledger or Ledger()
         self.batch = batch
         self.plan: masked_forward.MaskedForwardPlan | None = None
-        self.byte_plan: masked_forward.MaskedForwardPlan | None = None
-        """The same network with 8-bit convolutions, for the search; see ``calibrate``."""
+        self.rough_plan: masked_forward.MaskedForwardPlan | None = None
+        """The same network with narrower convolutions, for the search; see ``calibrate``."""
+        self._rough_precision: SearchPrecision = "fp32"
         self.gpu_plans: dict[GpuPrecision, GpuMaskedForwardPlan] = {}
         """By precision; the one for the search, and another once masks were wanted exactly."""
         self._model = model
@@ -83,19 +85,26 @@ class MaskEvaluator:
     def backend(self) -> str:
         return "torch" if self.plan is None and not self.gpu_plans else "native"
 
-    def calibrate(self, pruned: Tensor, images: Tensor) -> None:
-        """Let ``run`` be asked for 8 bits, where this processor gains by them and this network does
-        not suffer: ranges are those of masks bool [B, S] on half of the images float32
-        [N, C, H, W], errors those on the other half. Both should be like those of the search."""
-        self.byte_plan = None
-        if self.plan is None or not masked_forward.bytes_pay():
+    def calibrate(self, precision: SearchPrecision, pruned: Tensor, images: Tensor) -> None:
+        """Let ``run`` be asked for a rough answer, in bf16 or 8 bits, where this processor gains by
+        it and this network does not suffer: ranges of 8 bits are those of masks bool [B, S] on half
+        of the images float32 [N, C, H, W], errors those on the other half. Both should be like
+        those of the search."""
+        if precision not in get_args(SearchPrecision):
+            raise UsageError(f"search_precision must be fp32, bf16 or int8, got {precision!r}")
+        self.rough_plan, self._rough_precision = None, precision
+        pays = {"bf16": masked_forward.halves_pay, "int8": masked_forward.bytes_pay}.get(precision)
+        if self.plan is None or pays is None or not pays():
             return
         packed, (seen, unseen) = masks.pack(pruned), (images[::2], images[1::2])
         try:
-            ranges = self.plan.measure_ranges(packed, seen)
-            self.ledger.count(len(pruned) * len(seen))
-            rough = masked_forward.lower(self.trace, self._model, ranges)
-            if not rough.byte_convolutions:
+            ranges = list[masked_forward.Range]()
+            if precision == "int8":
+                ranges = self.plan.measure_ranges(packed, seen)
+                self.ledger.count(len(pruned) * len(seen))
+            halves = precision == "bf16"
+            rough = masked_forward.lower(self.trace, self._model, ranges, halves=halves)
+            if not rough.narrow_convolutions:
                 return
             exact = self.plan.run(packed, unseen, threads=self.threads)
             close = rough.run(packed, unseen, threads=self.threads)
@@ -105,15 +114,17 @@ class MaskEvaluator:
         self.ledger.count(2 * len(pruned) * len(unseen))
         off = float((close - exact).std() / exact.std())
         if off <= MOST_ERROR:
-            self.byte_plan = rough
+            self.rough_plan = rough
         else:
-            log.info("8 bits err by %.3f of the logits' spread: the search stays in fp32", off)
+            log.info(
+                "%s errs by %.3f of the logits' spread: the search stays in fp32", precision, off
+            )
 
     @property
     def precision(self) -> Precision:
         """In which convolutions are multiplied during the search."""
         if self.network.device.type == "cpu":
-            return "fp32" if self.byte_plan is None else "int8"
+            return "fp32" if self.rough_plan is None else self._rough_precision
         return SEARCH_PRECISION
 
     def run(
@@ -130,8 +141,8 @@ class MaskEvaluator:
         [N, C, H, W].
 
         ``share``: compute what neighbouring masks have in common once (on the CPU). ``exact``: in
-        fp32 throughout, on a GPU too. ``rough``: in 8 bits, if calibrated for them. ``stay``: the
-        logits stay on the network's device.
+        fp32 throughout, on a GPU too. ``rough``: in bf16 or 8 bits, if calibrated for them.
+        ``stay``: the logits stay on the network's device.
         """
         self.ledger.count(len(pruned) * len(images))
         try:
@@ -140,11 +151,11 @@ class MaskEvaluator:
                 logits = gpu_plan.run(pruned, images)
                 return logits if stay else logits.cpu()
             if self.plan is not None:
-                plan = self.byte_plan if rough and self.byte_plan is not None else self.plan
+                plan = self.rough_plan if rough and self.rough_plan is not None else self.plan
                 return plan.run(masks.pack(pruned), images, share=share, threads=self.threads)
         except ResourceError as error:  # large images: sharing keeps every value
             log.warning("masks are evaluated by torch: %s", error)
-            self.plan = self.byte_plan = None
+            self.plan = self.rough_plan = None
             self.gpu_plans.clear()
         logits = self._by_torch(pruned, images, exact=exact)
         return logits if stay else logits.cpu()

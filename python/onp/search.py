@@ -36,7 +36,7 @@ SEEDS_APART = 101
 """Seeds of the gates of one start and the next."""
 
 CALIBRATION_IMAGES = 64
-"""Clean and triggered ones that an 8-bit search is calibrated on."""
+"""Clean and triggered ones that a search in less than fp32 is calibrated on."""
 CONFIRMED = 0.05
 """Nats by which the worth of its best mask may be off what fp32 says, or it goes on in fp32."""
 
@@ -106,13 +106,14 @@ class Search:
         return probe
 
     def calibrate(self, cost: Cost, start: Tensor) -> None:
-        """Let costs be told in 8 bits, if that is configured: with ranges of the first and the
-        last of the masks bool [B, S] that a start has, as what they prune moves values too far for
-        ranges that have not seen it. Once a start: where fp32 does not confirm, it stays with
+        """Let costs be told in bf16 or 8 bits, if that is configured: with ranges of the first and
+        the last of the masks bool [B, S] that a start has, as what they prune moves values too far
+        for ranges that have not seen it. Once a start: where fp32 does not confirm, it stays with
         fp32."""
-        if self.config.search_in_8_bits:
+        precision = self.config.search_precision
+        if precision != "fp32":
             ends = start[:: max(1, len(start) - 1)]
-            self.evaluator.calibrate(ends, cost.sample(CALIBRATION_IMAGES))
+            self.evaluator.calibrate(precision, ends, cost.sample(CALIBRATION_IMAGES))
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
         """The cost of gates."""
@@ -231,7 +232,7 @@ class Search:
         """What the agent makes of the masks ``start`` bool [B, S] in ``limit`` rounds at most. The
         best masks, with worths in fp32, and the rounds' logs."""
         elite, rounds = self._moved(cost, start, learner, limit)
-        if self.evaluator.byte_plan is not None:
+        if self.evaluator.rough_plan is not None:
             cost.exact = True
             exact = cost.worth(torch.stack(elite.masks))
             off = abs(float(exact[0]) - elite.worths[0])
@@ -240,8 +241,8 @@ class Search:
                 confirmed.offer(torch.stack(elite.masks), exact)
                 elite = confirmed
             else:
-                log.info("8 bits err by %.3f nats: the search goes on in fp32", off)
-                self.evaluator.byte_plan = None
+                log.info("the search errs by %.3f nats: it goes on in fp32", off)
+                self.evaluator.rough_plan = None
                 start = torch.cat([start, torch.stack(elite.masks)])
                 elite, more = self._moved(cost, start, learner, limit)
                 rounds = rounds + more

@@ -28,7 +28,7 @@ class _Cost:
     both = torch.zeros(2, 1)
 
     def __init__(self) -> None:
-        self.evaluator = SimpleNamespace(run=self.run, byte_plan=object())
+        self.evaluator = SimpleNamespace(run=self.run, rough_plan=object())
 
     def run(self, pruned: Tensor, images: Tensor, *, rough: bool = False) -> Tensor:
         exact = torch.tensor([[2.0, 1.0, 0.0], [0.1, 0.0, 0.0]])
@@ -57,7 +57,7 @@ def test_what_changed_and_by_how_much() -> None:
 def test_nothing_is_compared_without_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cost, "parts", _Cost.parts)
     cost = _Cost()
-    cost.evaluator.byte_plan = None
+    cost.evaluator.rough_plan = None
     with compared() as found:
         Cost.parts(cast(Cost, cost), torch.zeros(2, 2, dtype=torch.bool))
     assert not found.worth

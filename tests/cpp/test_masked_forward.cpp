@@ -25,8 +25,11 @@ struct Network {
   std::int64_t sites = 0;
 
   std::vector<onp::RangeSpec> ranges;
+  bool halves = false;
 
-  onp::MaskedForwardPlan plan() const { return {buffers, steps, constants, output, sites, ranges}; }
+  onp::MaskedForwardPlan plan() const {
+    return {buffers, steps, constants, output, sites, ranges, halves};
+  }
 };
 
 float activate(float value, Activation activation) {
@@ -415,7 +418,7 @@ void test_bytes(const ByteCase& c) {
     levels.push_back(i % 3 == 0 ? level : i % 3 == 1 ? 2 * level : 8 * level);
   }
   const onp::MaskedForwardPlan plan = network.plan();
-  CHECK(plan.byte_steps() == 2);
+  CHECK(plan.narrow_steps() == 2);
 
   const std::int64_t count = 3, batch = 3;
   Values images(count * 3 * c.height * c.width);
@@ -458,13 +461,45 @@ void test_bytes(const ByteCase& c) {
   }
 }
 
+// Close to fp32 in every instruction set, and the same whatever the options are.
+void test_halves(Build build, std::int64_t half_steps) {
+  std::mt19937 random(7);
+  std::vector<Values> arrays;
+  Network network = build(arrays, random);
+  const std::int64_t count = 3;
+  const Values images = random_values(count * 3 * 11 * 13, random);
+  const Words words = {0, 0, random() & random(), random() & random()};
+  const Values floats =
+      run(network.plan(), network, words, images, count, true, 1, 1 << 30, "auto");
+  network.halves = true;
+  const onp::MaskedForwardPlan plan = network.plan();
+  CHECK(plan.narrow_steps() == half_steps);
+  for (const std::string& isa : onp::instruction_sets()) {
+    const Values once = run(plan, network, words, images, count, false, 1, 1 << 30, isa);
+    double most = 0, error = 0;
+    for (std::size_t i = 0; i < floats.size(); ++i) {
+      most = std::max(most, std::abs(double{floats[i]}));
+      error = std::max(error, std::abs(double{floats[i]} - once[i]));
+    }
+    CHECK(error > 0 && error < 0.02 * most);
+    for (const bool share : {false, true}) {
+      for (const std::int64_t times : {1, 2, 100}) {
+        const std::int64_t bytes = times * plan.least_bytes(share);
+        CHECK(run(plan, network, words, images, count, share, 3, bytes, isa) == once);
+      }
+    }
+  }
+  network.ranges = {{1, 0.0f, {}}};
+  CHECK_THROWS(network.plan(), onp::Error);
+}
+
 // What a plan measures, another takes; ranges that no convolution of bytes reads are left alone.
 void test_ranges(Build build, std::int64_t byte_steps) {
   std::mt19937 random(6);
   std::vector<Values> arrays;
   Network network = build(arrays, random);
   const onp::MaskedForwardPlan plan = network.plan();
-  CHECK(plan.byte_steps() == 0);
+  CHECK(plan.narrow_steps() == 0);
   const std::int64_t count = 2;
   const Values images = random_values(count * 3 * 11 * 13, random);
   const Words words = {0, 0, random() & random(), random() & random()};
@@ -476,7 +511,7 @@ void test_ranges(Build build, std::int64_t byte_steps) {
   network.ranges = plan.ranges(asked);
   CHECK(network.ranges.size() == network.steps.size());
   const onp::MaskedForwardPlan bytes = network.plan();
-  CHECK(bytes.byte_steps() == byte_steps);
+  CHECK(bytes.narrow_steps() == byte_steps);
   CHECK_THROWS(bytes.ranges(asked), onp::Error);
   const Values floats = run(plan, network, words, images, count, true, 1, 1 << 30, "auto");
   double most = 0, error = 0;
@@ -590,6 +625,8 @@ int main() {
   }
   test_ranges(every_step, 3);
   test_ranges(token_steps, 1);
+  test_halves(every_step, 3);
+  test_halves(token_steps, 1);
   test_empty();
   test_refuses();
   test_refuses_tokens();

@@ -36,6 +36,11 @@ def bytes_pay() -> bool:
     return "avx512vnni" in instruction_sets()
 
 
+def halves_pay() -> bool:
+    """Whether it multiplies bf16 faster than floats."""
+    return "avx512bf16" in instruction_sets()
+
+
 class MaskedForwardPlan:
     """A network prepared for masked forwards: fp32 weights of its own, packed for the engine."""
 
@@ -55,9 +60,9 @@ class MaskedForwardPlan:
         self._native = native
 
     @property
-    def byte_convolutions(self) -> int:
-        """How many convolutions multiply bytes; the others, and all else, are in fp32."""
-        return self._native.byte_steps
+    def narrow_convolutions(self) -> int:
+        """How many convolutions multiply bytes, or bf16; the others, and all else, are in fp32."""
+        return self._native.narrow_steps
 
     def measure_ranges(self, packed: Tensor, images: Tensor, *, isa: str = "auto") -> list[Range]:
         """What ``lower`` wants for a plan in 8 bits: what values reach under the masks, int64
@@ -167,7 +172,9 @@ def _execution_order(pruned: Tensor) -> Tensor:
     return torch.from_numpy(np.lexsort(digits.T[::-1]))
 
 
-def lower(trace: Trace, model: nn.Module, ranges: Sequence[Range] = ()) -> MaskedForwardPlan:
+def lower(
+    trace: Trace, model: nn.Module, ranges: Sequence[Range] = (), *, halves: bool = False
+) -> MaskedForwardPlan:
     """Plan masked forwards of ``model`` (eval mode, any floating type), traced as ``trace``.
 
     Weights are copied: later changes of the model do not reach the plan. With ``ranges``, of a
@@ -175,11 +182,15 @@ def lower(trace: Trace, model: nn.Module, ranges: Sequence[Range] = ()) -> Maske
     is worth it: their inputs in 255 levels per channel, or 127 either way where some are negative,
     their weights in 127 levels either way per output channel; sums are exact, and everything else
     is in fp32 (M. Nagel et al., "A White Paper on Neural Network Quantization", arXiv 2106.08295,
-    section 2).
+    section 2). With ``halves``, and without ranges, they read and multiply bf16 where that is worth
+    it (not where Winograd in fp32 saves more), summed in fp32.
 
     Raises:
+        ValueError: ranges and halves.
         UnsupportedOperation: the engine lacks an operation of the network; the message names it.
     """
+    if halves and ranges:
+        raise ValueError("masked_forward: ranges are of 8 bits: ask for these or for halves")
     program = Lowering(trace, model).run()
     steps, _arrays = program.native()
     floats = {
@@ -193,5 +204,6 @@ def lower(trace: Trace, model: nn.Module, ranges: Sequence[Range] = ()) -> Maske
         program.output,
         trace.sites,
         list(ranges),
+        halves,
     )
     return MaskedForwardPlan(native, trace.shapes[0], trace.sites, trace.num_classes)

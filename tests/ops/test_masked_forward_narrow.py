@@ -1,4 +1,5 @@
-"""Masked forwards with 8-bit convolutions: close to fp32, the same whatever the options are."""
+"""Masked forwards with convolutions of 8 bits and of bf16: close to fp32, the same whatever the
+options are."""
 
 from __future__ import annotations
 
@@ -13,7 +14,7 @@ from onp.suspect.trace import Trace, trace
 from tests.networks import BUILDERS, network
 
 ISAS = masked_forward.instruction_sets()
-WORST = {"vgg16_bn": 0.1, "mobilenetv2": 0.4}
+WORST = {"int8": {"vgg16_bn": 0.1, "mobilenetv2": 0.4}, "bf16": {"mobilenetv2": 0.1}}
 """Largest error of a logit, relative to the largest logit, where it is more than usual: with random
 weights all images get much the same logits, and errors add up over many layers."""
 
@@ -26,31 +27,46 @@ def drawn(traced: Trace, count: int, batch: int) -> tuple[Tensor, Tensor]:
     return masks.pack(pruned), torch.rand(count, *traced.shapes[0], generator=random)
 
 
-def calibrated(name: str) -> tuple[MaskedForwardPlan, MaskedForwardPlan, Tensor, Tensor]:
-    """The plan in fp32, the one in 8 bits, and what to run them on."""
+def narrowed(
+    traced: Trace, model: nn.Module, precision: str, packed: Tensor, images: Tensor
+) -> MaskedForwardPlan:
+    """The plan in less than fp32."""
+    if precision == "bf16":
+        return lower(traced, model, halves=True)
+    return lower(traced, model, lower(traced, model).measure_ranges(packed, images))
+
+
+def calibrated(
+    name: str, precision: str = "int8"
+) -> tuple[MaskedForwardPlan, MaskedForwardPlan, Tensor, Tensor]:
+    """The plan in fp32, the one in less, and what to run them on."""
     model = network(name)
     traced = trace(model, (3, 32, 32))
     packed, images = drawn(traced, 5, 4)
-    exact = lower(traced, model)
-    return exact, lower(traced, model, exact.measure_ranges(packed, images)), packed, images
+    return lower(traced, model), narrowed(traced, model, precision, packed, images), packed, images
 
 
+PRECISIONS = pytest.mark.parametrize("precision", ["int8", "bf16"])
+
+
+@PRECISIONS
 @pytest.mark.parametrize("name", BUILDERS)
-def test_every_architecture_is_close_to_fp32(name: str) -> None:
-    exact, rough, packed, images = calibrated(name)
-    assert exact.byte_convolutions == 0
-    assert rough.byte_convolutions > 0
+def test_every_architecture_is_close_to_fp32(name: str, precision: str) -> None:
+    exact, rough, packed, images = calibrated(name, precision)
+    assert exact.narrow_convolutions == 0
+    assert rough.narrow_convolutions > 0
     want = exact.run(packed, images)
     for isa in ISAS:
         got = rough.run(packed, images, isa=isa)
         worst = float((got - want).abs().max() / want.abs().max())
-        assert 0 < worst < WORST.get(name, 0.05)
+        assert 0 < worst < WORST[precision].get(name, 0.05 if precision == "int8" else 0.02)
 
 
+@PRECISIONS
 @pytest.mark.parametrize("name", ["preactresnet18", "mobilenetv2"])
 @pytest.mark.parametrize("isa", ISAS)
-def test_options_do_not_change_a_bit(name: str, isa: str) -> None:
-    _, rough, packed, images = calibrated(name)
+def test_options_do_not_change_a_bit(name: str, isa: str, precision: str) -> None:
+    _, rough, packed, images = calibrated(name, precision)
     once = rough.run(packed, images, isa=isa, threads=1, share=False)
     for share in (False, True):
         for threads in (1, 3):
@@ -61,13 +77,12 @@ def test_options_do_not_change_a_bit(name: str, isa: str) -> None:
 
 
 class Chain(nn.Module):
-    """A byte convolution whose rounding can be followed by hand: what it reads is a copy of the
-    image."""
+    """A convolution whose rounding can be followed by hand: it reads a copy of the image."""
 
-    def __init__(self) -> None:
+    def __init__(self, channels: int = 16, stride: int = 1) -> None:
         super().__init__()
-        self.copy = nn.Conv2d(16, 16, 1, bias=False)
-        self.conv = nn.Conv2d(16, 20, 3, padding=1)
+        self.copy = nn.Conv2d(channels, channels, 1, bias=False)
+        self.conv = nn.Conv2d(channels, 20, 3, padding=1, stride=stride)
         self.linear = nn.Linear(20, 3)
         nn.init.dirac_(self.copy.weight)
 
@@ -85,7 +100,7 @@ def test_equals_rounding_by_hand(signed: bool) -> None:
     packed = masks.pack(torch.zeros(1, traced.sites, dtype=torch.bool))
     exact = lower(traced, model)
     rough = lower(traced, model, exact.measure_ranges(packed, images))
-    assert rough.byte_convolutions == 1
+    assert rough.narrow_convolutions == 1
     room = 1.5  # that the plan leaves beyond the ranges
     levels = (127 if signed else 255) / (room * images.abs().amax((0, 2, 3)))
     steps = levels.view(16, 1, 1)
@@ -96,6 +111,41 @@ def test_equals_rounding_by_hand(signed: bool) -> None:
     for isa in ISAS:
         got = rough.run(packed, images, isa=isa)[0]
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("channels", [16, 17, 31, 48])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_equals_bf16_by_hand(channels: int, stride: int) -> None:
+    torch.manual_seed(0)
+    model = Chain(channels, stride).eval()
+    images = torch.randn(3, channels, 9, 7)
+    images[0, 0, 0, :4] = torch.tensor([1 + 2**-8, 1 + 3 * 2**-8, 3e38, 1e-42])  # ties, the ends
+    traced = trace(model, (channels, 9, 7))
+    packed = masks.pack(torch.zeros(1, traced.sites, dtype=torch.bool))
+    rough = lower(traced, model, halves=True)
+    assert rough.narrow_convolutions == 1
+    model.conv.weight.data = model.conv.weight.data.bfloat16().float()
+    want = model(images.bfloat16().float())
+    scale = float(want[1:].detach().abs().max())
+    for isa in ISAS:
+        got = rough.run(packed, images, isa=isa)[0]
+        torch.testing.assert_close(got[1:], want[1:], rtol=1e-4, atol=1e-5 * scale)
+        torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bf16_passes_on_what_is_not_finite(bad: float) -> None:
+    torch.manual_seed(0)
+    model = Chain(16, 2).eval()
+    images = torch.rand(2, 16, 9, 7)
+    images[0, 3, 4, 4] = bad
+    traced = trace(model, (16, 9, 7))
+    packed = masks.pack(torch.zeros(1, traced.sites, dtype=torch.bool))
+    rough = lower(traced, model, halves=True)
+    for isa in ISAS:
+        found = rough.run(packed, images, isa=isa)[0]
+        assert not bool(found[0].isfinite().all())
+        assert bool(found[1].isfinite().all())
 
 
 def test_ranges_are_of_all_masks_and_images() -> None:
@@ -111,6 +161,10 @@ def test_ranges_are_of_all_masks_and_images() -> None:
 
 def test_wrong_arguments() -> None:
     exact, _, packed, images = calibrated("resnet20")
+    model = network("resnet20")
+    ranges = exact.measure_ranges(packed, images)
+    with pytest.raises(ValueError, match="or for halves"):
+        lower(trace(model, (3, 32, 32)), model, ranges, halves=True)
     with pytest.raises(ValueError, match="packed must be"):
         exact.measure_ranges(packed[:, :1], images)
     with pytest.raises(ValueError, match="images must be"):
