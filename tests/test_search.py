@@ -189,6 +189,25 @@ def test_with_too_few_images_nothing_is_given_back(
     assert {log.draw for log in found.rounds} == ({0} if left == 5 else {0, 1})
 
 
+@pytest.mark.parametrize("raced", [16, 24, 32])
+def test_first_masks_are_raced_on_a_part_of_the_images(scene: Scene, raced: int) -> None:
+    search, contender = small(scene, AgentConfig(images=24, raced=raced), ChoiceConfig())
+    seen, _ = search.draw(0)
+    random = torch.Generator().manual_seed(0)
+    masks = torch.rand(7, scene.evaluator.trace.sites, generator=random) < 0.3
+    before = scene.evaluator.ledger.total
+    left = search.raced([contender], masks, seen)
+    spent = scene.evaluator.ledger.total - before
+    if raced >= 24:
+        assert torch.equal(left, masks)
+        assert spent == 0
+        return
+    assert spent == len(masks) * 2 * raced
+    worths = search.cost([contender], slice(raced)).worth(masks)
+    best = sorted(worths.argsort(descending=True)[:FINALISTS].tolist())
+    assert torch.equal(left, masks[best])
+
+
 def small(scene: Scene, agent: AgentConfig, choice: ChoiceConfig) -> tuple[Search, Contender]:
     """A search with a part of its configuration."""
     scene = replace(scene, config=replace(scene.config, agent=agent, choice=choice))

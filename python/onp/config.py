@@ -17,7 +17,8 @@ class UnlearningConfig:
 
     learning_rate: float = 0.01
     momentum: float = 0.9
-    batch: int = 128
+    batch: int = 64
+    """With 128 it takes as many steps, of twice the images, and leaves the same classes."""
     gradient_norm: float = 20.0
     stop_accuracy: float = 0.2
     """Stop once the accuracy on a batch is at most this."""
@@ -129,8 +130,10 @@ class RaceConfig:
 class AgentConfig:
     """The search by flips and the model that corrects what is foreseen: see ``onp.agent``."""
 
-    images: int = 128
-    """Clean images (and as many triggered ones in all) that worth and reward are measured on."""
+    images: int = 500
+    """Clean images (and as many triggered ones in all) that worth and reward are measured on;"""
+    raced: int = 128
+    """of these, so many say which of a start's first masks are evaluated on all."""
     starts: int = 2
     """At most, each from gates of its own: there is another one as long as"""
     dear: float = 0.2
@@ -275,7 +278,7 @@ class Config:
 BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
-        unlearning=UnlearningConfig(batch=64, max_steps=15),
+        unlearning=UnlearningConfig(max_steps=15),
         synthesis=SynthesisConfig(
             steps=20, images_per_step=16, classes=2, rivals=3, renewal_steps=15
         ),
@@ -298,7 +301,7 @@ BUDGETS: dict[str, Config] = {
         replay=ReplayConfig(steps=80, images_per_step=64),
         gates=GatesConfig(steps=80, images_per_step=64, learning_rate=0.05),
         agent=AgentConfig(
-            images=250, rounds=16, further=(8,), tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)
+            rounds=16, further=(8,), tried=8, pool=128, heads=(2, 3, 4, 6, 8, 12, 16)
         ),
         choice=ChoiceConfig(leaders=2, rounds=2),
     ),

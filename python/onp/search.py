@@ -31,7 +31,7 @@ log = logging.getLogger("onp")
 
 FINALISTS = 3
 """Best masks of a search that are kept: where no images are left to give back by, all take part in
-the last choice."""
+the last choice. So many win the race of the first masks."""
 SEEDS_APART = 101
 """Seeds of the gates of one start and the next."""
 
@@ -195,6 +195,7 @@ class Search:
             seen, unseen = self.draw(number)
             cost = self.cost(counted, seen)
             if number == 0:
+                start = self.raced(counted, start, seen)
                 self.calibrate(cost, start)
             elite, logs = self.improved(cost, start, learner, limit)
             rounds += [replace(one, draw=number) for one in logs]
@@ -207,6 +208,16 @@ class Search:
             masks[:0] = [left, *elite.masks[: choice.leaders]]
             start = left[None]
         return Found(masks, worths[0], rounds)
+
+    def raced(self, counted: Sequence[Contender], masks: Tensor, seen: Tensor) -> Tensor:
+        """The best of the masks bool [B, S] on the first of the images ``seen`` int64 [n], in
+        their order; all of them where these are all images."""
+        first = self.config.agent.raced
+        if len(seen) <= first:
+            return masks
+        worths = self.cost(counted, seen[:first]).worth(masks).cpu()
+        best: Tensor = worths.argsort(descending=True, stable=True)[:FINALISTS].sort().values
+        return masks[best]
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         """Places of the clean images that are searched on in a draw, and of others that tell what

@@ -103,10 +103,11 @@ def test_a_probe_without_images_to_turn_has_no_success() -> None:
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_every_budget_leaves_images_to_give_back_on(budget: str) -> None:
+def test_every_budget_searches_on_all_images_or_leaves_some_to_give_back_on(budget: str) -> None:
     """Of the 500 that a user is asked for."""
     config = BUDGETS[budget]
-    assert 500 - config.agent.images >= config.choice.least
+    left = 500 - config.agent.images
+    assert left == 0 or left >= config.choice.least
 
 
 def test_advantage_compares_within_the_family_across_classes() -> None:

@@ -24,7 +24,7 @@ def test_the_backdoors_target_is_what_is_left() -> None:
     assert unlearned.suspects(1) == [demo.TARGET]
     assert unlearned.share(demo.TARGET) > 0.5
     assert int(unlearned.answers.sum()) == len(clean)
-    assert ledger.total <= 3 * 128 * UnlearningConfig.max_steps + len(clean)
+    assert ledger.total <= 3 * UnlearningConfig.batch * UnlearningConfig.max_steps + len(clean)
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert not model.training
