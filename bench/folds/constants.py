@@ -9,8 +9,8 @@ from statistics import fmean
 from onp.config import Config
 
 CONSTANTS: dict[str, tuple[float, ...]] = {
-    "success": (2.0, 1.5, 3.0),
-    "choice": (2.7, 2.0, 4.0),
+    "success": (1.5, 2.0, 3.0),
+    "choice": (2.0, 2.7, 4.0),
     "clean": (6.0, 3.0, 12.0),
     "price": (0.02, 0.01, 0.04),
 }

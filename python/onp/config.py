@@ -164,7 +164,7 @@ class AgentConfig:
 class CostConfig:
     """What a mask costs: see ``onp.agent.cost``."""
 
-    success_weight: float = 2.0
+    success_weight: float = 1.5
     """Of a triggered image's nats over a clean one's."""
     strengths: tuple[float, ...] = (1.0, 1.5)
     """Multiples of a replayed trigger's change, in turn: what it would be had .06 of the images
@@ -187,7 +187,7 @@ class ChoiceConfig:
     """Of giving back, after each draw."""
     judged: int = 500
     """Images of all that the last pick is made on, at most."""
-    success_weight: float = 2.7
+    success_weight: float = 2.0
     """As in the search's cost, but dearer: an attacker's trigger works better than what stands for
     it here."""
 
@@ -290,8 +290,7 @@ BUDGETS: dict[str, Config] = {
         agent=AgentConfig(
             images=128, starts=1, rounds=3, further=(), tried=1, pool=64, heads=(3, 8, 20)
         ),
-        cost=CostConfig(success_weight=1.5),
-        choice=ChoiceConfig(leaders=2, images=100, judged=150, success_weight=2.0),
+        choice=ChoiceConfig(leaders=2, images=100, judged=150),
         aftercare=AftercareConfig(epochs=4),
     ),
     "standard": Config("standard"),
