@@ -243,6 +243,9 @@ def test_unusable_options_are_refused() -> None:
     model, clean = suspect(), demo.clean_images()
     with pytest.raises(UsageError, match="budget must be one of quick, standard, thorough"):
         onp.sanitize(model, clean, budget="huge")
+    wrong = replace(BUDGETS["quick"], search_precision="fp8")  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="search_precision must be one of fp32, bf16, int8"):
+        onp.sanitize(model, clean, budget=wrong)
     with pytest.raises(UsageError, match="low < high"):
         onp.sanitize(model, clean, input_range=(1.0, 0.0))
     with pytest.raises(UsageError, match="threads must be positive"):

@@ -27,11 +27,11 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "layerwise": lambda config: replace(config, graph=replace(config.graph, layerwise=True)),
     "singles": lambda config: replace(config, agent=replace(config.agent, tried=8, heads=(0,))),
     "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1, further=())),
-    "one-draw": lambda config: replace(config, agent=replace(config.agent, further=())),
+    "two-draws": lambda config: replace(config, agent=replace(config.agent, images=128)),
 }
 """The agent's own: the GNN without messages; the model of the margins trusted as it is; one graph
-per layer as in the paper; no sets of flips; one move instead of a sequence; one draw of the images
-instead of two."""
+per layer as in the paper; no sets of flips; one move instead of a sequence; two draws of
+128 images and giving back on others, instead of all."""
 POLICIES = {"policy": 1, "policy-no-gnn": 0}
 """Gates that start from a policy's proposal; its rounds of messages."""
 BATCH = 32

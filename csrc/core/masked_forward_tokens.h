@@ -37,8 +37,14 @@ struct TokenTile : Tile<Simd> {
     }
   }
 
+  // Lanes past the last channel are written too: what is read as pairs may meet the first of them.
+  static ONP_INLINE void clear_padding(float* row, Index channels) {
+    for (Index c = channels; c < whole(channels); ++c) row[c] = 0;
+  }
+
   static void concatenation(const StepArgs& step) {
     float* const row = step.scratch;
+    clear_padding(row, step.channels);
     for (Index image = 0; image < step.images; ++image) {
       for (Index pixel = 0; pixel < step.pixels; ++pixel) {
         float* to = row;
@@ -226,6 +232,7 @@ struct TokenTile : Tile<Simd> {
     float* const answers = scores + keys * kQueries;    // [kQueries][depth]
     float* const results = answers + kQueries * depth;  // [queries][outputs]
     for (float* padding = values; padding < asked; ++padding) *padding = 0;
+    for (Index q = 0; q < queries; ++q) clear_padding(results + q * outputs, step.channels);
     for (Index image = 0; image < step.images; ++image) {
       for (Index head = 0; head < step.heads; ++head) {
         const std::int32_t* read_query = step.index + head * size;

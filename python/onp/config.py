@@ -259,7 +259,8 @@ class Config:
     search_precision: SearchPrecision = "fp32"
     """Of the masks that a search on a CPU asks for, where the processor has instructions for it
     (AVX-512 BF16, or VNNI). 8 bits were a tenth to a fifth faster, of fp32 kernels slower than
-    these, and in 31 pairs of repairs cost .4 points of DER, nearly all on three of one architecture
+    these, and in 31 pairs of repairs cost .4 points of DER, nearly all on three of one
+    architecture; in twelve later ones neither they nor bf16, which saves little, cost any
     (bench/NOTES.md)."""
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)

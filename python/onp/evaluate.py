@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -90,8 +90,6 @@ class MaskEvaluator:
         it and this network does not suffer: ranges of 8 bits are those of masks bool [B, S] on half
         of the images float32 [N, C, H, W], errors those on the other half. Both should be like
         those of the search."""
-        if precision not in get_args(SearchPrecision):
-            raise UsageError(f"search_precision must be fp32, bf16 or int8, got {precision!r}")
         self.rough_plan, self._rough_precision = None, precision
         pays = {"bf16": masked_forward.halves_pay, "int8": masked_forward.bytes_pay}.get(precision)
         if self.plan is None or pays is None or not pays():

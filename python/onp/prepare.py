@@ -5,23 +5,31 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
 from onp.clean import Clean
-from onp.config import BUDGETS, Config
+from onp.config import BUDGETS, Config, SearchPrecision
 from onp.data import ImageSet, Preprocess, gather, spread_order
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.evaluate import MaskEvaluator
 
 
-def named_budget(name: str) -> Config:
-    """The configuration that ``--budget`` names; raises UsageError for an unknown name."""
-    if name not in BUDGETS:
-        raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {name!r}")
-    return BUDGETS[name]
+def config_of(budget: str | Config) -> Config:
+    """The configuration that a budget names, or is; raises UsageError for one that is none."""
+    if isinstance(budget, str):
+        if budget not in BUDGETS:
+            raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
+        return BUDGETS[budget]
+    if budget.search_precision not in get_args(SearchPrecision):
+        raise UsageError(
+            f"search_precision must be one of {', '.join(get_args(SearchPrecision))}, "
+            f"got {budget.search_precision!r}"
+        )
+    return budget
 
 
 def clean_images(

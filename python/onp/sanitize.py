@@ -25,8 +25,8 @@ from onp.prepare import (
     check_class_names,
     check_same,
     clean_images,
+    config_of,
     frozen_copy,
-    named_budget,
     torch_threads,
     unwrapped,
 )
@@ -76,7 +76,7 @@ def sanitize(
 
     Raises an ``onp.errors.OnpError`` that says what is wrong with the model or the data.
     """
-    config = budget if isinstance(budget, Config) else named_budget(budget)
+    config = config_of(budget)
     ledger = Ledger(progress or silent)
     if threads is not None:
         with torch_threads(threads):

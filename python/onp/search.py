@@ -188,14 +188,13 @@ class Search:
         that are not in it, and the next draw goes on from there."""
         agent, choice = self.config.agent, self.config.choice
         learner = self.learner(counted, ranking)
-        first = self.first_masks(counted, ranking)
+        first = self.raced(counted, self.first_masks(counted, ranking))
         start = torch.cat([first, *(mask[None] for mask in known)])
         masks, rounds, worths = list[Tensor](), list[Round](), list[float]()
         for number, limit in enumerate((agent.rounds, *agent.further)):
             seen, unseen = self.draw(number)
             cost = self.cost(counted, seen)
             if number == 0:
-                start = self.raced(counted, start, seen)
                 self.calibrate(cost, start)
             elite, logs = self.improved(cost, start, learner, limit)
             rounds += [replace(one, draw=number) for one in logs]
@@ -209,15 +208,17 @@ class Search:
             start = left[None]
         return Found(masks, worths[0], rounds)
 
-    def raced(self, counted: Sequence[Contender], masks: Tensor, seen: Tensor) -> Tensor:
-        """The best of the masks bool [B, S] on the first of the images ``seen`` int64 [n], in
-        their order; all of them where these are all images."""
-        first = self.config.agent.raced
-        if len(seen) <= first:
+    def raced(self, counted: Sequence[Contender], masks: Tensor) -> Tensor:
+        """The first of the masks bool [B, S], which prunes nothing, and the best of the others by
+        the first few images of a search; all of them where it has no more images than that."""
+        seen, _ = self.draw(0)
+        if len(seen) <= self.config.agent.raced:
             return masks
-        worths = self.cost(counted, seen[:first]).worth(masks).cpu()
+        few = seen[: self.config.agent.raced]
+        others = torch.unique(masks[1:], dim=0)
+        worths = self.cost(counted, few, exact=True).worth(others).cpu().nan_to_num(nan=-torch.inf)
         best: Tensor = worths.argsort(descending=True, stable=True)[:FINALISTS].sort().values
-        return masks[best]
+        return torch.cat([masks[:1], others[best]])
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         """Places of the clean images that are searched on in a draw, and of others that tell what

@@ -133,6 +133,38 @@ def test_equals_bf16_by_hand(channels: int, stride: int) -> None:
         torch.testing.assert_close(got[0], want[0], rtol=1e-4, atol=0)
 
 
+class Joined(nn.Module):
+    """An odd number of channels side by side, read as pairs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one, self.other = nn.Conv2d(3, 8, 1), nn.Conv2d(3, 9, 1)
+        self.conv = nn.Conv2d(17, 20, 3, padding=1, stride=2)
+        self.linear = nn.Linear(20, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(torch.cat([self.one(x), self.other(x)], 1).relu()).relu()
+        return self.linear(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@PRECISIONS
+def test_what_was_left_in_memory_reaches_no_odd_pair(precision: str) -> None:
+    torch.manual_seed(0)
+    model = Joined().eval()
+    traced = trace(model, (3, 9, 7))
+    images = torch.rand(2, 3, 9, 7)
+    packed = masks.pack(torch.zeros(1, traced.sites, dtype=torch.bool))
+    rough = narrowed(traced, model, precision, packed, images)
+    assert rough.narrow_convolutions == 1
+    exact = lower(traced, model).run(packed, images)
+    poisoned = torch.full((2, 3, 9, 7), float("nan"))
+    for isa in ISAS:
+        lower(traced, model).run(packed, poisoned, isa=isa, threads=1)  # leaves NaNs in its memory
+        got = rough.run(packed, images, isa=isa, threads=1)
+        assert bool(got.isfinite().all())
+        torch.testing.assert_close(got, exact, rtol=0, atol=0.05 * float(exact.abs().max()))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bf16_passes_on_what_is_not_finite(bad: float) -> None:
     torch.manual_seed(0)
