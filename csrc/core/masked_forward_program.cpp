@@ -68,6 +68,19 @@ void pack_depthwise(Step& step, const Buffer& from) {
   }
 }
 
+// The segments of a convolution that reads, of a pixel, `count` times `together` channels.
+void place_segments(Step& step, const Buffer& from, std::int64_t count, std::int64_t together) {
+  const StepSpec& spec = step.spec;
+  // Without gaps between pixels a whole kernel row is one segment.
+  const bool rows = count * together == from.stride;
+  step.segment_length = rows ? spec.kernel_width * count : count;
+  for (std::int64_t y = 0; y < spec.kernel_height; ++y) {
+    for (std::int64_t x = 0; x < (rows ? 1 : spec.kernel_width); ++x) {
+      step.segments.push_back(static_cast<std::int32_t>(y * from.row() + x * from.stride));
+    }
+  }
+}
+
 // Each block of output channels reads the input channels of the groups that it touches: all of
 // them without groups. Weights between a group and another group's inputs are zero.
 void pack_convolution(Step& step, const Buffer& from) {
@@ -88,14 +101,7 @@ void pack_convolution(Step& step, const Buffer& from) {
           static_cast<std::int32_t>(std::min(first, from.shape.channels - span)));
     }
   }
-  // Without gaps between pixels a whole kernel row is one segment.
-  const bool rows = span == from.stride;
-  step.segment_length = rows ? spec.kernel_width * span : span;
-  for (std::int64_t y = 0; y < spec.kernel_height; ++y) {
-    for (std::int64_t x = 0; x < (rows ? 1 : spec.kernel_width); ++x) {
-      step.segments.push_back(static_cast<std::int32_t>(y * from.row() + x * from.stride));
-    }
-  }
+  place_segments(step, from, span, 1);
   const std::int64_t taps = spec.kernel_height * spec.kernel_width;
   step.kernel = &Kernels::convolution;
   step.block_stride = taps * span * kChannelBlock;
@@ -114,27 +120,13 @@ void pack_convolution(Step& step, const Buffer& from) {
   }
 }
 
-// The segments of a convolution that reads `size` input channels at once; how often for a pixel.
-std::int64_t place_narrow_segments(Step& step, const Buffer& from, std::int64_t size) {
-  const StepSpec& spec = step.spec;
-  const std::int64_t groups = divide_up(from.shape.channels, size);
-  // Without gaps between pixels a whole kernel row is one segment.
-  const bool rows = groups * size == from.stride;
-  step.segment_length = rows ? spec.kernel_width * groups : groups;
-  for (std::int64_t y = 0; y < spec.kernel_height; ++y) {
-    for (std::int64_t x = 0; x < (rows ? 1 : spec.kernel_width); ++x) {
-      step.segments.push_back(static_cast<std::int32_t>(y * from.row() + x * from.stride));
-    }
-  }
-  return groups;
-}
-
 // Weights times the inputs' values per level, in 127 levels either way per output channel.
 void pack_byte_convolution(Step& step, const Buffer& from) {
   const StepSpec& spec = step.spec;
   const std::int64_t inputs = from.shape.channels;
   const std::int64_t taps = spec.kernel_height * spec.kernel_width;
-  const std::int64_t quads = place_narrow_segments(step, from, kQuad);
+  const std::int64_t quads = divide_up(inputs, kQuad);
+  place_segments(step, from, quads, kQuad);
   step.kernel = &Kernels::byte_convolution;
   const std::int64_t channels = round_up(step.channels, kChannelBlock);
   step.block_stride = taps * quads * kChannelBlock * kQuad;
@@ -176,7 +168,8 @@ void pack_half_convolution(Step& step, const Buffer& from) {
   const StepSpec& spec = step.spec;
   const std::int64_t inputs = from.shape.channels;
   const std::int64_t taps = spec.kernel_height * spec.kernel_width;
-  const std::int64_t pairs = place_narrow_segments(step, from, kPair);
+  const std::int64_t pairs = divide_up(inputs, kPair);
+  place_segments(step, from, pairs, kPair);
   step.kernel = &Kernels::half_convolution;
   step.block_stride = taps * pairs * kChannelBlock * kPair;
   const std::int64_t blocks = divide_up(step.channels, kChannelBlock);
