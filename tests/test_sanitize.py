@@ -62,7 +62,7 @@ def test_the_backdoor_goes_and_the_accuracy_stays(repaired: Result, test_set: Im
 @pytest.mark.parametrize(
     ("precision", "confirmed"), [("int8", True), ("int8", False), ("bf16", True)]
 )
-def test_a_search_in_less_than_fp32_repairs_and_goes_on_in_it_where_that_does_not_confirm(
+def test_a_search_in_less_than_fp32_repairs_and_goes_on_in_fp32_where_that_does_not_confirm_it(
     precision: SearchPrecision,
     confirmed: bool,
     test_set: ImageSet,

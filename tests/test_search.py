@@ -208,6 +208,7 @@ def test_first_masks_are_raced_on_a_part_of_the_images(scene: Scene, raced: int)
     assert torch.equal(left[0], masks[0])  # nothing pruned, whatever it is worth
     best = {tuple(mask.tolist()) for mask in masks[order[:FINALISTS]]}
     assert {tuple(mask.tolist()) for mask in left[1:]} == best
+    assert torch.equal(search.raced([contender], masks[:1]), masks[:1])
 
 
 def small(scene: Scene, agent: AgentConfig, choice: ChoiceConfig) -> tuple[Search, Contender]:

@@ -184,13 +184,14 @@ class Search:
 
     def run(self, counted: Sequence[Contender], ranking: Tensor, known: Sequence[Tensor]) -> Found:
         """One start: from the best of the first and of the ``known`` masks on, on one draw of the
-        images after another. What is pruned by the chance of a draw is given back on the images
-        that are not in it, and the next draw goes on from there."""
+        images after another. Where a draw leaves enough of them, what it pruned by chance is given
+        back on the others, and the next one goes on from there."""
         agent, choice = self.config.agent, self.config.choice
         learner = self.learner(counted, ranking)
         first = self.raced(counted, self.first_masks(counted, ranking))
         start = torch.cat([first, *(mask[None] for mask in known)])
-        masks, rounds, worths = list[Tensor](), list[Round](), list[float]()
+        masks, rounds = list[Tensor](), list[Round]()
+        worth = 0.0
         for number, limit in enumerate((agent.rounds, *agent.further)):
             seen, unseen = self.draw(number)
             cost = self.cost(counted, seen)
@@ -198,7 +199,8 @@ class Search:
                 self.calibrate(cost, start)
             elite, logs = self.improved(cost, start, learner, limit)
             rounds += [replace(one, draw=number) for one in logs]
-            worths.append(elite.worths[0])
+            if number == 0:
+                worth = elite.worths[0]
             if len(unseen) < choice.least:
                 masks[:0] = elite.masks
                 break
@@ -206,7 +208,7 @@ class Search:
             left = give_back(elite.best, fresh, choice.rounds)
             masks[:0] = [left, *elite.masks[: choice.leaders]]
             start = left[None]
-        return Found(masks, worths[0], rounds)
+        return Found(masks, worth, rounds)
 
     def raced(self, counted: Sequence[Contender], masks: Tensor) -> Tensor:
         """The first of the masks bool [B, S], which prunes nothing, and the best of the others by
