@@ -124,7 +124,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     for turn in set(turns):
         worths = [r["worth"] for r in report["rounds"] if (r["start"], r["draw"]) == turn]
         assert worths == sorted(worths)
-    assert all(log["tried"] > 0 for log in report["rounds"])
+    assert all(log["flips"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
     assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}

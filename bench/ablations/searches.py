@@ -20,18 +20,28 @@ from onp.agent.learner import Learner
 from onp.config import Config
 from onp.search import FINALISTS, Search
 
+LEARNING = 5
+"""Steps of Adam after each round."""
+
+
+def _agent(**changed: int | tuple[int, ...]) -> Callable[[Config], Config]:
+    return lambda config: replace(config, agent=replace(config.agent, **changed))
+
+
 VARIANTS: dict[str, Callable[[Config], Config]] = {
     "onp": lambda config: config,
-    "no-gnn": lambda config: replace(config, agent=replace(config.agent, messages=0)),
-    "no-learning": lambda config: replace(config, agent=replace(config.agent, steps=0)),
-    "layerwise": lambda config: replace(config, graph=replace(config.graph, layerwise=True)),
-    "singles": lambda config: replace(config, agent=replace(config.agent, tried=8, heads=(0,))),
-    "one-step": lambda config: replace(config, agent=replace(config.agent, rounds=1, further=())),
-    "two-draws": lambda config: replace(config, agent=replace(config.agent, images=128)),
+    "learning": _agent(steps=LEARNING),
+    "learning-no-gnn": _agent(steps=LEARNING, messages=0),
+    "learning-layerwise": lambda config: replace(
+        _agent(steps=LEARNING)(config), graph=replace(config.graph, layerwise=True)
+    ),
+    "singles": _agent(first=1, most=1),
+    "one-step": _agent(rounds=1, further=()),
+    "two-draws": _agent(images=128),
 }
-"""The agent's own: the GNN without messages; the model of the margins trusted as it is; one graph
-per layer as in the paper; no sets of flips; one move instead of a sequence; two draws of
-128 images and giving back on others, instead of all."""
+"""The agent's own: the model of the margins corrected by what the GNN learns on the way, by what it
+learns without messages, on one graph per layer as in the paper; single flips; one move instead of a
+sequence; two draws of 128 images and giving back on others, instead of all."""
 POLICIES = {"policy": 1, "policy-no-gnn": 0}
 """Gates that start from a policy's proposal; its rounds of messages."""
 BATCH = 32
@@ -88,7 +98,7 @@ class Measured(Search):
         """Image-forwards of the moves on each draw of the images."""
 
     def improved(
-        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+        self, cost: Cost, start: Tensor, learner: Learner | None, limit: int
     ) -> tuple[Elite, list[Round]]:
         before = self.evaluator.ledger.total
         elite, rounds = super().improved(cost, start, learner, limit)
@@ -106,7 +116,7 @@ class RivalSearch(Search):
         self.random = torch.Generator().manual_seed(seed)
 
     def improved(
-        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+        self, cost: Cost, start: Tensor, learner: Learner | None, limit: int
     ) -> tuple[Elite, list[Round]]:
         before = self.evaluator.ledger.total
         elite = Elite(max(FINALISTS, self.config.choice.leaders))

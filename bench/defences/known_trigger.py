@@ -34,7 +34,7 @@ KNOWN_TRIGGER = "known-trigger"
 """What its rows are called."""
 RESPONSE_IMAGES = 64
 GATES = GatesConfig(steps=120, images_per_step=48, learning_rate=0.05)
-SEARCH = AgentConfig(images=256, rounds=24, tried=16, pool=128, heads=tuple(range(2, 17)))
+SEARCH = AgentConfig(rounds=32, pool=128, little=0.0005, patience=4)
 _BATCH = 250
 
 

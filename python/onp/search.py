@@ -229,9 +229,11 @@ class Search:
         order = torch.arange(len(self.clean)).roll(-number * images)
         return order[:images], order[images : images + self.config.choice.images]
 
-    def learner(self, counted: Sequence[Contender], ranking: Tensor) -> Learner:
-        """An agent that has seen nothing yet."""
+    def learner(self, counted: Sequence[Contender], ranking: Tensor) -> Learner | None:
+        """An agent that has seen nothing yet; None where none is to learn."""
         agent = self.config.agent
+        if agent.steps == 0:
+            return None
         features = self.features(counted, ranking)
         model = CautionModel(
             features.shape[1], len(self.graph.relations),
@@ -241,7 +243,7 @@ class Search:
         return Learner(model, self.graph, features, agent, seed=self.seed, device=device)
 
     def improved(
-        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+        self, cost: Cost, start: Tensor, learner: Learner | None, limit: int
     ) -> tuple[Elite, list[Round]]:
         """What the agent makes of the masks ``start`` bool [B, S] in ``limit`` rounds at most. The
         best masks, with worths in fp32, and the rounds' logs."""
@@ -263,7 +265,7 @@ class Search:
         return elite, rounds
 
     def _moved(
-        self, cost: Cost, start: Tensor, learner: Learner, limit: int
+        self, cost: Cost, start: Tensor, learner: Learner | None, limit: int
     ) -> tuple[Elite, list[Round]]:
         """In whatever precision the cost is told."""
         ledger = self.evaluator.ledger
@@ -271,7 +273,7 @@ class Search:
         elite.offer(start, cost.worth(start))
 
         def tell(number: int, log: Round) -> None:
-            message = f"worth {log.worth:.3f}, {log.better} of {log.tried} moves help"
+            message = f"worth {log.worth:.3f}, {log.flips} flips bring {log.gain:+.4f}"
             ledger.tick(number + 1, limit, message)
 
         return elite, improve(elite, cost, learner, replace(self.config.agent, rounds=limit), tell)

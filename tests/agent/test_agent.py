@@ -133,7 +133,8 @@ def test_the_agent_learns_what_the_model_does_not_foresee(
     features[:, 0] = (torch.arange(CHANNELS) % 2).float()
     truth = torch.tensor(CAUTION).repeat(CHANNELS, 1)
     truth[features[:, 0] == 1, 0] *= 3
-    learner = learner_of(traced, model, features, AgentConfig(learning_rate=0.01), rounds=rounds)
+    config = AgentConfig(steps=5, learning_rate=0.01)
+    learner = learner_of(traced, model, features, config, rounds=rounds)
     told = torch.arange(CHANNELS // 2)
     losses = []
     for number in range(25):
@@ -206,7 +207,7 @@ def test_same_seed_same_agent(
     results = []
     for _ in range(2):
         torch.rand(1)  # the global state does not matter
-        learner = learner_of(traced, model, torch.ones(CHANNELS, 2), AgentConfig())
+        learner = learner_of(traced, model, torch.ones(CHANNELS, 2), AgentConfig(steps=5))
         for number in range(5):
             moves = [torch.arange(4), torch.tensor([5])]
             learner.learn(a_state(CHANNELS, number), moves, torch.full((2, 2), 0.05))

@@ -13,7 +13,7 @@ from torch import Tensor
 from onp.agent.cost import Cost
 from onp.agent.effects import Effects
 from onp.agent.elite import Elite
-from onp.agent.flips import flipped, give_back, heads, improve
+from onp.agent.flips import flipped, give_back, improve
 from onp.agent.learner import Learner
 from onp.agent.state import State
 from onp.clean import Clean
@@ -97,7 +97,8 @@ def test_gains_are_taught_over_the_mask_that_moves_start_from(cost: Cost) -> Non
     start = torch.zeros(1, CHANNELS, dtype=torch.bool)
     start[0, 3] = True
     elite.offer(start, cost.worth(start))
-    improve(elite, cost, cast("Learner", recorder), AgentConfig(rounds=4))
+    config = AgentConfig(first=1, most=1, little=-1.0, rounds=6)
+    improve(elite, cost, cast("Learner", recorder), config)
     assert len({mask.numpy().tobytes() for mask, _, _ in recorder.lessons}) > 1  # the mask changed
     for mask, moves, gains in recorder.lessons:
         expected = cost.parts(flipped(mask, moves)).gains(cost.parts(mask[None]))
@@ -155,51 +156,60 @@ def told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("onp.agent.flips.flip_effects", Told)
 
 
-def _improved(worth: Linear, config: AgentConfig) -> tuple[Elite, list[int]]:
+def _improved(worth: Linear, config: AgentConfig) -> tuple[Elite, list[list[int]], list[float]]:
+    """What the search ends with, the sites of every round's set, and what it brought."""
     elite = Elite(4)
     elite.offer(torch.zeros(1, worth.sites, dtype=torch.bool), torch.zeros(1))
     rounds = improve(elite, cast("Cost", worth), None, config)
-    return elite, [log.better for log in rounds]
+    assert [len(masks) for masks in worth.asked] == [1] * len(rounds)  # one mask a round
+    asked = [masks[0].nonzero()[:, 0].tolist() for masks in worth.asked]
+    return elite, asked, [log.gain for log in rounds]
 
 
 @pytest.mark.usefixtures("told")
 def test_flips_that_help_are_taken_together() -> None:
-    worth = Linear([0.1, 0.2, -0.3, 0.4])
-    elite, better = _improved(worth, AgentConfig(tried=1, heads=(2, 8), rounds=5))
+    elite, asked, gains = _improved(Linear([0.1, 0.2, -0.3, 0.4]), AgentConfig())
     assert elite.best.tolist() == [True, True, False, True]
-    assert better == [3, 0, 0]  # two rounds without any end it
-    assert len(worth.asked) == 3  # one call of the engine a round
-    assert worth.asked[0].tolist() == [
-        [False, False, False, True],
-        [False, True, False, True],
-        [True, True, False, True],
-    ]
+    assert asked == [[0, 1, 3]]  # and then nothing promises anything
+    assert gains == pytest.approx([0.7])
 
 
 @pytest.mark.usefixtures("told")
-def test_harmful_flips_are_not_tried_again() -> None:
-    worth = Linear([-1.0, -1.0, 0.5, -0.005], lies=[9.0, 8.0, 1.0, 2.0])
-    elite, better = _improved(worth, AgentConfig(tried=2, heads=(0,), rounds=9))
-    assert elite.best.tolist() == [False, False, True, False]
-    assert better == [0, 1, 0, 0]
-    tried = [masks.nonzero()[:, 1].tolist() for masks in worth.asked]
-    assert tried[0] == [0, 1]  # promised most, and harmful
-    assert all(0 not in sites and 1 not in sites for sites in tried[1:])
-    assert 3 in tried[2]  # of little harm: it may help another mask
+def test_a_set_that_helps_makes_the_next_one_larger() -> None:
+    worth = Linear([0.01 * (n + 1) for n in range(9)])
+    elite, asked, _ = _improved(worth, AgentConfig(first=1, most=3))
+    assert bool(elite.best.all())
+    assert asked == [[8], [6, 7, 8], [3, 4, 5, 6, 7, 8], list(range(9))]  # of 1, 2, 3 and 3 sites
 
 
 @pytest.mark.usefixtures("told")
-def test_nothing_left_to_try_is_no_error() -> None:
-    elite, better = _improved(Linear([-1.0, -1.0]), AgentConfig(tried=8, rounds=9))
+def test_a_set_that_does_harm_makes_the_next_one_smaller() -> None:
+    worth = Linear([-2.0, 0.6, 0.6, 0.6], lies=[0.1, 0.6, 0.5, 0.4])
+    elite, asked, gains = _improved(worth, AgentConfig(first=4))
+    assert asked[:3] == [[0, 1, 2, 3], [1], [1, 2, 3]]  # 4, a third of it, and twice that
+    assert gains[:3] == pytest.approx([-0.2, 0.6, 1.2])
+    assert elite.best.tolist() == [False, True, True, True]
+
+
+@pytest.mark.usefixtures("told")
+def test_rounds_that_bring_next_to_nothing_end_it() -> None:
+    worth = Linear([0.5] + [0.001] * 9)
+    _, _, gains = _improved(worth, AgentConfig(first=1, most=1, patience=3))
+    assert gains == pytest.approx([0.5, 0.001, 0.001, 0.001], abs=1e-6)
+    _, asked, _ = _improved(Linear([-1.0, -1.0], lies=[1.0, 2.0]), AgentConfig(patience=2))
+    assert asked == [[0, 1], [1]]
+
+
+@pytest.mark.usefixtures("told")
+def test_nothing_that_promises_anything_is_no_error() -> None:
+    elite, asked, _ = _improved(Linear([-1.0, -1.0]), AgentConfig())
     assert not elite.best.any()
-    assert better == [0]  # all flips are harmful: no second round
+    assert asked == []
 
 
 def test_moves_flip_their_sites() -> None:
     mask = torch.tensor([True, False, False])
-    moves = heads(torch.tensor([2, 0, 1]), (2, 3, 8))
-    assert [move.tolist() for move in moves] == [[2, 0], [2, 0, 1]]
-    assert heads(torch.empty(0, dtype=torch.int64), (1, 2)) == []
+    moves = [torch.tensor([2, 0]), torch.tensor([2, 0, 1])]
     assert flipped(mask, moves).tolist() == [[False, False, True], [False, True, True]]
     assert flipped(mask, []).shape == (0, 3)
     assert mask.tolist() == [True, False, False]

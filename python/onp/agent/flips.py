@@ -1,10 +1,10 @@
-"""The search: from the best mask so far, moves that promise most are evaluated, round by round.
+"""The search: from the best mask so far, one set of flips a round that promises most.
 
-One backward pass tells the effects of all flips of the best mask, and the agent how far they are
-to be trusted. Moves are of two kinds: the flips that promise most, each alone, and the heads of one
-set of flips that grows by what adds most in the model of the margins, where flips that undo one
-another are seen to. All are evaluated in one call of the native engine, and the agent learns from
-what they brought. Flips that alone do harm are not tried again.
+One backward pass tells the effects of all flips of the best mask, and in that model of the margins
+a set grows by what adds most to it, where flips that undo one another are seen to. The native
+engine says what the set really brings. How many flips it may hold is a trust region (Conn, Gould &
+Toint, Trust-Region Methods, 2000): more after a set that helps, fewer after one that does not. An
+agent that learns from what moves bring may correct the model (``onp.agent.learner``).
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from onp.agent.learner import Learner
 from onp.agent.state import State
 from onp.config import AgentConfig
 
+GROWTH, SHRINKING = 2, 3
+"""What the next set's size is multiplied by where a set helps, and divided by where it does not."""
+
 
 @dataclass(frozen=True)
 class Round:
     """One round of ``improve``."""
 
-    tried: int
-    """Moves evaluated: flips alone, and sets of them."""
-    better: int
-    """Of these, how many raised the worth."""
+    flips: int
+    """Sites of the set that was evaluated."""
     gain: float
-    """Mean reward of the moves: change of the worth."""
+    """Its reward: change of the worth."""
     loss: float
-    """Of what was foreseen against the gains, before the agent learned from them."""
+    """Of what was foreseen against it, before the agent learned from it; 0 without learning."""
     worth: float
     """Of the best mask after the round."""
     start: int = 0
@@ -50,41 +51,41 @@ def improve(
     config: AgentConfig,
     report: Callable[[int, Round], None] = lambda number, log: None,
 ) -> list[Round]:
-    """Improve the best mask in ``elite`` (not empty) until two rounds in a row find nothing.
+    """Improve the best mask in ``elite`` (not empty) until some rounds in a row bring next to
+    nothing, or nothing promises anything.
 
     The worths in ``elite`` must be those of ``cost``. Without a learner the model of the margins is
     trusted as it is.
     """
     rounds: list[Round] = []
     present = None if learner is None else cost.parts(elite.best[None])
-    harmful = torch.zeros(cost.sites, dtype=torch.bool)
+    state: State | None = None
+    reach, idle = config.first, 0
     for number in range(config.rounds):
-        if bool(harmful.all()):
-            break
         mask, best = elite.best, elite.worths[0]
-        state = State.of(mask, flip_effects(cost, mask))
+        if state is None:
+            state = State.of(mask, flip_effects(cost, mask))
         effects = state.effects.scaled(None if learner is None else learner.caution(state))
-        values = effects.alone().cpu().masked_fill(harmful, -torch.inf)
-        open_to = values.argsort(descending=True, stable=True)[: int((~harmful).sum())]
-        alone = open_to[: config.tried].split(1)
-        pool = open_to[: config.pool].to(cost.device)
-        together = torch.tensor(effects.grown(pool, max(config.heads)), dtype=torch.int64)
-        moves = [*alone, *heads(together, config.heads)]
-        masks = flipped(mask, moves)
+        promising = effects.alone().argsort(descending=True, stable=True)[: config.pool]
+        move = torch.tensor(effects.grown(promising, reach), dtype=torch.int64)
+        if not len(move):
+            break
+        masks = flipped(mask, [move])
         parts = cost.parts(masks)
-        gains = cost.worth(masks, parts).cpu() - best
-        elite.offer(masks, gains + best)
+        gain = float(cost.worth(masks, parts)) - best
+        elite.offer(masks, torch.tensor([gain + best]))
         loss = 0.0
         if learner is not None and present is not None:
-            loss = learner.learn(state, moves, parts.gains(present))
-            if elite.worths[0] > best:
-                present = parts.of(int(gains.argmax()))
-        single = gains[: len(alone)]
-        harmful[open_to[: config.tried][single < -config.harm]] = True
-        better, mean = int((gains > 0).sum()), float(gains.mean()) if len(gains) else 0.0
-        rounds.append(Round(len(moves), better, mean, loss, elite.worths[0]))
+            loss = learner.learn(state, [move], parts.gains(present))
+        if gain > 0:
+            state, present = None, parts
+            reach = min(GROWTH * len(move), config.most)
+        else:
+            reach = max(1, len(move) // SHRINKING)
+        idle = 0 if gain > config.little else idle + 1
+        rounds.append(Round(len(move), gain, loss, elite.worths[0]))
         report(number, rounds[-1])
-        if len(rounds) > 1 and all(log.better == 0 for log in rounds[-2:]):
+        if idle == config.patience:
             break
     return rounds
 
@@ -106,12 +107,6 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
             break
         mask, best = opened[int(worths.argmax())], float(worths.max())
     return mask
-
-
-def heads(sites: Tensor, sizes: Sequence[int]) -> list[Tensor]:
-    """The first ``sizes`` of ``sites`` int64 [n], all of them once where there are fewer."""
-    cuts = sorted({min(size, len(sites)) for size in sizes} - {0})
-    return [sites[:size] for size in cuts]
 
 
 def flipped(mask: Tensor, moves: Sequence[Tensor]) -> Tensor:
