@@ -291,8 +291,9 @@ BUDGETS: dict[str, Config] = {
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),
         race=RaceConfig(sizes=(0.003, 0.01, 0.03), first_images=32, second_images=64),
-        agent=AgentConfig(images=128, starts=1, rounds=6, further=(), pool=64),
-        choice=ChoiceConfig(leaders=2, images=100, judged=150),
+        agent=AgentConfig(images=250, starts=1, rounds=6, further=(), pool=64),
+        cost=CostConfig(success_weight=2.0),
+        choice=ChoiceConfig(leaders=2, images=100, success_weight=2.7),
         aftercare=AftercareConfig(epochs=4),
     ),
     "standard": Config("standard"),
