@@ -39,9 +39,8 @@ MARGIN = 0.5
 class Comparison:
     """Of all evaluations of one repair's search."""
 
-    rough_worth: list[Tensor] = field(default_factory=list)
-    worth: list[Tensor] = field(default_factory=list)
-    """float32 [B] an evaluation."""
+    worths: dict[Cost, list[Tensor]] = field(default_factory=dict)
+    """On the images of each cost that was asked, float32 [2, B] an evaluation: rough and exact."""
     squares: float = 0.0
     """Of errors of the logits,"""
     spread: float = 0.0
@@ -69,18 +68,20 @@ class Comparison:
         self.changed_sure += int((changed & (margin > MARGIN)).sum())
         self.largest = max(self.largest, float(margin[changed].max()) if changed.any() else 0.0)
         cost.exact = True
-        self.worth.append(cost.worth(pruned, cost.parts(pruned)))
+        worth = cost.worth(pruned, cost.parts(pruned))
         cost.exact = False
-        self.rough_worth.append(cost.worth(pruned, rough))
+        both = torch.stack([cost.worth(pruned, rough), worth])
+        self.worths.setdefault(cost, []).append(both)
 
     def row(self) -> dict[str, Any]:
-        pairs = [(a, b) for a, b in zip(self.rough_worth, self.worth, strict=True) if len(a) > 1]
-        within = [rank_correlation(a, b) for a, b in pairs]
-        alike = [int(a.argmax()) == int(b.argmax()) for a, b in pairs]
-        every = rank_correlation(torch.cat(self.rough_worth), torch.cat(self.worth))
+        draws = [torch.cat(parts, 1) for parts in self.worths.values()]
+        pairs = [(rough, exact) for rough, exact in draws if len(exact) > 1]
+        within = [rank_correlation(rough, exact) for rough, exact in pairs]
+        alike = [int(rough.argmax()) == int(exact.argmax()) for rough, exact in pairs]
+        every = rank_correlation(*torch.cat(draws, 1))
         return {
-            "evaluations": len(pairs),
-            "masks": sum(len(worth) for worth in self.worth),
+            "costs": len(pairs),
+            "masks": sum(draw.shape[1] for draw in draws),
             "logit_error": round((self.squares / self.spread) ** 0.5, 5),
             "answers_changed": round(self.changed / self.answers, 5),
             "changed_beyond_margin": round(self.changed_sure / max(self.sure, 1), 6),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
 from onp import demo
+from onp.config import BUDGETS
 from onp.probes.norm_shift import NormShift
 
 NAME = "other"
@@ -134,8 +136,10 @@ def main() -> None:
     torch.tensor = tensor  # type: ignore[assignment]
     NormShift.explained = explained  # type: ignore[method-assign]
     model = clean_twin() if clean else suspect()
+    config = BUDGETS[budget]
+    config = replace(config, agent=replace(config.agent, steps=1))  # learning is there as well
     with Device():
-        result = story.sanitize(model, demo.clean_images(), seed=0, budget=budget, backend="torch")
+        result = story.sanitize(model, demo.clean_images(), seed=0, budget=config, backend="torch")
     print(result.verdict, int(result.mask.sum()), sorted(result.report["seconds"]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -176,17 +176,34 @@ def test_with_too_few_images_nothing_is_given_back(
     agent = AgentConfig(images=len(scene.clean) - left, rounds=2)
     search, contender = small(scene, agent, ChoiceConfig(least=6))
     asked: list[Tensor] = []
+    searched: list[int] = []
 
     def noted(mask: Tensor, _cost: Cost, _rounds: int) -> Tensor:
         asked.append(mask)
         return mask
 
+    def improved(*arguments: Any) -> tuple[Elite, list[Round]]:
+        searched.append(arguments[-1])
+        return Search.improved(search, *arguments)
+
     monkeypatch.setattr("onp.search.give_back", noted)
+    monkeypatch.setattr(search, "improved", improved)
     with torch.enable_grad():
         found = search.run([contender], torch.rand(scene.evaluator.trace.sites), [])
     assert len(asked) == (0 if left == 5 else 2)
     assert len(found.masks) == (FINALISTS if left == 5 else 2)
-    assert {log.draw for log in found.rounds} <= ({0} if left == 5 else {0, 1})
+    assert searched == ([2] if left == 5 else [2, 8])
+
+
+@pytest.mark.parametrize("steps", [0, 2])
+def test_an_agent_learns_only_where_it_is_told_to(scene: Scene, steps: int) -> None:
+    search, contender = small(scene, AgentConfig(rounds=4, steps=steps), ChoiceConfig())
+    ranking = torch.zeros(scene.evaluator.trace.sites)
+    assert (search.learner([contender], ranking) is None) == (steps == 0)
+    with torch.enable_grad():
+        found = search.run([contender], ranking, [])
+    assert [log.loss > 0 for log in found.rounds] == [steps > 0] * len(found.rounds)
+    assert found.rounds
 
 
 @pytest.mark.parametrize("raced", [16, 24, 32])

@@ -41,6 +41,7 @@ from bench.zoo.datasets import load
 from bench.zoo.folds import attack_fold
 from bench.zoo.recipes import CORE, Recipe
 from bench.zoo.scoring import Exam
+from onp import __version__
 from onp.config import BUDGETS, Config
 from onp.data import draw_balanced
 from onp.errors import UsageError
@@ -256,8 +257,8 @@ def main() -> int:
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("budget", "standard") == args.budget]
     args.work.mkdir(parents=True, exist_ok=True)
-    if not args.summary and any("moves_forwards" not in row for row in rows):
-        parser.error(f"{args.out} has rows of a former search: choose another --out")
+    if not args.summary and any(row.get("onp") != __version__ for row in rows):
+        parser.error(f"{args.out} has rows of another version: choose another --out")
     limits = {
         (row["model"], row["seed"]): row["moves_forwards"]
         for row in rows

@@ -24,7 +24,7 @@ LEARNING = 5
 """Steps of Adam after each round."""
 
 
-def _agent(**changed: int | tuple[int, ...]) -> Callable[[Config], Config]:
+def _agent(**changed: float | tuple[int, ...]) -> Callable[[Config], Config]:
     return lambda config: replace(config, agent=replace(config.agent, **changed))
 
 
@@ -35,12 +35,12 @@ VARIANTS: dict[str, Callable[[Config], Config]] = {
     "learning-layerwise": lambda config: replace(
         _agent(steps=LEARNING)(config), graph=replace(config.graph, layerwise=True)
     ),
-    "singles": _agent(first=1, most=1),
+    "singles": _agent(first=1, most=1, little=0.0),
     "one-step": _agent(rounds=1, further=()),
     "two-draws": _agent(images=128),
 }
 """The agent's own: the model of the margins corrected by what the GNN learns on the way, by what it
-learns without messages, on one graph per layer as in the paper; single flips; one move instead of a
+learns without messages, on one graph per layer as in the paper; single flips; one set instead of a
 sequence; two draws of 128 images and giving back on others, instead of all."""
 POLICIES = {"policy": 1, "policy-no-gnn": 0}
 """Gates that start from a policy's proposal; its rounds of messages."""

@@ -2,7 +2,8 @@
 
 It says how much of what a defence loses may be the network's fault: its backdoor may share channels
 with what the network is for, so that no mask removes the one and keeps the other. It takes more
-steps, flips and images than the standard budget, and is no bound: a better search may find more.
+steps of gates and more rounds than the standard budget, and is no bound: a better search may find
+more.
 """
 
 from __future__ import annotations

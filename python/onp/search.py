@@ -218,7 +218,7 @@ class Search:
             return masks
         few = seen[: self.config.agent.raced]
         others = torch.unique(masks[1:], dim=0)
-        worths = self.cost(counted, few, exact=True).worth(others).cpu().nan_to_num(nan=-torch.inf)
+        worths = self.cost(counted, few, exact=True).worth(others).cpu()
         best: Tensor = worths.argsort(descending=True, stable=True)[:FINALISTS].sort().values
         return torch.cat([masks[:1], others[best]])
 

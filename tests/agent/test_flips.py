@@ -97,9 +97,10 @@ def test_gains_are_taught_over_the_mask_that_moves_start_from(cost: Cost) -> Non
     start = torch.zeros(1, CHANNELS, dtype=torch.bool)
     start[0, 3] = True
     elite.offer(start, cost.worth(start))
-    config = AgentConfig(first=1, most=1, little=-1.0, rounds=6)
+    config = AgentConfig(first=1, most=2, little=-1.0, rounds=6)
     improve(elite, cost, cast("Learner", recorder), config)
     assert len({mask.numpy().tobytes() for mask, _, _ in recorder.lessons}) > 1  # the mask changed
+    assert {len(moves[0]) for _, moves, _ in recorder.lessons} >= {1, 2}
     for mask, moves, gains in recorder.lessons:
         expected = cost.parts(flipped(mask, moves)).gains(cost.parts(mask[None]))
         torch.testing.assert_close(gains, expected, atol=1e-5, rtol=1e-4)
@@ -186,7 +187,8 @@ def test_a_set_that_helps_makes_the_next_one_larger() -> None:
 def test_a_set_that_does_harm_makes_the_next_one_smaller() -> None:
     worth = Linear([-2.0, 0.6, 0.6, 0.6], lies=[0.1, 0.6, 0.5, 0.4])
     elite, asked, gains = _improved(worth, AgentConfig(first=4))
-    assert asked[:3] == [[0, 1, 2, 3], [1], [1, 2, 3]]  # 4, a third of it, and twice that
+    # 4, a third of it, twice that; then what is left has a set to itself, and then it is harmful
+    assert asked == [[0, 1, 2, 3], [1], [1, 2, 3], [0, 1, 2, 3]]
     assert gains[:3] == pytest.approx([-0.2, 0.6, 1.2])
     assert elite.best.tolist() == [False, True, True, True]
 
@@ -198,6 +200,16 @@ def test_rounds_that_bring_next_to_nothing_end_it() -> None:
     assert gains == pytest.approx([0.5, 0.001, 0.001, 0.001], abs=1e-6)
     _, asked, _ = _improved(Linear([-1.0, -1.0], lies=[1.0, 2.0]), AgentConfig(patience=2))
     assert asked == [[0, 1], [1]]
+    _, asked, _ = _improved(Linear([-1.0, -1.0], lies=[1.0, 2.0]), AgentConfig(patience=9))
+    assert asked == [[0, 1], [1], [0]]  # nor is a flip that does harm tried again
+
+
+@pytest.mark.usefixtures("told")
+def test_what_is_not_a_number_is_left_out() -> None:
+    worth = Linear([0.1, 0.2, -0.3], lies=[0.1, math.nan, -0.3])
+    elite, asked, _ = _improved(worth, AgentConfig())
+    assert asked == [[0]]
+    assert elite.best.tolist() == [True, False, False]
 
 
 @pytest.mark.usefixtures("told")

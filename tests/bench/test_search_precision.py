@@ -60,5 +60,5 @@ def test_nothing_is_compared_without_8_bits(monkeypatch: pytest.MonkeyPatch) -> 
     cost.evaluator.rough_plan = None
     with compared() as found:
         Cost.parts(cast(Cost, cost), torch.zeros(2, 2, dtype=torch.bool))
-    assert not found.worth
+    assert not found.worths
     assert Cost.parts is _Cost.parts

@@ -3,7 +3,7 @@
 The model of the margins (``onp.agent.effects``) foresees what flips do, as if networks were linear.
 By how much each site's flip really moves the margins of clean and of triggered images depends on
 the site, its neighbours and what of them is pruned: that is what is learned, as two factors a site.
-Planning with the corrected model is the action: flips alone, and sets grown in it. So the agent is
+The action is a set of flips grown in the corrected model. So the agent is
 a model-based one (Sutton, Dyna, SIGART Bulletin 2, 1991): what it learns is the model, from the
 rewards on clean and on triggered images that its moves turn out to have.
 """

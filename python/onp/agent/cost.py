@@ -28,6 +28,8 @@ from onp.probes.probe import Trigger
 
 SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
+WORTHLESS = -1e6
+"""Worth of a mask under which an answer is not a number."""
 LEAST_REACHED = 1 / 3
 """A trigger that adds less probability counts as if it added so much."""
 
@@ -43,11 +45,6 @@ class Parts:
     turned: Tensor
     """Weighted nats of the target's probability on the triggered image, -log(1 - p), uncapped and
     not in excess; 0 where it is the label. What the model of the margins foresees."""
-
-    def of(self, number: int) -> Parts:
-        """One mask's."""
-        row = slice(number, number + 1)
-        return Parts(self.harm[row], self.success[row], self.turned[row])
 
     def cpu(self) -> Parts:
         """In host memory."""
@@ -126,7 +123,8 @@ class Cost:
         ``parts`` are known without asking the engine. On the network's device."""
         parts = self.parts(pruned) if parts is None else parts
         sites = pruned.sum(1).float().to(self.device)
-        return -self.each(parts).mean(1) - self.config.price * sites
+        worth = -self.each(parts).mean(1) - self.config.price * sites
+        return worth.nan_to_num(nan=WORTHLESS)
 
     def each(self, parts: Parts) -> Tensor:
         """The cost image by image, float32 [B, N]."""

@@ -6,8 +6,8 @@ nearly linear in a channel is the *margin*, an answer's logit over the log-sum-e
 its gradient is taken image by image; the margins after any flips follow, and of them the costs
 themselves, with the divergence as that of two answers (the label, any other).
 
-Networks bend, though: by how much more, or less, than linearly each site moves the margins is the
-agent's to say (``onp.agent.caution``); ``CAUTION`` is where it starts from.
+Networks bend, though: changes are taken at ``CAUTION`` times what is linear, or, where an agent
+learns, at what it says of each site (``onp.agent.caution``).
 """
 
 from __future__ import annotations

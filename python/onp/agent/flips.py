@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from onp.agent.cost import Cost
-from onp.agent.effects import flip_effects
+from onp.agent.effects import Effects, flip_effects
 from onp.agent.elite import Elite
 from onp.agent.learner import Learner
 from onp.agent.state import State
@@ -59,28 +59,33 @@ def improve(
     """
     rounds: list[Round] = []
     present = None if learner is None else cost.parts(elite.best[None])
+    found: Effects | None = None
     state: State | None = None
-    reach, idle = config.first, 0
+    reach, idle = min(config.first, config.most), 0
     for number in range(config.rounds):
         mask, best = elite.best, elite.worths[0]
-        if state is None:
-            state = State.of(mask, flip_effects(cost, mask))
-        effects = state.effects.scaled(None if learner is None else learner.caution(state))
-        promising = effects.alone().argsort(descending=True, stable=True)[: config.pool]
-        move = torch.tensor(effects.grown(promising, reach), dtype=torch.int64)
+        if found is None:
+            found = flip_effects(cost, mask)
+            state = None if learner is None else State.of(mask, found)
+            harmful = torch.zeros(cost.sites, dtype=torch.bool, device=found.price.device)
+        caution = None if learner is None or state is None else learner.caution(state)
+        effects = found.scaled(caution)
+        move = torch.tensor(effects.grown(promising(effects, harmful, config.pool), reach))
         if not len(move):
             break
         masks = flipped(mask, [move])
         parts = cost.parts(masks)
-        gain = float(cost.worth(masks, parts)) - best
-        elite.offer(masks, torch.tensor([gain + best]))
+        worths = cost.worth(masks, parts).cpu()
+        elite.offer(masks, worths)
         loss = 0.0
-        if learner is not None and present is not None:
+        if learner is not None and state is not None and present is not None:
             loss = learner.learn(state, [move], parts.gains(present))
-        if gain > 0:
-            state, present = None, parts
+        gain = float(worths) - best
+        if elite.worths[0] > best:
+            found, present = None, parts
             reach = min(GROWTH * len(move), config.most)
         else:
+            harmful[move] |= len(move) == 1
             reach = max(1, len(move) // SHRINKING)
         idle = 0 if gain > config.little else idle + 1
         rounds.append(Round(len(move), gain, loss, elite.worths[0]))
@@ -88,6 +93,14 @@ def improve(
         if idle == config.patience:
             break
     return rounds
+
+
+def promising(effects: Effects, harmful: Tensor, count: int) -> Tensor:
+    """The sites int64 [n] whose flips promise most, ``count`` at most; none of ``harmful`` bool
+    [S], whose flips alone have turned out to do harm, nor any whose gain is not a number."""
+    gains = effects.alone().masked_fill(harmful, torch.nan)
+    order = gains.nan_to_num(nan=-torch.inf).argsort(descending=True, stable=True)[:count]
+    return order[~gains[order].isnan()]
 
 
 def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:

@@ -1,8 +1,8 @@
 """The agent on one network: it corrects what is foreseen, and learns from what moves really bring.
 
-The rewards of a state are the gains, on clean and on triggered images, of the moves that were
-evaluated in it: flips alone and sets of them. They are kept and learned from again (experience
-replay, Lin, Machine Learning 8, 1992).
+The rewards of a state are the gains, on clean and on triggered images, of the sets of flips that
+were evaluated in it. They are kept and learned from again (experience replay, Lin, Machine
+Learning 8, 1992).
 """
 
 from __future__ import annotations
@@ -70,8 +70,6 @@ class Learner:
         """Take note of the gains float32 [2, B] of the moves, sites flipped int64 each, and learn
         from them and some earlier ones; returns the loss on them before (0 where nothing is
         learned)."""
-        if not moves:
-            return 0.0
         flips = columns(moves, len(self.features)).to(gains.device)
         now = Experience(state, flips, gains)
         first = torch.zeros(())

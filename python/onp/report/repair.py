@@ -21,7 +21,7 @@ from onp.probes.norm_shift import NormShift
 from onp.probes.probe import classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/4"
+SCHEMA = "onp.repair/5"
 
 
 @dataclass(frozen=True)
