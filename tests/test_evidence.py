@@ -85,7 +85,7 @@ def test_a_probe_must_lead_further_classes_too(
     here = scene(replace(quick, synthesis=replace(quick.synthesis, rivals=rivals)))
     asked: list[list[int]] = []
 
-    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
+    def probed(_: Scene, targets: Sequence[int], *_believable: object) -> list[Contender]:
         size = [1.0, 4.0] if not asked else [1 / rival] * len(targets)
         asked.append(list(targets))
         mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)

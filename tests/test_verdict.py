@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
+from onp.agent.contenders import advantage
+from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.additive import Additive
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
-from onp.verdict import Verdict, by_label_shift, by_statistics, judge, target_of
+from onp.verdict import (
+    Verdict,
+    by_label_shift,
+    by_statistics,
+    judge,
+    may_be_called,
+    target_of,
+)
 
 CONFIG = VerdictConfig()
 
@@ -24,6 +35,23 @@ def test_a_backdoor_shows_in_all_three() -> None:
 def test_without_advantage_nothing_else_counts(advantage: float) -> None:
     verdict = judge(4, advantage, 1.0, 1.0, CONFIG)
     assert (verdict.finding, verdict.target, verdict.score) == ("clean", None, 0.0)
+
+
+@pytest.mark.parametrize("size", [1.0, 1.3, 1.45, 1.6, 2.0, 4.0])
+def test_what_may_not_be_called_is_called_by_no_race(size: float) -> None:
+    """One of two classes' probes is ``size`` times as strong."""
+    nothing = torch.zeros(5, dtype=torch.bool)
+    contenders = [
+        Contender(Probe(Additive(), target, [], (0.0, 1.0), one), torch.zeros(5), 1.0, nothing)
+        for target, one in ((1, 1.0), (2, size))
+    ]
+    lead = max(advantage(one, contenders) for one in contenders)
+    assert lead == pytest.approx(math.log2(size))
+    best = judge(1, lead, 1.0, 1.0, CONFIG)  # with the most that unlearning and a race may say
+    assert may_be_called(contenders, CONFIG) == (best.finding == "backdoor")
+    assert not may_be_called([], CONFIG)
+    unraced = judge(1, 9.0, 1.0, None, CONFIG)
+    assert (unraced.score, "was not looked for" in unraced.reason) == (0.0, True)
 
 
 def test_the_score_grows_with_each_piece() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,14 @@ from onp.probes.responses import responses
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
 from onp.suspect.network import FrozenNetwork
-from onp.verdict import Verdict, by_label_shift, by_probes, by_statistics, target_of
+from onp.verdict import (
+    Verdict,
+    by_label_shift,
+    by_probes,
+    by_statistics,
+    may_be_called,
+    target_of,
+)
 
 REPLAYED = {family.name: family for family in (Generator(), *FAMILIES)}
 """The families that the norms' shift can be replayed by."""
@@ -58,8 +66,13 @@ class Scene:
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
-    def probed(self, targets: Sequence[int]) -> list[Contender]:
-        """Contenders of one trigger of each family for each of the classes, best first."""
+    def probed(
+        self,
+        targets: Sequence[int],
+        believable: Callable[[Sequence[Contender]], bool] = lambda unraced: True,
+    ) -> list[Contender]:
+        """Contenders of one trigger of each family for each of the classes, best first; raced if
+        they are ``believable``."""
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
@@ -67,13 +80,17 @@ class Scene:
                 valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
         with self.ledger.stage("race"):
-            return self.raced(probes)
+            return self.raced(probes, believable)
 
-    def raced(self, probes: Sequence[Probe]) -> list[Contender]:
+    def raced(
+        self,
+        probes: Sequence[Probe],
+        believable: Callable[[Sequence[Contender]], bool] = lambda unraced: True,
+    ) -> list[Contender]:
         """The probes' contenders, best first."""
         return race(
             self.evaluator, self.clean.images, self.clean.labels, probes, self._rankings(probes),
-            self.config.race, self.config.score,
+            self.config.race, self.config.score, believable,
         )  # fmt: skip
 
     def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
@@ -182,8 +199,9 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_probes(scene: Scene) -> Evidence:
-    """Unlearn, probe the classes that are left with every family, and race what is found; before a
-    backdoor is believed further classes are probed, as a probe counts by its lead over theirs."""
+    """Unlearn, probe the classes that are left with every family, and race what is found, unless no
+    probe leads enough to be called; before a backdoor is believed further classes are probed, as a
+    probe counts by its lead over theirs."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -195,7 +213,8 @@ def from_probes(scene: Scene) -> Evidence:
         unlearning = responses(scene.before, left, images[:RESPONSE_IMAGES], ledger)
     synthesis = config.synthesis
     named = unlearned.suspects(min(synthesis.classes + synthesis.rivals, network.trace.num_classes))
-    contenders = scene.probed(named[: synthesis.classes])
+    believable = partial(may_be_called, config=config.verdict)
+    contenders = scene.probed(named[: synthesis.classes], believable)
     verdict = by_probes(contenders, unlearned, config.verdict)
     rivals = named[synthesis.classes :]
     if verdict.target is not None and rivals:

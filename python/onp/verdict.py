@@ -102,6 +102,13 @@ def by_label_shift(
     )
 
 
+def may_be_called(contenders: Sequence[Contender], config: VerdictConfig) -> bool:
+    """Whether the advantage of any of them, which bounds its score, reaches the threshold: where
+    not, nothing that a race may find makes it a backdoor."""
+    leads = [_ramp(advantage(one, contenders), *config.advantage) for one in contenders]
+    return max(leads, default=0.0) >= config.threshold
+
+
 def by_probes(
     contenders: Sequence[Contender], unlearned: Unlearned, config: VerdictConfig
 ) -> Verdict:
@@ -115,7 +122,7 @@ def by_probes(
                 target,
                 advantage(contender, contenders),
                 unlearned.share(target),
-                contender.score,
+                contender.score if contender.size > 0 else None,
                 config,
             )
         )
@@ -126,18 +133,20 @@ def judge(
     target: int,
     strength_ratio: float,
     concentration: float,
-    repairability: float,
+    repairability: float | None,
     config: VerdictConfig,
 ) -> Verdict:
     """Judge one probe's evidence, each piece scaled to [0, 1] over the range where networks differ.
 
-    strength_ratio: the probe's advantage, a binary logarithm. A probe that was too weak to be
-    raced, or whose success no mask can remove at a gain, is no evidence at all.
+    strength_ratio: the probe's advantage, a binary logarithm. repairability: None for a probe that
+    was not raced; it, or one whose success no mask can remove at a gain, is no evidence at all.
     """
+    repair = "was not looked for" if repairability is None else f"is worth {repairability:.2f} of 1"
+    worth = 0.0 if repairability is None else repairability
     support = _ramp(concentration, *config.concentration)
-    support = (support + _ramp(repairability, *config.repairability)) / 2
+    support = (support + _ramp(worth, *config.repairability)) / 2
     score = _ramp(strength_ratio, *config.advantage) * (1 + support) / 2
-    if repairability <= 0:
+    if worth <= 0:
         score = 0.0
     return _verdict(
         score,
@@ -145,12 +154,11 @@ def judge(
         "probes",
         {
             "concentration": concentration,
-            "repairability": repairability,
+            "repairability": worth,
             "advantage": strength_ratio,
         },
         f"unlearning leaves the best probe's class on {100 * concentration:.0f}% of the images, "
-        f"its repair is worth {repairability:.2f} of 1, its advantage over other classes is "
-        f"2^{strength_ratio:.1f}",
+        f"its repair {repair}, its advantage over other classes is 2^{strength_ratio:.1f}",
         config,
     )
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 
@@ -55,6 +57,21 @@ def test_the_race_finds_the_planted_channel_and_skips_weak_probes() -> None:
     assert found[0].removed > 0.8
     assert (found[1].score, found[1].size) == (0.0, 0)
     assert race(evaluator, images, labels, [], [], config, ScoreConfig()) == []
+
+    told: list[list[float]] = []
+
+    def no(unraced: Sequence[Contender]) -> bool:
+        told.append([one.success for one in unraced])
+        return False
+
+    before = evaluator.ledger.total
+    rankings = [ranking, ranking]
+    left = race(evaluator, images, labels, [idle, probe], rankings, config, ScoreConfig(), no)
+    assert [c.probe for c in left] == [probe, idle]
+    assert told == [[left[1].success, left[0].success]]
+    assert all(c.size == 0 and c.score == 0.0 for c in left)
+    spent = evaluator.ledger.total - before
+    assert spent == 2 * 2 * config.first_images  # on nothing but their success
 
     config = BUDGETS["standard"]
     mask = found[0].mask

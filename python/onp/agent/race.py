@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,41 +56,51 @@ def race(
     rankings: Sequence[Tensor],
     config: RaceConfig,
     score: ScoreConfig,
+    believable: Callable[[Sequence[Contender]], bool] = lambda unraced: True,
 ) -> list[Contender]:
     """Each probe's best mask, judged by that probe; best contender first.
 
     Every candidate is scored on ``first_images``; of all candidates the best ``survivors`` share,
-    and the best of each probe, are scored again on ``second_images`` others.
+    and the best of each probe, are scored again on ``second_images`` others. believable: whether a
+    race of these may matter at all, told their success alone; if not, they come back unraced, the
+    most successful first.
     """
     if not probes:
         return []
     first, second = slice(0, config.first_images), slice(-config.second_images, None)
+    nothing = torch.zeros_like(rankings[0], dtype=torch.bool)
+    objectives = [
+        Objective(evaluator, images[first], labels[first], probe, score) for probe in probes
+    ]
+    unraced = [
+        Contender(probe, ranking, objective.success, nothing)
+        for probe, ranking, objective in zip(probes, rankings, objectives, strict=True)
+    ]
+    if not believable(unraced):
+        return sorted(unraced, key=lambda c: -c.success)
     heats: list[tuple[Objective, Tensor, Tensor]] = []
-    for probe, ranking in zip(probes, rankings, strict=True):
-        objective = Objective(evaluator, images[first], labels[first], probe, score)
+    for ranking, objective in zip(rankings, objectives, strict=True):
         weak = objective.success < config.least_success
         masks = ranking_masks(ranking, () if weak else config.sizes)
         heats.append((objective, masks, objective(masks).total))
     everything = torch.cat([total for _, _, total in heats]).sort(descending=True).values
     bar = everything[max(1, round(config.survivors * len(everything))) - 1 :][:1]
     contenders = []
-    for probe, ranking, (objective, masks, total) in zip(probes, rankings, heats, strict=True):
+    for contender, (objective, masks, total) in zip(unraced, heats, strict=True):
         if len(masks) == 0:
-            nothing = torch.zeros_like(ranking, dtype=torch.bool)
-            contenders.append(Contender(probe, ranking, objective.success, nothing))
+            contenders.append(contender)
             continue
         masks = masks[(total >= bar) | (total == total.max())]
-        objective = Objective(evaluator, images[second], labels[second], probe, score)
+        objective = Objective(evaluator, images[second], labels[second], contender.probe, score)
         values = objective(masks)
         best = int(values.total.argmax())
         contenders.append(
-            Contender(
-                probe,
-                ranking,
-                objective.success,
-                masks[best],
-                float(values.total[best]),
-                float(values.removed[best]),
+            replace(
+                contender,
+                success=objective.success,
+                mask=masks[best],
+                score=float(values.total[best]),
+                removed=float(values.removed[best]),
             )
         )
     return sorted(contenders, key=lambda c: (c.size == 0, -c.score))
