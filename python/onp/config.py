@@ -301,7 +301,6 @@ BUDGETS: dict[str, Config] = {
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         replay=ReplayConfig(steps=80, images_per_step=64),
-        gates=GatesConfig(steps=80, images_per_step=64, learning_rate=0.05),
         agent=AgentConfig(starts=3, dear=0.0, rounds=32, little=0.0005, patience=3),
         choice=ChoiceConfig(leaders=2, rounds=2),
     ),
