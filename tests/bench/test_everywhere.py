@@ -40,6 +40,7 @@ SHORT: dict[str, dict[str, Any]] = {
     "probe-race": {"steps": 2, "draw": 4},
     "onp": _ONP,
     "onp-quick": _ONP,
+    "onp-thorough": _ONP,
     "onp-recalibrate": _ONP,
     "onp-finetune": _ONP,
     "onp-quick-finetune": _ONP,
