@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from onp.agent.contenders import counted_contenders, success_of
-from onp.agent.race import Contender, race
+from onp.agent.race import Believable, Contender, always, race
 from onp.clean import Clean
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
@@ -66,11 +66,7 @@ class Scene:
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
-    def probed(
-        self,
-        targets: Sequence[int],
-        believable: Callable[[Sequence[Contender]], bool] = lambda unraced: True,
-    ) -> list[Contender]:
+    def probed(self, targets: Sequence[int], believable: Believable = always) -> list[Contender]:
         """Contenders of one trigger of each family for each of the classes, best first; raced if
         they are ``believable``."""
         with self.ledger.stage("probe"):
@@ -82,11 +78,7 @@ class Scene:
         with self.ledger.stage("race"):
             return self.raced(probes, believable)
 
-    def raced(
-        self,
-        probes: Sequence[Probe],
-        believable: Callable[[Sequence[Contender]], bool] = lambda unraced: True,
-    ) -> list[Contender]:
+    def raced(self, probes: Sequence[Probe], believable: Believable = always) -> list[Contender]:
         """The probes' contenders, best first."""
         return race(
             self.evaluator, self.clean.images, self.clean.labels, probes, self._rankings(probes),

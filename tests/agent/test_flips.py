@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onp.agent.cost import Cost
+from onp.agent.cost import WORTHLESS, Cost
 from onp.agent.effects import Effects
 from onp.agent.elite import Elite
 from onp.agent.flips import flipped, give_back, improve
@@ -65,6 +65,18 @@ def test_the_worth_is_its_formula(cost: Cost) -> None:
     expected = [naive_worth(cost, (~mask).float()) for mask in masks]
     assert cost.worth(masks).tolist() == pytest.approx(expected, abs=1e-4)
     assert expected[1] > expected[0] + 0.5  # the repair is worth more than the backdoor
+
+
+def test_a_mask_under_which_an_answer_is_no_number_is_worth_nothing(cost: Cost) -> None:
+    masks = torch.zeros(2, CHANNELS, dtype=torch.bool)
+    parts = cost.parts(masks)
+    parts.harm[1, 3] = math.nan
+    worths = cost.worth(masks, parts)
+    assert worths[0] == cost.worth(masks[:1])[0]
+    assert worths[1] == WORTHLESS
+    elite = Elite(2)
+    elite.offer(masks.flip(0) ^ torch.tensor([[True], [False]]), worths.flip(0))
+    assert not elite.best.any()  # however early it was met
 
 
 def test_the_planted_channel_is_found_from_nothing(cost: Cost) -> None:

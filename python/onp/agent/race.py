@@ -34,6 +34,14 @@ class Contender:
         return int(self.mask.sum())
 
 
+Believable = Callable[[Sequence[Contender]], bool]
+"""Whether a race of contenders, of which the success alone is known yet, may matter at all."""
+
+
+def always(_: Sequence[Contender]) -> bool:
+    return True
+
+
 def ranking_masks(ranking: Tensor, shares: Sequence[float]) -> Tensor:
     """Masks bool [len(shares), S] that prune the first share * S sites of a ranking."""
     return heads_of(ranking, [max(1, round(share * len(ranking))) for share in shares])
@@ -56,14 +64,13 @@ def race(
     rankings: Sequence[Tensor],
     config: RaceConfig,
     score: ScoreConfig,
-    believable: Callable[[Sequence[Contender]], bool] = lambda unraced: True,
+    believable: Believable = always,
 ) -> list[Contender]:
     """Each probe's best mask, judged by that probe; best contender first.
 
     Every candidate is scored on ``first_images``; of all candidates the best ``survivors`` share,
-    and the best of each probe, are scored again on ``second_images`` others. believable: whether a
-    race of these may matter at all, told their success alone; if not, they come back unraced, the
-    most successful first.
+    and the best of each probe, are scored again on ``second_images`` others. Contenders that are
+    not ``believable`` come back unraced, the most successful first.
     """
     if not probes:
         return []
