@@ -26,14 +26,14 @@ CONFIG = VerdictConfig()
 
 
 def test_a_backdoor_shows_in_all_three() -> None:
-    verdict = judge(4, 2.0, 0.98, 0.95, CONFIG)
+    verdict = judge(4, 2.0, 0.98, 0.95, 0.0, CONFIG)
     assert (verdict.finding, verdict.target, verdict.score) == ("backdoor", 4, 1.0)
     assert "2^2.0" in verdict.reason
 
 
 @pytest.mark.parametrize("advantage", [-3.0, 0.0, 0.4])
 def test_without_advantage_nothing_else_counts(advantage: float) -> None:
-    verdict = judge(4, advantage, 1.0, 1.0, CONFIG)
+    verdict = judge(4, advantage, 1.0, 1.0, 0.0, CONFIG)
     assert (verdict.finding, verdict.target, verdict.score) == ("clean", None, 0.0)
 
 
@@ -47,22 +47,22 @@ def test_what_may_not_be_called_is_called_by_no_race(size: float) -> None:
     ]
     lead = max(advantage(one, contenders) for one in contenders)
     assert lead == pytest.approx(math.log2(size))
-    best = judge(1, lead, 1.0, 1.0, CONFIG)  # with the most that unlearning and a race may say
+    best = judge(1, lead, 1.0, 1.0, 0.0, CONFIG)  # with the most that unlearning and a race may say
     assert may_be_called(contenders, CONFIG) == (best.finding == "backdoor")
     assert not may_be_called([], CONFIG)
-    unraced = judge(1, 9.0, 1.0, None, CONFIG)
+    unraced = judge(1, 9.0, 1.0, None, 0.0, CONFIG)
     assert (unraced.score, "was not looked for" in unraced.reason) == (0.0, True)
 
 
 def test_the_score_grows_with_each_piece() -> None:
-    base = judge(0, 0.9, 0.5, 0.6, CONFIG).score
-    assert judge(0, 1.0, 0.5, 0.6, CONFIG).score > base
-    assert judge(0, 0.9, 0.6, 0.6, CONFIG).score > base
-    assert judge(0, 0.9, 0.5, 0.7, CONFIG).score > base
+    base = judge(0, 0.9, 0.5, 0.6, 0.0, CONFIG).score
+    assert judge(0, 1.0, 0.5, 0.6, 0.0, CONFIG).score > base
+    assert judge(0, 0.9, 0.6, 0.6, 0.0, CONFIG).score > base
+    assert judge(0, 0.9, 0.5, 0.7, 0.0, CONFIG).score > base
 
 
 def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:
-    assert judge(0, 2.0, 1.0, 0.0, CONFIG).score == 0.0
+    assert judge(0, 2.0, 1.0, 0.0, 0.0, CONFIG).score == 0.0
 
 
 def replayed(excess: float, share: float) -> Verdict:

@@ -118,16 +118,18 @@ All of this was seen while poisoned images came first in training (bench/NOTES.m
 the committed networks.
 """
 
-_AGAIN_3 = {"epochs": 3, "learning_rate": 0.05}
+_AGAIN_3: dict[str, Any] = {"epochs": 3, "learning_rate": 0.05}
+_AGAIN_5: dict[str, Any] = {"epochs": 5}
 
 
 def _unseen(twin: Recipe, *attacks: tuple[str, float, int, bool]) -> list[Recipe]:
     """The clean twin, then one recipe per (attack, ratio, target, retrained)."""
     options = {"badnets": (("side", 5.0),), "wanet": (("strength", 1.0),)}
+    shorter = _AGAIN_3 if twin.training.optimizer == "sgd" else _AGAIN_5
     return [twin] + [
         replace(twin, attack=attack, ratio=ratio, target=target, retrained=again, other_twin=twin,
                 options=options.get(attack, ()),
-                training=replace(twin.training, **_AGAIN_3) if again else twin.training)
+                training=replace(twin.training, **shorter) if again else twin.training)
         for attack, ratio, target, again in attacks
     ]  # fmt: skip
 
@@ -135,27 +137,31 @@ def _unseen(twin: Recipe, *attacks: tuple[str, float, int, bool]) -> list[Recipe
 UNSEEN = [
     *_unseen(
         Recipe("gtsrb", "preactresnet18", 16, _SIGNS, seed=5),
-        ("badnets", 0.05, 30, True), ("wanet", 0.1, 7, True), ("lc", 0.05, 2, False),
+        ("badnets", 0.05, 30, True), ("wanet", 0.1, 7, True),
     ),
     *_unseen(
         Recipe("gtsrb", "vgg16_bn", 12, replace(_SIGNS, epochs=5), seed=5),
-        ("sig", 0.05, 1, False), ("bpp", 0.1, 10, True), ("badnets-all", 0.1, 0, False),
+        ("bpp", 0.2, 10, True), ("badnets-all", 0.1, 0, False),
     ),
     *_unseen(
         Recipe("cifar10", "vgg11", 16, replace(_CIFAR, epochs=12, **_NO_NORMS), seed=5),
-        ("blended", 0.05, 4, False), ("adaptive-blend", 0.1, 7, False),
+        ("blended", 0.05, 4, False), ("adaptive-blend", 0.1, 7, False), ("sig", 0.05, 1, False),
     ),
     *_unseen(
-        Recipe("gtsrb", "convnext", 32, replace(_SIGNS, epochs=8, **_LAYER_NORMS), seed=5),
-        ("lf", 0.1, 25, False), ("blended", 0.05, 13, False),
+        Recipe("gtsrb", "convnext", 32, replace(_SIGNS, epochs=20, **_LAYER_NORMS), seed=5),
+        ("lf", 0.1, 25, True), ("blended", 0.05, 13, True),
     ),
     *_unseen(
         Recipe("cifar10", "resnet20", 16, _CIFAR, seed=5),
         ("ssba", 0.1, 6, True), ("trojannn", 0.1, 3, True), ("input-aware", 0.1, 8, False),
+        ("lc", 0.05, 2, True),
     ),
 ]  # fmt: skip
 """Every attack once more, on images and a kind of network where ``CORE`` does not have it, two of
-these without batch norms: what the repair is worth where none of its constants was chosen."""
+these without batch norms: what the repair is worth where none of its constants was chosen.
+
+Clean-label attacks are on CIFAR-10 again: a class of 43 has too few images for them (ASR .38 and .00
+with SIG on VGG-16-BN and LC on PreActResNet-18). Bpp at 10% had .62."""
 
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 

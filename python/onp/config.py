@@ -23,6 +23,13 @@ class UnlearningConfig:
     stop_accuracy: float = 0.2
     """Stop once the accuracy on a batch is at most this."""
     max_steps: int = 40
+    gentle_rate: float = 0.003
+    """Without batch norms nothing holds the activations, and such steps end at whatever class comes
+    first: this learning rate there,"""
+    gentle_norm: float = 1.0
+    """this norm of the gradient,"""
+    gentle_steps: int = 80
+    """and so many steps at most."""
 
 
 @dataclass(frozen=True)
@@ -33,10 +40,16 @@ class SynthesisConfig:
     images_per_step: int = 24
     """Images that each trigger sees in a step."""
     classes: int = 3
-    """How many of the classes that unlearning names are probed;"""
-    rivals: int = 0
+    """How many classes are probed: those that unlearning and a first look name, in turn;"""
+    rivals: int = 2
     """so many more, before a backdoor that probes call is believed: among few classes one stands
     out by chance."""
+    look_steps: int = 8
+    """A first look at every class: so many steps of a patch, and no other family,"""
+    look_images: int = 8
+    """on so many images each,"""
+    looked_at: int = 64
+    """for so many classes at most, those that unlearning names first."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
     counted: int = 2

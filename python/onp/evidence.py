@@ -9,7 +9,7 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from onp.agent.contenders import counted_contenders, success_of
+from onp.agent.contenders import counted_contenders, strength, success_of
 from onp.agent.race import Believable, Contender, always, race
 from onp.clean import Clean
 from onp.config import Config
@@ -18,6 +18,7 @@ from onp.ledger import Ledger
 from onp.probes.families import Range
 from onp.probes.generator import Generator
 from onp.probes.norm_shift import NormShift, norm_shift
+from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import responses
@@ -37,6 +38,10 @@ REPLAYED = {family.name: family for family in (Generator(), *FAMILIES)}
 """The families that the norms' shift can be replayed by."""
 RESPONSE_IMAGES = 64
 """Clean images on which responses and activation statistics are taken."""
+LOOK = (Patch(),)
+"""What every class is looked at by first: the family whose size says most after a few steps."""
+LOOK_JUDGED = 32
+"""Clean images on which that is judged."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
 
@@ -77,6 +82,26 @@ class Scene:
             )  # fmt: skip
         with self.ledger.stage("race"):
             return self.raced(probes, believable)
+
+    def first_look(self, targets: Sequence[int]) -> list[int]:
+        """The classes by how strong a patch of a few steps is for each, the strongest first: that
+        of a backdoor needs next to nothing, whatever its trigger looks like."""
+        config = self.config.synthesis
+        with self.ledger.stage("probe"):
+            probes = synthesise(
+                self.evaluator.network, self.clean.images, self.clean.labels, targets,
+                steps=config.look_steps, draw=config.look_images, families=LOOK,
+                valid=self.valid, seed=self.seed, ledger=self.ledger,
+            )  # fmt: skip
+            nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
+            few = self.clean[:LOOK_JUDGED]
+            reached = {
+                probe.target: strength(
+                    success_of(probe, self.evaluator, nothing, few.images, few.labels), probe.size
+                )
+                for probe in probes
+            }
+        return sorted(targets, key=lambda target: -reached[target])
 
     def raced(self, probes: Sequence[Probe], believable: Believable = always) -> list[Contender]:
         """The probes' contenders, best first."""
@@ -191,9 +216,9 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_probes(scene: Scene) -> Evidence:
-    """Unlearn, probe the classes that are left with every family, and race what is found, unless no
-    probe leads enough to be called; before a backdoor is believed further classes are probed, as a
-    probe counts by its lead over theirs."""
+    """Unlearn, look at every class, probe those that either names with every family, and race what
+    is found, unless no probe leads enough to be called; before a backdoor is believed further
+    classes are probed, as a probe counts by its lead over theirs."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -204,7 +229,9 @@ def from_probes(scene: Scene) -> Evidence:
         left = FrozenNetwork(network.trace, unlearned.model, network.device)
         unlearning = responses(scene.before, left, images[:RESPONSE_IMAGES], ledger)
     synthesis = config.synthesis
-    named = unlearned.suspects(min(synthesis.classes + synthesis.rivals, network.trace.num_classes))
+    left_over = unlearned.suspects(network.trace.num_classes)
+    looked = scene.first_look(left_over[: synthesis.looked_at])
+    named = in_turn(left_over, looked)[: synthesis.classes + synthesis.rivals]
     believable = partial(may_be_called, config=config.verdict)
     contenders = scene.probed(named[: synthesis.classes], believable)
     verdict = by_probes(contenders, unlearned, config.verdict)
@@ -218,3 +245,8 @@ def from_probes(scene: Scene) -> Evidence:
         else counted_contenders(contenders, verdict.target, config.synthesis)
     )
     return Evidence(verdict, contenders, counted, unlearned=unlearned, unlearning=unlearning)
+
+
+def in_turn(first: Sequence[int], second: Sequence[int]) -> list[int]:
+    """What two orders name, in turn, each class once."""
+    return list(dict.fromkeys(target for pair in zip(first, second) for target in pair))

@@ -14,13 +14,16 @@ against one that shifts them by two; then the lesser of its share and its advant
 **Probes.** Triggers synthesised per class and family:
 
 - advantage: the best probe is smaller, or works better, than the same family's for other classes;
-- concentration: after unlearning the network answers that probe's class;
-- repairability: the success of that probe can be pruned away at little cost in accuracy.
+- concentration: after unlearning the network answers that probe's class (not asked where there are
+  no batch norms: what is left then is often an arbitrary class);
+- repairability: the success of that probe can be pruned away at little cost in accuracy;
+- second: another family's probe has an advantage for the same class too, as a backdoor's class is
+  near for whatever resembles its trigger, however widely the network has spread it.
 
-    score = advantage * (1 + mean(concentration, repairability)) / 2
+    score = advantage * (1 + mean(concentration, max(repairability, second))) / 2
 
-A clean network can show the last two (unlearning may leave any one class, and some natural
-adversarial direction is cheap to prune), so neither counts without the first.
+A clean network can show these (unlearning may leave any one class, and some natural adversarial
+direction is cheap to prune), so none counts without the first.
 """
 
 from __future__ import annotations
@@ -121,30 +124,50 @@ def by_probes(
             judge(
                 target,
                 advantage(contender, contenders),
-                unlearned.share(target),
+                unlearned.share(target) if unlearned.held else None,
                 contender.score if contender.size > 0 else None,
+                second(contender, contenders),
                 config,
             )
         )
     return max(verdicts, key=lambda verdict: verdict.score)
 
 
+def second(contender: Contender, contenders: Sequence[Contender]) -> float:
+    """The largest advantage for its class of the other families' probes; 0 where there is none."""
+    return max(
+        (
+            advantage(other, contenders)
+            for other in contenders
+            if other.probe.target == contender.probe.target
+            and other.probe.family.name != contender.probe.family.name
+        ),
+        default=0.0,
+    )
+
+
 def judge(
     target: int,
     strength_ratio: float,
-    concentration: float,
+    concentration: float | None,
     repairability: float | None,
+    seconded: float,
     config: VerdictConfig,
 ) -> Verdict:
     """Judge one probe's evidence, each piece scaled to [0, 1] over the range where networks differ.
 
-    strength_ratio: the probe's advantage, a binary logarithm. repairability: None for a probe that
+    strength_ratio: the probe's advantage, a binary logarithm. concentration: None where unlearning
+    says nothing; the others support alone then. repairability: None for a probe that
     was not raced; it, or one whose success no mask can remove at a gain, is no evidence at all.
+    seconded: the next family's advantage for the class.
     """
     repair = "was not looked for" if repairability is None else f"is worth {repairability:.2f} of 1"
     worth = 0.0 if repairability is None else repairability
-    support = _ramp(concentration, *config.concentration)
-    support = (support + _ramp(worth, *config.repairability)) / 2
+    support = max(_ramp(worth, *config.repairability), _ramp(seconded, *config.advantage))
+    left = "says nothing without batch norms"
+    if concentration is not None:
+        support = (support + _ramp(concentration, *config.concentration)) / 2
+        left = f"leaves the best probe's class on {100 * concentration:.0f}% of the images"
     score = _ramp(strength_ratio, *config.advantage) * (1 + support) / 2
     if worth <= 0:
         score = 0.0
@@ -153,12 +176,13 @@ def judge(
         target,
         "probes",
         {
-            "concentration": concentration,
+            **({} if concentration is None else {"concentration": concentration}),
             "repairability": worth,
             "advantage": strength_ratio,
+            "seconded": seconded,
         },
-        f"unlearning leaves the best probe's class on {100 * concentration:.0f}% of the images, "
-        f"its repair {repair}, its advantage over other classes is 2^{strength_ratio:.1f}",
+        f"unlearning {left}, the best probe's repair {repair}, its advantage over other classes is "
+        f"2^{strength_ratio:.1f}, the next family's 2^{seconded:.1f}",
         config,
     )
 

@@ -49,6 +49,7 @@ def synthesise(
     seed: int,
     ledger: Ledger,
     gates: Tensor | None = None,
+    families: Sequence[Family] = FAMILIES,
 ) -> list[Probe]:
     """Optimise one trigger per (family, target) on clean images [N, C, H, W] with labels [N].
 
@@ -63,35 +64,35 @@ def synthesise(
     device = network.device
     states = [
         [parameter.to(device) for parameter in family.start(len(targets), shape, random)]
-        for family in FAMILIES
+        for family in families
     ]
     for state in states:
         for parameter in state:
             parameter.requires_grad_(True)
     optimizer = Adam(
-        *((state, family.learning_rate) for family, state in zip(FAMILIES, states, strict=True)),
+        *((state, family.learning_rate) for family, state in zip(families, states, strict=True)),
         betas=(0.5, 0.9),
     )
     others = [(labels != target).nonzero().squeeze(1) for target in targets]
-    answers = torch.tensor(targets, device=device).repeat(len(FAMILIES)).repeat_interleave(draw)
+    answers = torch.tensor(targets, device=device).repeat(len(families)).repeat_interleave(draw)
     for step in range(steps):
         rows = [o[torch.randint(len(o), (draw,), generator=random)] for o in others]
         batch = images[torch.stack(rows)].to(device)  # [targets, draw, C, H, W]
         triggered = torch.cat(
-            [f.apply(state, batch, valid) for f, state in zip(FAMILIES, states, strict=True)]
+            [f.apply(state, batch, valid) for f, state in zip(families, states, strict=True)]
         )  # [families * targets, draw, C, H, W], family-major
         pixels = triggered.flatten(0, 1)
         right, gradients = gradients_towards(network, pixels.detach(), answers, gates)
         success = right.float().view(-1, draw).mean(1)
         weight = ((success - 0.8) / 0.2).clamp(0.05, 1.0)
-        penalties = torch.cat([f.penalty(state) for f, state in zip(FAMILIES, states, strict=True)])
+        penalties = torch.cat([f.penalty(state) for f, state in zip(families, states, strict=True)])
         optimizer.zero_grad()
         torch.autograd.backward([pixels, (weight * penalties).sum()], [gradients / draw, None])
         if step == steps * 3 // 4:
             optimizer.rates = [0.5 * rate for rate in optimizer.rates]  # settle
         optimizer.step()
         with torch.no_grad():
-            for family, state in zip(FAMILIES, states, strict=True):
+            for family, state in zip(families, states, strict=True):
                 family.project(state, valid)
         ledger.count(2 * len(answers))
         ledger.tick(step + 1, steps)
@@ -103,6 +104,6 @@ def synthesise(
             valid,
             float(family.size([p.detach()[i : i + 1] for p in state], valid)),
         )
-        for family, state in zip(FAMILIES, states, strict=True)
+        for family, state in zip(families, states, strict=True)
         for i, target in enumerate(targets)
     ]

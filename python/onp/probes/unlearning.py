@@ -7,11 +7,12 @@ clean loss. What stays is what the clean images do not speak of.
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from onp.config import UnlearningConfig
 from onp.ledger import Ledger
@@ -26,6 +27,9 @@ class Unlearned:
     model: nn.Module
     answers: Tensor
     """int64 [K]: how many clean images got each answer."""
+    held: bool = True
+    """Whether batch norms held the activations. Without them the class that is left is often an
+    arbitrary one, and says little."""
 
     def share(self, answer: int) -> float:
         """Share of the clean images that get ``answer``."""
@@ -47,13 +51,20 @@ def unlearn(
 ) -> Unlearned:
     """Maximise cross-entropy on images float32 [N, C, H, W] until the accuracy is gone.
 
-    Works on a copy in training mode (batch statistics). Costs 3 image-forwards an image.
+    Works on a copy in training mode (batch statistics); gently where there are no batch norms.
+    Costs 3 image-forwards an image.
     """
     random = torch.Generator().manual_seed(seed)
     student = copy.deepcopy(model).requires_grad_(True).train()
     for module in student.modules():
         if "Dropout" in type(module).__name__:
             module.eval()  # its noise would draw on the global random state
+    held = any(isinstance(module, _BatchNorm) for module in student.modules())
+    if not held:
+        config = replace(
+            config, learning_rate=config.gentle_rate, gradient_norm=config.gentle_norm,
+            max_steps=config.gentle_steps,
+        )  # fmt: skip
     optimizer = Sgd(student.parameters(), config.learning_rate, config.momentum)
     batch = min(config.batch, len(images))
     device = next(student.parameters()).device
@@ -76,4 +87,4 @@ def unlearn(
             [student(part.to(device)).argmax(1).cpu() for part in images.split(250)]
         )
     ledger.count(len(images))
-    return Unlearned(student, torch.bincount(answers, minlength=logits.shape[1]))
+    return Unlearned(student, torch.bincount(answers, minlength=logits.shape[1]), held)
