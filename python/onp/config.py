@@ -52,10 +52,15 @@ class SynthesisConfig:
     """for so many classes at most, those that unlearning names first."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
-    counted: int = 2
+    counted: int = 3
     """At most this many probes of the target count, the best first;"""
     counted_margin: float = 0.1
-    """a further one counts if its best mask is worth at most this less than the best's."""
+    """a further one counts if its best mask is worth at most this less than the best's,"""
+    counted_lead: float = 1.0
+    """or if it leads other classes by this (binary logarithm)"""
+    counted_success: float = 0.5
+    """and works so often, whatever its mask is worth: no mask of a race may do where a backdoor is
+    spread over many sites."""
     through_strength: float = 0.7
     """A renewed probe gets through if it is this much stronger than another class needs to be
     (binary logarithm), and"""

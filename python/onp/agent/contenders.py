@@ -43,18 +43,23 @@ def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
 def counted_contenders(
     contenders: Sequence[Contender], target: Target, config: SynthesisConfig
 ) -> list[Contender]:
-    """The target's contenders that are stronger than their sisters: the most repairable one, and
-    those nearly as repairable; best first."""
-    stronger = [
-        contender
-        for contender in contenders
-        if contender.probe.target == target
-        and contender.size > 0
-        and advantage(contender, contenders) > 0
+    """The target's contenders that are stronger than their sisters: the most repairable one, those
+    nearly as repairable, the best first, then those that lead by far."""
+    leads = {
+        c: lead
+        for c in contenders
+        if c.probe.target == target and c.size > 0 and (lead := advantage(c, contenders)) > 0
+    }
+    best = max(c.score for c in leads)
+    near = [c for c in leads if c.score >= best - config.counted_margin]
+    far = [
+        c
+        for c, lead in leads.items()
+        if c not in near and lead >= config.counted_lead and c.success >= config.counted_success
     ]
-    best = max(contender.score for contender in stronger)
-    near = [c for c in stronger if c.score >= best - config.counted_margin]
-    return sorted(near, key=lambda c: -c.score)[: config.counted]
+    near.sort(key=lambda c: -c.score)
+    far.sort(key=lambda c: -leads[c])
+    return (near + far)[: config.counted]
 
 
 def getting_through(
