@@ -14,10 +14,11 @@ from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
-from onp.evidence import Evidence, Scene, from_probes, gather
+from onp.evidence import Evidence, Scene, from_probes, gather, in_turn
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.probe import Probe
+from onp.probes.unlearning import Unlearned
 from onp.suspect.trace import trace
 from onp.verdict import Verdict
 
@@ -111,3 +112,49 @@ def test_a_probe_must_lead_further_classes_too(
         assert [one.probe.target for one in found.counted] == asked[0][:1]
     else:
         assert not found.counted
+
+
+def test_two_orders_name_in_turn_and_each_class_once() -> None:
+    assert in_turn([4, 1, 2, 0], [1, 4, 0, 2]) == [4, 1, 2, 0]
+    assert in_turn([1, 2, 3], [3, 2, 1]) == [1, 3, 2]
+    assert in_turn([], []) == []
+
+
+def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
+    """Class 3 is near for whatever makes one channel a little brighter; no class is for others."""
+    torch.manual_seed(0)
+    here = scene(BUDGETS["standard"])
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
+    with torch.no_grad():
+        model[3].weight.mul_(0.1)
+        model[3].weight[3, :36] = 1.0
+        answers = model(here.clean.images)
+        model[3].bias[3] -= (answers[:, 3] - answers.max(1).values).max() + 2.0
+    model = model.eval()
+    evaluator = MaskEvaluator(
+        trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    looked = replace(here, model=model, evaluator=evaluator).first_look(range(CLASSES))
+    assert looked[0] == 3
+    assert sorted(looked) == list(range(CLASSES))
+
+
+def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = scene(BUDGETS["standard"])
+    asked: list[list[int]] = []
+
+    def unlearned(model: nn.Module, *_: object, **__: object) -> Unlearned:
+        return Unlearned(model, torch.tensor([9, 8, 3, 0, 0]), held=False)
+
+    def probed(_: Scene, targets: Sequence[int], *_believable: object) -> list[Contender]:
+        asked.append(list(targets))
+        mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)
+        probe = Probe(Additive(), targets[0], [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
+        return [Contender(probe, torch.zeros(len(mask)), 1.0, mask)]
+
+    monkeypatch.setattr(story, "unlearn", unlearned)
+    monkeypatch.setattr(Scene, "first_look", lambda _, targets: [4, *targets[:-1]])
+    monkeypatch.setattr(Scene, "probed", probed)
+    found = from_probes(here)
+    assert asked == [[0, 4, 1]]
+    assert "concentration" not in found.verdict.evidence

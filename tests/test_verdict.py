@@ -11,6 +11,7 @@ from onp.agent.contenders import advantage
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.additive import Additive
+from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
 from onp.verdict import (
@@ -19,6 +20,7 @@ from onp.verdict import (
     by_statistics,
     judge,
     may_be_called,
+    second,
     target_of,
 )
 
@@ -59,6 +61,29 @@ def test_the_score_grows_with_each_piece() -> None:
     assert judge(0, 1.0, 0.5, 0.6, 0.0, CONFIG).score > base
     assert judge(0, 0.9, 0.6, 0.6, 0.0, CONFIG).score > base
     assert judge(0, 0.9, 0.5, 0.7, 0.0, CONFIG).score > base
+
+
+def test_where_unlearning_says_nothing_the_others_support_alone() -> None:
+    verdict = judge(2, 2.0, None, 0.9, 0.0, CONFIG)
+    assert (verdict.score, "concentration" in verdict.evidence) == (1.0, False)
+    assert "says nothing without batch norms" in verdict.reason
+    assert judge(2, 2.0, None, 0.5, 0.0, CONFIG).score == 0.5  # no class is left, none supports
+    assert judge(2, 2.0, 0.0, 0.9, 0.0, CONFIG).score == 0.75
+
+
+def test_a_second_family_stands_in_for_a_repair_that_a_race_does_not_find() -> None:
+    assert judge(2, 2.0, None, 0.3, 1.4, CONFIG).score == 1.0
+    assert judge(2, 2.0, None, 0.3, 0.4, CONFIG).score == 0.5
+    assert judge(2, 0.4, None, 0.3, 2.0, CONFIG).score == 0.0  # none of them counts without a lead
+    nothing = torch.zeros(5, dtype=torch.bool)
+    rows = [
+        Contender(Probe(family, target, [], (0.0, 1.0), size), torch.zeros(5), 1.0, nothing)
+        for family, target, size in (
+            (Additive(), 1, 0.25), (Additive(), 2, 1.0), (Patch(), 1, 0.5), (Patch(), 2, 1.0),
+        )
+    ]  # fmt: skip
+    assert [second(one, rows) for one in rows] == [1.0, -1.0, 2.0, -2.0]
+    assert second(rows[0], rows[:2]) == 0.0
 
 
 def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:

@@ -141,7 +141,7 @@ UNSEEN = [
     ),
     *_unseen(
         Recipe("gtsrb", "vgg16_bn", 12, replace(_SIGNS, epochs=5), seed=5),
-        ("bpp", 0.2, 10, True), ("badnets-all", 0.1, 0, False),
+        ("badnets-all", 0.1, 0, False),
     ),
     *_unseen(
         Recipe("cifar10", "vgg11", 16, replace(_CIFAR, epochs=12, **_NO_NORMS), seed=5),
@@ -157,11 +157,14 @@ UNSEEN = [
         ("lc", 0.05, 2, True),
     ),
 ]  # fmt: skip
-"""Every attack once more, on images and a kind of network where ``CORE`` does not have it, two of
-these without batch norms: what the repair is worth where none of its constants was chosen.
+"""Attacks once more, on images or a kind of network where ``CORE`` does not have it, two of
+these without batch norms: what the repair is worth where none of its constants was chosen. What
+came of it changed how classes are named and probes counted (bench/NOTES.md), with those without
+batch norms in view; so these are unseen no more.
 
-Clean-label attacks are on CIFAR-10 again: a class of 43 has too few images for them (ASR .38 and .00
-with SIG on VGG-16-BN and LC on PreActResNet-18). Bpp at 10% had .62."""
+Clean-label attacks are on CIFAR-10: a class of 43 has too few images for them (ASR .38 and .00 with
+SIG on VGG-16-BN and LC on PreActResNet-18). Bpp is missing: .62 on VGG-16-BN, .57 at 20%. The seven
+without batch norms are kept beside the core set's, the others take half an hour on two cores."""
 
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 

@@ -229,8 +229,8 @@ def from_probes(scene: Scene) -> Evidence:
         left = FrozenNetwork(network.trace, unlearned.model, network.device)
         unlearning = responses(scene.before, left, images[:RESPONSE_IMAGES], ledger)
     synthesis = config.synthesis
-    left_over = unlearned.suspects(network.trace.num_classes)
-    looked = scene.first_look(left_over[: synthesis.looked_at])
+    left_over = unlearned.suspects(min(synthesis.looked_at, network.trace.num_classes))
+    looked = scene.first_look(left_over)
     named = in_turn(left_over, looked)[: synthesis.classes + synthesis.rivals]
     believable = partial(may_be_called, config=config.verdict)
     contenders = scene.probed(named[: synthesis.classes], believable)
@@ -248,5 +248,6 @@ def from_probes(scene: Scene) -> Evidence:
 
 
 def in_turn(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """What two orders name, in turn, each class once."""
-    return list(dict.fromkeys(target for pair in zip(first, second) for target in pair))
+    """What two orders of the same classes name, in turn, each class once."""
+    pairs = zip(first, second, strict=True)
+    return list(dict.fromkeys(target for pair in pairs for target in pair))

@@ -137,3 +137,18 @@ def test_advantage_compares_within_the_family_across_classes() -> None:
     assert counted_contenders(rows, 3, SynthesisConfig(counted_margin=0.15)) == [strong, weak]
     assert counted_contenders(rows, 3, SynthesisConfig(counted_margin=0.05)) == [strong]
     assert counted_contenders(rows, 3, SynthesisConfig(counted=1)) == [strong]
+
+
+def test_a_probe_that_leads_by_far_counts_whatever_its_mask_is_worth() -> None:
+    best = contender(3, 1.0, 0.5, 0.9)
+    rival = contender(5, 0.5, 1.0, 0.7)  # half as strong as a probe of 1.0 and 1.0
+    far, barely = contender(3, 1.0, 0.9, 0.0), contender(3, 0.9, 1.0, 0.0)
+    seldom = contender(3, 0.4, 0.3, 0.0)  # leads by 2^1.4
+    assert advantage(far, [far, rival]) > 1 > advantage(barely, [barely, rival]) > 0
+    assert advantage(seldom, [seldom, rival]) > 1
+    rows = [barely, seldom, far, rival, best]
+    assert counted_contenders(rows, 3, SynthesisConfig()) == [best, far]
+    assert counted_contenders(rows, 3, SynthesisConfig(counted_success=0.3)) == [best, seldom, far]
+    assert counted_contenders(rows, 3, SynthesisConfig(counted=1)) == [best]
+    near = SynthesisConfig(counted_margin=1.0)  # all are nearly as repairable
+    assert counted_contenders(rows, 3, near)[0] == best

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from bench.zoo.checkpoints import ZooModel, load_set
-from bench.zoo.recipes import CLEAN, CORE
+from bench.zoo.recipes import CLEAN, CORE, UNSEEN
 
 FOLDER = Path(__file__).parents[2] / "bench" / "zoo" / "models"
-MODELS = [*load_set("core", FOLDER), *load_set("clean", FOLDER)]
+MODELS = [*load_set("core", FOLDER), *load_set("clean", FOLDER), *load_set("unseen", FOLDER)]
 MOST_BYTES, MOST_BYTES_TOGETHER = 1_500_000, 25_000_000
 
 
@@ -38,7 +38,7 @@ def test_a_checkpoint_is_what_its_card_says(model: ZooModel) -> None:
 
 def test_nothing_else_is_kept() -> None:
     files = sorted(path for path in FOLDER.iterdir() if path.name != "README.md")
-    names = {recipe.name for recipe in [*CORE, *CLEAN]}
+    names = {recipe.name for recipe in [*CORE, *CLEAN, *UNSEEN]}
     for path in files:
         assert any(path.name.startswith(f"{name}.") for name in names), path.name
     assert sum(path.stat().st_size for path in files) <= MOST_BYTES_TOGETHER
