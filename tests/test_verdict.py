@@ -82,8 +82,10 @@ def test_a_second_family_stands_in_for_a_repair_that_a_race_does_not_find() -> N
             (Additive(), 1, 0.25), (Additive(), 2, 1.0), (Patch(), 1, 0.5), (Patch(), 2, 1.0),
         )
     ]  # fmt: skip
-    assert [second(one, rows) for one in rows] == [1.0, -1.0, 2.0, -2.0]
-    assert second(rows[0], rows[:2]) == 0.0
+    assert [second(one, rows, []) for one in rows] == [1.0, -1.0, 2.0, -2.0]
+    assert second(rows[0], rows[:2], []) == 0.0
+    assert second(rows[0], rows[:2], rows[2:]) == 1.0
+    assert second(rows[0], rows, rows[:2]) == 2.0
 
 
 def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:

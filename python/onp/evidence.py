@@ -83,25 +83,28 @@ class Scene:
         with self.ledger.stage("race"):
             return self.raced(probes, believable)
 
-    def first_look(self, targets: Sequence[int]) -> list[int]:
-        """The classes by how strong a patch of a few steps is for each, the strongest first: that
-        of a backdoor needs next to nothing, whatever its trigger looks like."""
+    def first_look(self, targets: Sequence[int]) -> list[Contender]:
+        """A patch of a few steps for each of the classes, the one that leads most first: that of a
+        backdoor needs next to nothing, whatever its trigger looks like."""
         config = self.config.synthesis
+        nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
+        few = self.clean[:LOOK_JUDGED]
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
                 steps=config.look_steps, draw=config.look_images, families=LOOK,
                 valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
-            nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-            few = self.clean[:LOOK_JUDGED]
-            reached = {
-                probe.target: strength(
-                    success_of(probe, self.evaluator, nothing, few.images, few.labels), probe.size
+            looked = [
+                Contender(
+                    probe,
+                    nothing.float(),
+                    success_of(probe, self.evaluator, nothing, few.images, few.labels),
+                    nothing,
                 )
                 for probe in probes
-            }
-        return sorted(targets, key=lambda target: -reached[target])
+            ]
+        return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
 
     def raced(self, probes: Sequence[Probe], believable: Believable = always) -> list[Contender]:
         """The probes' contenders, best first."""
@@ -231,14 +234,15 @@ def from_probes(scene: Scene) -> Evidence:
     synthesis = config.synthesis
     left_over = unlearned.suspects(min(synthesis.looked_at, network.trace.num_classes))
     looked = scene.first_look(left_over)
-    named = in_turn(left_over, looked)[: synthesis.classes + synthesis.rivals]
+    targets = [target for one in looked if isinstance(target := one.probe.target, int)]
+    named = in_turn(left_over, targets)[: synthesis.classes + synthesis.rivals]
     believable = partial(may_be_called, config=config.verdict)
     contenders = scene.probed(named[: synthesis.classes], believable)
-    verdict = by_probes(contenders, unlearned, config.verdict)
+    verdict = by_probes(contenders, looked, unlearned, config.verdict)
     rivals = named[synthesis.classes :]
     if verdict.target is not None and rivals:
         contenders = sorted(contenders + scene.probed(rivals), key=lambda one: -one.score)
-        verdict = by_probes(contenders, unlearned, config.verdict)
+        verdict = by_probes(contenders, looked, unlearned, config.verdict)
     counted = (
         []
         if verdict.target is None

@@ -17,8 +17,9 @@ against one that shifts them by two; then the lesser of its share and its advant
 - concentration: after unlearning the network answers that probe's class (not asked where there are
   no batch norms: what is left then is often an arbitrary class);
 - repairability: the success of that probe can be pruned away at little cost in accuracy;
-- second: another family's probe has an advantage for the same class too, as a backdoor's class is
-  near for whatever resembles its trigger, however widely the network has spread it.
+- second: another family's probe, or a first look at every class, has an advantage for the same
+  class too, as a backdoor's class is near for whatever resembles its trigger, however widely the
+  network has spread it.
 
     score = advantage * (1 + mean(concentration, max(repairability, second))) / 2
 
@@ -113,9 +114,13 @@ def may_be_called(contenders: Sequence[Contender], config: VerdictConfig) -> boo
 
 
 def by_probes(
-    contenders: Sequence[Contender], unlearned: Unlearned, config: VerdictConfig
+    contenders: Sequence[Contender],
+    looked: Sequence[Contender],
+    unlearned: Unlearned,
+    config: VerdictConfig,
 ) -> Verdict:
-    """The verdict of the probe with the strongest evidence."""
+    """The verdict of the probe with the strongest evidence. looked: those of a first look at every
+    class."""
     verdicts = []
     for contender in contenders:
         target = contender.probe.target
@@ -126,24 +131,26 @@ def by_probes(
                 advantage(contender, contenders),
                 unlearned.share(target) if unlearned.held else None,
                 contender.score if contender.size > 0 else None,
-                second(contender, contenders),
+                second(contender, contenders, looked),
                 config,
             )
         )
     return max(verdicts, key=lambda verdict: verdict.score)
 
 
-def second(contender: Contender, contenders: Sequence[Contender]) -> float:
-    """The largest advantage for its class of the other families' probes; 0 where there is none."""
-    return max(
-        (
-            advantage(other, contenders)
-            for other in contenders
-            if other.probe.target == contender.probe.target
-            and other.probe.family.name != contender.probe.family.name
-        ),
-        default=0.0,
-    )
+def second(
+    contender: Contender, contenders: Sequence[Contender], looked: Sequence[Contender]
+) -> float:
+    """The largest advantage for the contender's class of another family's probe, or of the first
+    look's, over theirs for other classes; 0 where there is none."""
+    others = [c for c in contenders if c.probe.family.name != contender.probe.family.name]
+    leads = [
+        advantage(one, those)
+        for those in (others, looked)
+        for one in those
+        if one.probe.target == contender.probe.target
+    ]
+    return max(leads, default=0.0)
 
 
 def judge(
@@ -159,7 +166,7 @@ def judge(
     strength_ratio: the probe's advantage, a binary logarithm. concentration: None where unlearning
     says nothing; the others support alone then. repairability: None for a probe that
     was not raced; it, or one whose success no mask can remove at a gain, is no evidence at all.
-    seconded: the next family's advantage for the class.
+    seconded: the advantage for the class of another family or of the first look.
     """
     repair = "was not looked for" if repairability is None else f"is worth {repairability:.2f} of 1"
     worth = 0.0 if repairability is None else repairability
@@ -182,7 +189,7 @@ def judge(
             "seconded": seconded,
         },
         f"unlearning {left}, the best probe's repair {repair}, its advantage over other classes is "
-        f"2^{strength_ratio:.1f}, the next family's 2^{seconded:.1f}",
+        f"2^{strength_ratio:.1f}, another look's 2^{seconded:.1f}",
         config,
     )
 
