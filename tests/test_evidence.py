@@ -136,10 +136,14 @@ def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
         trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
     )
     looked = replace(here, model=model, evaluator=evaluator).first_look(range(CLASSES))
-    assert advantage(looked[0], looked) > 0 > advantage(looked[1], looked)
+    assert [one.probe.family.name for one in looked] == ["patch"] * CLASSES
     targets = [one.probe.target for one in looked]
     assert targets[0] == 3
-    assert set(targets) == set(range(CLASSES))
+    assert sorted(targets) == list(range(CLASSES))
+    assert advantage(looked[0], looked) > 0.5
+    config, others = here.config.synthesis, 2 * 16  # of 20 images 16 are of other classes
+    steps = 2 * config.look_steps * config.look_images
+    assert evaluator.ledger.total == CLASSES * (steps + others)
 
 
 def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -281,7 +281,7 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
         labels[::2] = (labels[::2] + 1) % 5
     config = replace(
         BUDGETS["quick"],
-        unlearning=UnlearningConfig(max_steps=2),
+        unlearning=UnlearningConfig(max_steps=2, gentle_steps=2),
         synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
         agent=AgentConfig(rounds=2, images=8),
     )

@@ -82,10 +82,25 @@ def test_a_second_family_stands_in_for_a_repair_that_a_race_does_not_find() -> N
             (Additive(), 1, 0.25), (Additive(), 2, 1.0), (Patch(), 1, 0.5), (Patch(), 2, 1.0),
         )
     ]  # fmt: skip
-    assert [second(one, rows, []) for one in rows] == [1.0, -1.0, 2.0, -2.0]
-    assert second(rows[0], rows[:2], []) == 0.0
-    assert second(rows[0], rows[:2], rows[2:]) == 1.0
-    assert second(rows[0], rows, rows[:2]) == 2.0
+    least = CONFIG.least_success
+    assert [second(one, rows, [], least) for one in rows] == [1.0, -1.0, 2.0, -2.0]
+    assert second(rows[0], rows[:2], [], least) == 0.0
+    assert second(rows[0], rows[:2], rows[2:], least) == 1.0  # a first look with another family
+    assert second(rows[2], rows[2:], rows[2:], least) == 0.0  # with its own
+
+
+def test_a_family_that_hardly_works_seconds_nothing() -> None:
+    nothing = torch.zeros(5, dtype=torch.bool)
+    rows = [
+        Contender(Probe(family, target, [], (0.0, 1.0), 1.0), torch.zeros(5), success, nothing)
+        for family, target, success in (
+            (Additive(), 1, 0.9), (Additive(), 2, 0.3), (Patch(), 1, 0.03), (Patch(), 2, 0.01),
+        )
+    ]  # fmt: skip
+    assert advantage(rows[2], rows) > 1.4
+    assert second(rows[0], rows, [], CONFIG.least_success) == 0.0
+    assert second(rows[0], rows[:2], rows[2:], CONFIG.least_success) == 0.0
+    assert second(rows[0], rows, [], 0.0) == advantage(rows[2], rows)
 
 
 def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:

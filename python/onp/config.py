@@ -233,8 +233,10 @@ class VerdictConfig:
     repairability: tuple[float, float] = (0.5, 0.9)
     """Worth of the best probe's best mask (1 is a free and complete repair)."""
     advantage: tuple[float, float] = (0.4, 1.4)
-    """Binary logarithm of the best probe's strength over the same family's for another class; of a
-    label shift's share, over that of the shift by two."""
+    """Binary logarithm of the best probe's strength over the same family's for another class, and
+    of a second family's; of a label shift's share, over that of the shift by two."""
+    least_success: float = 0.25
+    """Of a second family: a trigger that hardly works on any class leads by chance."""
     certain: float = 0.6
     """Score of the norm statistics from which on no other probes are asked."""
     excess: tuple[float, float] = (1.2, 2.2)
@@ -300,7 +302,7 @@ class Config:
 BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
-        unlearning=UnlearningConfig(max_steps=15),
+        unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
         synthesis=SynthesisConfig(
             steps=20, images_per_step=16, classes=2, rivals=3, renewal_steps=15
         ),

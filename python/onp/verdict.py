@@ -17,14 +17,15 @@ against one that shifts them by two; then the lesser of its share and its advant
 - concentration: after unlearning the network answers that probe's class (not asked where there are
   no batch norms: what is left then is often an arbitrary class);
 - repairability: the success of that probe can be pruned away at little cost in accuracy;
-- second: another family's probe, or a first look at every class, has an advantage for the same
-  class too, as a backdoor's class is near for whatever resembles its trigger, however widely the
+- second: another family's probe, in long or at the first look, has an advantage for the same class
+  too, as a backdoor's class is near for whatever resembles its trigger, however widely the
   network has spread it.
 
     score = advantage * (1 + mean(concentration, max(repairability, second))) / 2
 
-A clean network can show these (unlearning may leave any one class, and some natural adversarial
-direction is cheap to prune), so none counts without the first.
+without concentration where that is not asked, and 0 where pruning brings no gain at all. A clean
+network can show these (unlearning may leave any one class, and some natural adversarial direction
+is cheap to prune), so none counts without the first.
 """
 
 from __future__ import annotations
@@ -131,7 +132,7 @@ def by_probes(
                 advantage(contender, contenders),
                 unlearned.share(target) if unlearned.held else None,
                 contender.score if contender.size > 0 else None,
-                second(contender, contenders, looked),
+                second(contender, contenders, looked, config.least_success),
                 config,
             )
         )
@@ -139,16 +140,20 @@ def by_probes(
 
 
 def second(
-    contender: Contender, contenders: Sequence[Contender], looked: Sequence[Contender]
+    contender: Contender,
+    contenders: Sequence[Contender],
+    looked: Sequence[Contender],
+    least_success: float,
 ) -> float:
-    """The largest advantage for the contender's class of another family's probe, or of the first
-    look's, over theirs for other classes; 0 where there is none."""
-    others = [c for c in contenders if c.probe.family.name != contender.probe.family.name]
+    """The largest advantage for the contender's class of another family's probe, in long or at the
+    first look, that works on so many images; 0 where there is none."""
     leads = [
         advantage(one, those)
-        for those in (others, looked)
+        for those in (contenders, looked)
         for one in those
         if one.probe.target == contender.probe.target
+        and one.probe.family.name != contender.probe.family.name
+        and one.success >= least_success
     ]
     return max(leads, default=0.0)
 

@@ -146,9 +146,9 @@ def test_a_probe_that_leads_by_far_counts_whatever_its_mask_is_worth() -> None:
     seldom = contender(3, 0.4, 0.3, 0.0)  # leads by 2^1.4
     assert advantage(far, [far, rival]) > 1 > advantage(barely, [barely, rival]) > 0
     assert advantage(seldom, [seldom, rival]) > 1
-    rows = [barely, seldom, far, rival, best]
+    rows = [far, barely, seldom, rival, best]
     assert counted_contenders(rows, 3, SynthesisConfig()) == [best, far]
     assert counted_contenders(rows, 3, SynthesisConfig(counted_success=0.3)) == [best, seldom, far]
     assert counted_contenders(rows, 3, SynthesisConfig(counted=1)) == [best]
     near = SynthesisConfig(counted_margin=1.0)  # all are nearly as repairable
-    assert counted_contenders(rows, 3, near)[0] == best
+    assert counted_contenders(rows, 3, near) == [best, far, barely]
