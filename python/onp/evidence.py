@@ -219,9 +219,9 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_probes(scene: Scene) -> Evidence:
-    """Unlearn, look at every class (64 at most), probe those that either names with every family, and race what
-    is found, unless no probe leads enough to be called; before a backdoor is believed further
-    classes are probed, as a probe counts by its lead over theirs."""
+    """Unlearn, look at every class (64 at most), probe those that either names with every family,
+    and race what is found, unless no probe leads enough to be called; before a backdoor is believed
+    further classes are probed, as a probe counts by its lead over theirs."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
