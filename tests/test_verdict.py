@@ -86,7 +86,7 @@ def test_a_second_family_stands_in_for_a_repair_that_a_race_does_not_find() -> N
     assert [second(one, rows, [], least) for one in rows] == [1.0, -1.0, 2.0, -2.0]
     assert second(rows[0], rows[:2], [], least) == 0.0
     assert second(rows[0], rows[:2], rows[2:], least) == 1.0  # a first look with another family
-    assert second(rows[2], rows[2:], rows[2:], least) == 0.0  # with its own
+    assert second(rows[2], rows[2:], rows[2:], least) == 1.0  # with its own
 
 
 def test_a_family_that_hardly_works_seconds_nothing() -> None:

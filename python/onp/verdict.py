@@ -17,8 +17,8 @@ against one that shifts them by two; then the lesser of its share and its advant
 - concentration: after unlearning the network answers that probe's class (not asked where there are
   no batch norms: what is left then is often an arbitrary class);
 - repairability: the success of that probe can be pruned away at little cost in accuracy;
-- second: another family's probe, in long or at the first look, has an advantage for the same class
-  too, as a backdoor's class is near for whatever resembles its trigger, however widely the
+- second: another family's probe has an advantage for the same class too, or the first look has one
+  over every class, as a backdoor's class is near for whatever resembles its trigger, however widely the
   network has spread it.
 
     score = advantage * (1 + mean(concentration, max(repairability, second))) / 2
@@ -145,15 +145,14 @@ def second(
     looked: Sequence[Contender],
     least_success: float,
 ) -> float:
-    """The largest advantage for the contender's class of another family's probe, in long or at the
-    first look, that works on so many images; 0 where there is none."""
+    """The largest advantage for the contender's class of another family's probe, or of the first
+    look's, which was had over every class, that works on so many images; 0 where there is none."""
+    others = [one for one in contenders if one.probe.family.name != contender.probe.family.name]
     leads = [
         advantage(one, those)
-        for those in (contenders, looked)
+        for those in (others, looked)
         for one in those
-        if one.probe.target == contender.probe.target
-        and one.probe.family.name != contender.probe.family.name
-        and one.success >= least_success
+        if one.probe.target == contender.probe.target and one.success >= least_success
     ]
     return max(leads, default=0.0)
 
