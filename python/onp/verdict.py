@@ -18,8 +18,8 @@ against one that shifts them by two; then the lesser of its share and its advant
   no batch norms: what is left then is often an arbitrary class);
 - repairability: the success of that probe can be pruned away at little cost in accuracy;
 - second: another family's probe has an advantage for the same class too, or the first look has one
-  over every class, as a backdoor's class is near for whatever resembles its trigger, however widely the
-  network has spread it.
+  over every class, as a backdoor's class is near for whatever resembles its trigger, however widely
+  the network has spread it.
 
     score = advantage * (1 + mean(concentration, max(repairability, second))) / 2
 
