@@ -84,8 +84,10 @@ class Scene:
             return self.raced(probes, believable)
 
     def first_look(self, targets: Sequence[int]) -> list[Contender]:
-        """A patch of a few steps for each of the classes, the one that leads most first: that of a
-        backdoor needs next to nothing, whatever its trigger looks like."""
+        """A patch of a few steps for each of the classes, the strongest first: that of many a
+        backdoor needs next to nothing, though its trigger is no patch. Their rankings and masks,
+        [S] each, are empty: nothing is raced. Costs 2 * look_steps * look_images image-forwards a
+        class, and those of judging it on ``LOOK_JUDGED`` images."""
         config = self.config.synthesis
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
         few = self.clean[:LOOK_JUDGED]
