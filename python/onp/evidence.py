@@ -89,23 +89,14 @@ class Scene:
         [S] each, are empty: nothing is raced. Costs 2 * look_steps * look_images image-forwards a
         class, and those of judging it on ``LOOK_JUDGED`` images."""
         config = self.config.synthesis
-        nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-        few = self.clean[:LOOK_JUDGED]
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
                 steps=config.look_steps, draw=config.look_images, families=LOOK,
                 valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
-            looked = [
-                Contender(
-                    probe,
-                    nothing.float(),
-                    success_of(probe, self.evaluator, nothing, few.images, few.labels),
-                    nothing,
-                )
-                for probe in probes
-            ]
+            none = [torch.zeros(self.evaluator.trace.sites)] * len(probes)
+            looked = self._reached(probes, none, LOOK_JUDGED)
         return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
 
     def raced(self, probes: Sequence[Probe], believable: Believable = always) -> list[Contender]:
@@ -117,8 +108,14 @@ class Scene:
 
     def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes with what they reach, for where it is clear that there is a backdoor."""
+        return self._reached(probes, self._rankings(probes), self.config.race.first_images)
+
+    def _reached(
+        self, probes: Sequence[Probe], rankings: Sequence[Tensor], images: int
+    ) -> list[Contender]:
+        """The probes with rankings float32 [S] and what they reach on the first ``images``."""
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-        few = self.clean[: self.config.race.first_images]
+        few = self.clean[:images]
         return [
             Contender(
                 probe,
@@ -126,7 +123,7 @@ class Scene:
                 success_of(probe, self.evaluator, nothing, few.images, few.labels),
                 nothing,
             )
-            for probe, ranking in zip(probes, self._rankings(probes), strict=True)
+            for probe, ranking in zip(probes, rankings, strict=True)
         ]
 
     def _rankings(self, probes: Sequence[Probe]) -> list[Tensor]:
