@@ -19,6 +19,7 @@ from onp.suspect.architectures import (
 ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
     "preactresnet18": lambda width, classes: preactresnet.of_width(int(width), classes),
     "preactresnet10": lambda w, classes: preactresnet.of_width(int(w), classes, (1, 1, 1, 1)),
+    "resnet18": lambda width, classes: resnet.of_width(int(width), classes, (2, 2, 2, 2)),
     "resnet20": lambda width, classes: resnet.of_width(int(width), classes, (3, 3, 3)),
     "vgg16_bn": lambda width, classes: vgg.of_width(int(width), classes, 16),
     "vgg11": lambda width, classes: vgg.of_width(int(width), classes, 11, norm=False),
