@@ -22,6 +22,7 @@ ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
     "resnet18": lambda width, classes: resnet.of_width(int(width), classes, (2, 2, 2, 2)),
     "resnet20": lambda width, classes: resnet.of_width(int(width), classes, (3, 3, 3)),
     "vgg16_bn": lambda width, classes: vgg.of_width(int(width), classes, 16),
+    "vgg11_bn": lambda width, classes: vgg.of_width(int(width), classes, 11),
     "vgg11": lambda width, classes: vgg.of_width(int(width), classes, 11, norm=False),
     "mobilenetv2": mobilenetv2.of_width,
     "densenet": lambda width, classes: densenet.of_width(int(width), classes),

@@ -180,11 +180,11 @@ UNSEEN_2 = [
         ("ssba", 0.1, 11, True), ("input-aware", 0.1, 20, False), ("blended", 0.01, 33, False),
     ),
     *_unseen(
-        Recipe("cifar10", "densenet", 12, replace(_CIFAR, epochs=6), seed=6),
-        ("bpp", 0.1, 5, True), ("wanet", 0.1, 2, True), ("lf", 0.1, 7, True),
+        Recipe("gtsrb", "densenet", 8, _SIGNS, seed=6),
+        ("bpp", 0.1, 5, True), ("lf", 0.1, 7, True),
     ),
     *_unseen(
-        Recipe("cifar10", "mobilenetv2", 0.5, replace(_CIFAR, epochs=8), seed=6),
+        Recipe("cifar10", "vgg11_bn", 16, replace(_CIFAR, epochs=8), seed=6),
         ("adaptive-blend", 0.1, 4, True), ("badnets-all", 0.1, 0, False),
     ),
 ]  # fmt: skip
