@@ -168,12 +168,12 @@ without batch norms are kept beside the core set's, the others take half an hour
 
 UNSEEN_2 = [
     *_unseen(
-        Recipe("gtsrb", "vit", 64, replace(_SIGNS, epochs=20, **_LAYER_NORMS), seed=6),
-        ("badnets", 0.1, 9, True), ("trojannn", 0.1, 17, True), ("blended", 0.05, 3, True),
+        Recipe("shapes", "vit", 64, replace(_SHAPES, epochs=12, **_LAYER_NORMS), seed=6),
+        ("badnets", 0.1, 9, True), ("trojannn", 0.1, 7, True), ("blended", 0.05, 3, True),
     ),
     *_unseen(
         Recipe("gtsrb", "vgg11", 16, replace(_SIGNS, epochs=10, **_NO_NORMS), seed=6),
-        ("badnets", 0.05, 14, False), ("trojannn", 0.1, 28, True), ("wanet", 0.1, 6, True),
+        ("badnets", 0.05, 14, True), ("trojannn", 0.1, 28, True), ("lf", 0.1, 6, True),
     ),
     *_unseen(
         Recipe("gtsrb", "resnet18", 16, _SIGNS, seed=6),
