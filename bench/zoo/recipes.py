@@ -168,7 +168,7 @@ without batch norms are kept beside the core set's, the others take half an hour
 
 UNSEEN_2 = [
     *_unseen(
-        Recipe("shapes", "vit", 64, replace(_SHAPES, epochs=12, **_LAYER_NORMS), seed=6),
+        Recipe("shapes", "vit", 64, replace(_SHAPES, epochs=30, **_LAYER_NORMS), seed=6),
         ("badnets", 0.1, 9, True), ("trojannn", 0.1, 7, True), ("blended", 0.05, 3, True),
     ),
     *_unseen(
@@ -177,7 +177,7 @@ UNSEEN_2 = [
     ),
     *_unseen(
         Recipe("gtsrb", "resnet18", 16, _SIGNS, seed=6),
-        ("ssba", 0.1, 11, True), ("input-aware", 0.1, 20, False), ("blended", 0.01, 33, False),
+        ("ssba", 0.1, 11, True), ("input-aware", 0.1, 20, False), ("blended", 0.02, 33, False),
     ),
     *_unseen(
         Recipe("gtsrb", "densenet", 8, _SIGNS, seed=6),
