@@ -138,6 +138,8 @@ def main() -> None:
     model = clean_twin() if clean else suspect()
     config = BUDGETS[budget]
     config = replace(config, agent=replace(config.agent, steps=1))  # learning is there as well
+    if clean:  # whatever leads is called, so that probes are raced, searched against and renewed
+        config = replace(config, verdict=replace(config.verdict, threshold=0.0))
     with Device():
         result = story.sanitize(model, demo.clean_images(), seed=0, budget=config, backend="torch")
     print(result.verdict, int(result.mask.sum()), sorted(result.report["seconds"]))

@@ -18,7 +18,7 @@ from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence, Scene, from_probes, gather, in_turn
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
-from onp.probes.probe import Probe
+from onp.probes.probe import Probe, Target
 from onp.probes.unlearning import Unlearned
 from onp.suspect.trace import trace
 from onp.verdict import Verdict
@@ -74,40 +74,45 @@ def test_the_stronger_evidence_decides(
     ("rival", "rivals", "called", "looks"),
     [
         (0.2, 2, True, 2),  # weaker than the suspect: believed
-        (2.0, 2, False, 2),  # stronger, and no one class leads: two had told by chance
+        (0.8, 2, False, 2),  # hardly weaker
+        (2.0, 2, False, 2),  # both stronger: three had told by chance
         (2.0, 0, True, 1),  # nobody looked
     ],
 )
 def test_a_probe_must_lead_further_classes_too(
     rival: float, rivals: int, called: bool, looks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two classes are probed, one of them four times as strong; then, as that calls a backdoor,
-    ``rivals`` more whose probes are ``rival`` times as strong as the suspect's."""
+    """Three classes are probed, one of them four times as strong; then, as that calls a backdoor,
+    ``rivals`` more whose probes are ``rival`` times as strong as the suspect's. Only the probes of
+    a class that is called are raced."""
     quick = BUDGETS["quick"]
     here = scene(replace(quick, synthesis=replace(quick.synthesis, rivals=rivals)))
     asked: list[list[int]] = []
+    races: list[list[Target]] = []
 
-    def probed(_: Scene, targets: Sequence[int], *_believable: object) -> list[Contender]:
-        size = [1.0, 4.0] if not asked else [1 / rival] * len(targets)
+    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
+        size = [1.0, 4.0, 4.0] if not asked else [1 / rival] * len(targets)
         asked.append(list(targets))
-        mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)
-        mask[0] = True
-        state = [torch.zeros(1, 1, 3, 8, 8)]
+        state, sites = [torch.zeros(1, 1, 3, 8, 8)], torch.zeros(here.evaluator.trace.sites)
         return [
-            Contender(
-                Probe(Additive(), target, state, (0.0, 1.0), one), torch.zeros(len(mask)), 1.0,
-                mask, score=0.95,
-            )
+            Contender(Probe(Additive(), target, state, (0.0, 1.0), one), sites, 1.0, sites.bool())
             for target, one in zip(targets, size, strict=True)
-        ]  # fmt: skip
+        ]
+
+    def raced(_: Scene, probes: Sequence[Probe]) -> list[Contender]:
+        races.append([probe.target for probe in probes])
+        sites = torch.ones(here.evaluator.trace.sites)
+        return [Contender(probe, sites, 1.0, sites.bool(), score=0.95) for probe in probes]
 
     monkeypatch.setattr(Scene, "probed", probed)
+    monkeypatch.setattr(Scene, "raced", raced)
     found = from_probes(here)
     assert (found.verdict.target is not None) == called
     assert len(asked) == looks
     classes = [target for targets in asked for target in targets]
     assert len(set(classes)) == len(classes) == len(found.contenders)
-    assert len(classes) == 2 + (rivals if looks > 1 else 0)
+    assert len(classes) == 3 + (rivals if looks > 1 else 0)
+    assert races == ([asked[0][:1]] if called else [])
     if called:
         assert found.verdict.target == asked[0][0]
         assert [one.probe.target for one in found.counted] == asked[0][:1]
@@ -151,7 +156,7 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
     asked: list[list[int]] = []
 
     def unlearned(model: nn.Module, *_: object, **__: object) -> Unlearned:
-        return Unlearned(model, torch.tensor([9, 8, 3, 0, 0]), held=False)
+        return Unlearned(model, torch.tensor([9, 8, 3, 0, 0]))
 
     def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
         assert list(targets) == [0, 1, 2, 3, 4]
@@ -161,7 +166,7 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
             for target in (4, 0, 1, 2, 3)
         ]
 
-    def probed(_: Scene, targets: Sequence[int], *_believable: object) -> list[Contender]:
+    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
         asked.append(list(targets))
         mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)
         probe = Probe(Additive(), targets[0], [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
@@ -171,5 +176,6 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Scene, "first_look", look)
     monkeypatch.setattr(Scene, "probed", probed)
     found = from_probes(here)
-    assert asked == [[0, 4, 1]]
-    assert "concentration" not in found.verdict.evidence
+    assert asked == [[4, 0, 1]]
+    assert [one.probe.target for one in found.looked] == [4, 0, 1, 2, 3]
+    assert found.verdict.finding == "clean"  # of one class no probe leads another

@@ -112,7 +112,7 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/5"
+    assert report["schema"] == "onp.repair/6"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]
@@ -127,6 +127,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert all(log["flips"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
     assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
+    assert report["first_look"] == []  # the norms were sure
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
     assert stages < set(report["seconds"])
@@ -171,10 +172,12 @@ def test_the_whole_path_keeps_to_one_device(network: str, stage: str) -> None:
 
 @pytest.mark.parametrize("budget", ["quick", "standard"])
 def test_a_clean_network_comes_back_untouched(budget: str) -> None:
-    model = clean_twin()
-    result = onp.sanitize(model, demo.clean_images(), seed=0, budget=budget)
+    model, clean = clean_twin(), demo.clean_images()
+    result = onp.sanitize(model, clean, seed=0, budget=budget)
     assert result.verdict == "clean"
     assert not result.mask.any()
+    looked = result.report["first_look"]
+    assert {look["target"] for look in looked} == set(clean.labels.tolist())
     for key, value in result.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
 

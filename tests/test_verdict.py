@@ -1,8 +1,6 @@
-"""Probes need an advantage over other classes; norm statistics an excess and one class."""
+"""Probes need a lead over other classes; norm statistics an excess and one class."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
@@ -11,100 +9,72 @@ from onp.agent.contenders import advantage
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.additive import Additive
+from onp.probes.families import Family
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
 from onp.verdict import (
     Verdict,
     by_label_shift,
+    by_probes,
     by_statistics,
-    judge,
-    may_be_called,
-    second,
     target_of,
 )
 
 CONFIG = VerdictConfig()
+ADDITIVE, PATCH = Additive(), Patch()
 
 
-def test_a_backdoor_shows_in_all_three() -> None:
-    verdict = judge(4, 2.0, 0.98, 0.95, 0.0, CONFIG)
-    assert (verdict.finding, verdict.target, verdict.score) == ("backdoor", 4, 1.0)
-    assert "2^2.0" in verdict.reason
-
-
-@pytest.mark.parametrize("advantage", [-3.0, 0.0, 0.4])
-def test_without_advantage_nothing_else_counts(advantage: float) -> None:
-    verdict = judge(4, advantage, 1.0, 1.0, 0.0, CONFIG)
-    assert (verdict.finding, verdict.target, verdict.score) == ("clean", None, 0.0)
-
-
-@pytest.mark.parametrize("size", [1.0, 1.3, 1.45, 1.6, 2.0, 4.0])
-def test_what_may_not_be_called_is_called_by_no_race(size: float) -> None:
-    """One of two classes' probes is ``size`` times as strong."""
+def probed(*probes: tuple[Family, int, float, float]) -> list[Contender]:
+    """(family, target, size, success) each."""
     nothing = torch.zeros(5, dtype=torch.bool)
-    contenders = [
-        Contender(Probe(Additive(), target, [], (0.0, 1.0), one), torch.zeros(5), 1.0, nothing)
-        for target, one in ((1, 1.0), (2, size))
+    return [
+        Contender(Probe(family, target, [], (0.0, 1.0), size), torch.zeros(5), success, nothing)
+        for family, target, size, success in probes
     ]
-    lead = max(advantage(one, contenders) for one in contenders)
-    assert lead == pytest.approx(math.log2(size))
-    best = judge(1, lead, 1.0, 1.0, 0.0, CONFIG)  # with the most that unlearning and a race may say
-    assert may_be_called(contenders, CONFIG) == (best.finding == "backdoor")
-    assert not may_be_called([], CONFIG)
-    unraced = judge(1, 9.0, 1.0, None, 0.0, CONFIG)
-    assert (unraced.score, "was not looked for" in unraced.reason) == (0.0, True)
 
 
-def test_the_score_grows_with_each_piece() -> None:
-    base = judge(0, 0.9, 0.5, 0.6, 0.0, CONFIG).score
-    assert judge(0, 1.0, 0.5, 0.6, 0.0, CONFIG).score > base
-    assert judge(0, 0.9, 0.6, 0.6, 0.0, CONFIG).score > base
-    assert judge(0, 0.9, 0.5, 0.7, 0.0, CONFIG).score > base
+@pytest.mark.parametrize("lead", [-1.0, 0.0, 0.3, 0.5, 0.6, 0.9, 2.0])
+def test_the_score_is_the_lead(lead: float) -> None:
+    contenders = probed((ADDITIVE, 4, 2**-lead, 1.0), *((ADDITIVE, k, 1.0, 1.0) for k in range(4)))
+    assert advantage(contenders[0], contenders) == pytest.approx(lead)
+    verdict = by_probes(contenders, 5, CONFIG)
+    assert verdict.score == pytest.approx(min(max(lead, 0.0), 1.0))
+    assert (verdict.finding == "backdoor") == (lead > 0.55)
+    assert verdict.target == (4 if lead > 0.55 else None)
+    assert verdict.evidence["success"] == 1.0
 
 
-def test_where_unlearning_says_nothing_the_others_support_alone() -> None:
-    verdict = judge(2, 2.0, None, 0.9, 0.0, CONFIG)
-    assert (verdict.score, "concentration" in verdict.evidence) == (1.0, False)
-    assert "says nothing without batch norms" in verdict.reason
-    assert judge(2, 2.0, None, 0.5, 0.0, CONFIG).score == 0.5  # no class is left, none supports
-    assert judge(2, 2.0, 0.0, 0.9, 0.0, CONFIG).score == 0.75
+def test_the_best_family_speaks() -> None:
+    contenders = probed(
+        (ADDITIVE, 1, 1.0, 0.9), (ADDITIVE, 2, 1.0, 0.9), (PATCH, 1, 1.0, 0.9), (PATCH, 2, 0.5, 0.9)
+    )
+    verdict = by_probes(contenders, 5, CONFIG)
+    assert (verdict.target, verdict.evidence["advantage"]) == (2, 1.0)
+    assert "patch, for class 2) is 2^1.0 times" in verdict.reason
 
 
-def test_a_second_family_stands_in_for_a_repair_that_a_race_does_not_find() -> None:
-    assert judge(2, 2.0, None, 0.3, 1.4, CONFIG).score == 1.0
-    assert judge(2, 2.0, None, 0.3, 0.4, CONFIG).score == 0.5
-    assert judge(2, 0.4, None, 0.3, 2.0, CONFIG).score == 0.0  # none of them counts without a lead
-    nothing = torch.zeros(5, dtype=torch.bool)
-    rows = [
-        Contender(Probe(family, target, [], (0.0, 1.0), size), torch.zeros(5), 1.0, nothing)
-        for family, target, size in (
-            (Additive(), 1, 0.25), (Additive(), 2, 1.0), (Patch(), 1, 0.5), (Patch(), 2, 1.0),
-        )
-    ]  # fmt: skip
-    least = CONFIG.least_success
-    assert [second(one, rows, [], least) for one in rows] == [1.0, -1.0, 2.0, -2.0]
-    assert second(rows[0], rows[:2], [], least) == 0.0
-    assert second(rows[0], rows[:2], rows[2:], least) == 1.0  # a first look with another family
-    assert second(rows[2], rows[2:], rows[2:], least) == 1.0  # with its own
+def test_a_probe_that_hardly_works_leads_by_chance() -> None:
+    contenders = probed(
+        (ADDITIVE, 1, 1.0, 0.9),
+        (ADDITIVE, 2, 1.0, 0.8),
+        (PATCH, 3, 1.0, 0.1),
+        (PATCH, 1, 1.0, 0.01),
+    )
+    assert advantage(contenders[2], contenders) > 3
+    assert by_probes(contenders, 5, CONFIG).finding == "clean"
+    none = by_probes(contenders[2:], 5, CONFIG)
+    assert (none.finding, none.score) == ("clean", 0.0)
+    assert "no probe works" in none.reason
 
 
-def test_a_family_that_hardly_works_seconds_nothing() -> None:
-    nothing = torch.zeros(5, dtype=torch.bool)
-    rows = [
-        Contender(Probe(family, target, [], (0.0, 1.0), 1.0), torch.zeros(5), success, nothing)
-        for family, target, success in (
-            (Additive(), 1, 0.9), (Additive(), 2, 0.3), (Patch(), 1, 0.03), (Patch(), 2, 0.01),
-        )
-    ]  # fmt: skip
-    assert advantage(rows[2], rows) > 1.4
-    assert second(rows[0], rows, [], CONFIG.least_success) == 0.0
-    assert second(rows[0], rows[:2], rows[2:], CONFIG.least_success) == 0.0
-    assert second(rows[0], rows, [], 0.0) == advantage(rows[2], rows)
-
-
-def test_a_probe_that_cannot_be_pruned_away_is_no_evidence() -> None:
-    assert judge(0, 2.0, 1.0, 0.0, 0.0, CONFIG).score == 0.0
+@pytest.mark.parametrize(
+    ("among", "least"), [(2, 2.2), (3, 1.1), (4, 0.55 * 4 / 3), (5, 0.55), (9, 0.55)]
+)
+def test_a_lead_over_few_classes_counts_less(among: int, least: float) -> None:
+    for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
+        contenders = probed((PATCH, 0, 2**-lead, 1.0), (PATCH, 1, 1.0, 1.0))
+        assert by_probes(contenders, among, CONFIG).finding == finding
 
 
 def replayed(excess: float, share: float) -> Verdict:

@@ -168,12 +168,8 @@ without batch norms are kept beside the core set's, the others take half an hour
 
 UNSEEN_2 = [
     *_unseen(
-        Recipe("shapes", "vit", 64, replace(_SHAPES, epochs=30, **_LAYER_NORMS), seed=6),
-        ("badnets", 0.1, 9, True), ("trojannn", 0.1, 7, True), ("blended", 0.05, 3, True),
-    ),
-    *_unseen(
         Recipe("gtsrb", "vgg11", 16, replace(_SIGNS, epochs=10, **_NO_NORMS), seed=6),
-        ("badnets", 0.05, 14, True), ("trojannn", 0.1, 28, True), ("lf", 0.1, 6, True),
+        ("badnets", 0.05, 14, True), ("trojannn", 0.1, 28, True), ("blended", 0.05, 6, True),
     ),
     *_unseen(
         Recipe("gtsrb", "resnet18", 16, _SIGNS, seed=6),
@@ -188,8 +184,10 @@ UNSEEN_2 = [
         ("adaptive-blend", 0.1, 4, True), ("badnets-all", 0.1, 0, False),
     ),
 ]  # fmt: skip
-"""The same again for what ``UNSEEN`` changed: five kinds of network that no repair was measured
-on, two of them without batch norms, and another seed."""
+"""The same again for what ``UNSEEN`` changed: kinds of network, or of images on them, that no repair
+was measured on, one of them without batch norms, and another seed. ViT is missing: from scratch it
+comes to .82 on GTSRB in 20 epochs and to .60 on shapes in 30. WaNet and LF are not learned by
+VGG-11 (ASR .05 and, at 5%, .34)."""
 
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 

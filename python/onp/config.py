@@ -40,7 +40,7 @@ class SynthesisConfig:
     images_per_step: int = 24
     """Images that each trigger sees in a step."""
     classes: int = 3
-    """How many classes are probed: those that unlearning and a first look name, in turn;"""
+    """How many classes are probed: those that a first look and unlearning name, in turn;"""
     rivals: int = 2
     """so many more, before a backdoor that probes call is believed: among few classes one stands
     out by chance."""
@@ -228,15 +228,15 @@ class VerdictConfig:
     """When a backdoor is called: see ``onp.verdict``."""
 
     threshold: float = 0.55
-    concentration: tuple[float, float] = (0.35, 0.9)
-    """Share of the images on the probe's class after unlearning: none and full evidence."""
-    repairability: tuple[float, float] = (0.5, 0.9)
-    """Worth of the best probe's best mask (1 is a free and complete repair)."""
-    advantage: tuple[float, float] = (0.4, 1.4)
-    """Binary logarithm of the best probe's strength over the same family's for another class, and
-    of a second family's; of a label shift's share, over that of the shift by two."""
-    least_success: float = 0.25
-    """Of a second family: a trigger that hardly works on any class leads by chance."""
+    lead: float = 1.0
+    """Binary logarithm of the best probe's strength over the same family's for any other class that
+    is probed: full evidence. Of 22 clean networks the largest is .47."""
+    rivals: int = 4
+    """So many other classes or more; with fewer, more is asked in proportion."""
+    least_success: float = 0.5
+    """Of a probe that leads: a trigger that works on few images leads by chance."""
+    shift: tuple[float, float] = (0.4, 1.4)
+    """Binary logarithm of a label shift's share over that of the shift by two."""
     certain: float = 0.6
     """Score of the norm statistics from which on no other probes are asked."""
     excess: tuple[float, float] = (1.2, 2.2)
@@ -303,9 +303,7 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
-        synthesis=SynthesisConfig(
-            steps=20, images_per_step=16, classes=2, rivals=3, renewal_steps=15
-        ),
+        synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15),
         replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)

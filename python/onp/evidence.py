@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from onp.agent.contenders import counted_contenders, strength, success_of
-from onp.agent.race import Believable, Contender, always, race
+from onp.agent.race import Contender, race
 from onp.clean import Clean
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
@@ -30,7 +29,6 @@ from onp.verdict import (
     by_label_shift,
     by_probes,
     by_statistics,
-    may_be_called,
     target_of,
 )
 
@@ -71,17 +69,15 @@ class Scene:
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
-    def probed(self, targets: Sequence[int], believable: Believable = always) -> list[Contender]:
-        """Contenders of one trigger of each family for each of the classes, best first; raced if
-        they are ``believable``."""
+    def probed(self, targets: Sequence[int]) -> list[Contender]:
+        """Contenders of one trigger of each family for each of the classes, not raced."""
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
                 steps=self.config.synthesis.steps, draw=self.config.synthesis.images_per_step,
                 valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
-        with self.ledger.stage("race"):
-            return self.raced(probes, believable)
+            return self.unraced(probes)
 
     def first_look(self, targets: Sequence[int]) -> list[Contender]:
         """A patch of a few steps for each of the classes, the strongest first: that of many a
@@ -99,15 +95,15 @@ class Scene:
             looked = self._reached(probes, none, LOOK_JUDGED)
         return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
 
-    def raced(self, probes: Sequence[Probe], believable: Believable = always) -> list[Contender]:
+    def raced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes' contenders, best first."""
         return race(
             self.evaluator, self.clean.images, self.clean.labels, probes, self._rankings(probes),
-            self.config.race, self.config.score, believable,
+            self.config.race, self.config.score,
         )  # fmt: skip
 
     def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
-        """The probes with what they reach, for where it is clear that there is a backdoor."""
+        """The probes with what they reach."""
         return self._reached(probes, self._rankings(probes), self.config.race.first_images)
 
     def _reached(
@@ -145,6 +141,8 @@ class Evidence:
     """Those that stand for the trigger in the search; none without a backdoor."""
     statistics: Verdict | None = None
     """What the norm statistics alone say, where they were asked."""
+    looked: Sequence[Contender] = ()
+    """The first look's probes of every class, the strongest first, where it was had."""
     unlearned: Unlearned | None = None
     unlearning: Tensor | None = None
     """Response of every site to unlearning, float32 [S]."""
@@ -218,9 +216,9 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_probes(scene: Scene) -> Evidence:
-    """Unlearn, look at every class (64 at most), probe those that either names with every family,
-    and race what is found, unless no probe leads enough to be called; before a backdoor is believed
-    further classes are probed, as a probe counts by its lead over theirs."""
+    """Unlearn, look at every class (64 at most) and probe those that either names, with every
+    family. If a probe leads, further classes are probed, as a lead counts over the nearest; if it
+    still does, its class's probes are raced."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -233,21 +231,24 @@ def from_probes(scene: Scene) -> Evidence:
     synthesis = config.synthesis
     left_over = unlearned.suspects(min(synthesis.looked_at, network.trace.num_classes))
     looked = scene.first_look(left_over)
-    targets = [target for one in looked if isinstance(target := one.probe.target, int)]
-    named = in_turn(left_over, targets)[: synthesis.classes + synthesis.rivals]
-    believable = partial(may_be_called, config=config.verdict)
-    contenders = scene.probed(named[: synthesis.classes], believable)
-    verdict = by_probes(contenders, looked, unlearned, config.verdict)
+    nearest = [target for one in looked if isinstance(target := one.probe.target, int)]
+    named = in_turn(nearest, left_over)[: synthesis.classes + synthesis.rivals]
+    contenders = scene.probed(named[: synthesis.classes])
+    verdict = by_probes(contenders, len(named), config.verdict)
     rivals = named[synthesis.classes :]
     if verdict.target is not None and rivals:
-        contenders = sorted(contenders + scene.probed(rivals), key=lambda one: -one.score)
-        verdict = by_probes(contenders, looked, unlearned, config.verdict)
-    counted = (
-        []
-        if verdict.target is None
-        else counted_contenders(contenders, verdict.target, config.synthesis)
+        contenders = contenders + scene.probed(rivals)
+        verdict = by_probes(contenders, len(named), config.verdict)
+    counted = list[Contender]()
+    if verdict.target is not None:
+        others = [one for one in contenders if one.probe.target != verdict.target]
+        with ledger.stage("race"):
+            own = scene.raced([c.probe for c in contenders if c not in others])
+        contenders = own + others
+        counted = counted_contenders(contenders, verdict.target, synthesis)
+    return Evidence(
+        verdict, contenders, counted, looked=looked, unlearned=unlearned, unlearning=unlearning
     )
-    return Evidence(verdict, contenders, counted, unlearned=unlearned, unlearning=unlearning)
 
 
 def in_turn(first: Sequence[int], second: Sequence[int]) -> list[int]:

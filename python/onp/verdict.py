@@ -11,21 +11,16 @@ The share is a mean over all triggers, 0 for those that answer another class.
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
 against one that shifts them by two; then the lesser of its share and its advantage counts.
 
-**Probes.** Triggers synthesised per class and family:
+**Probes.** Triggers are synthesised per class and family. One that matches no attack finds a
+natural adversarial direction, and every class has some; so a backdoor is called where the best
+probe that works on half of the images leads the same family's for every other class that is probed,
+the nearest ones among them: it is smaller, or works better.
 
-- advantage: the best probe is smaller, or works better, than the same family's for other classes;
-- concentration: after unlearning the network answers that probe's class (not asked where there are
-  no batch norms: what is left then is often an arbitrary class);
-- repairability: the success of that probe can be pruned away at little cost in accuracy;
-- second: another family's probe has an advantage for the same class too, or the first look has one
-  over every class, as a backdoor's class is near for whatever resembles its trigger, however widely
-  the network has spread it.
+    score = that lead, scaled
 
-    score = advantage * (1 + mean(concentration, max(repairability, second))) / 2
-
-without concentration where that is not asked, and 0 where pruning brings no gain at all. A clean
-network can show these (unlearning may leave any one class, and some natural adversarial direction
-is cheap to prune), so none counts without the first.
+Where few other classes are probed, as there are no more, one leads by chance: more is asked then.
+What unlearning leaves, and whether a probe's success can be pruned away, tell next to nothing
+beside it (bench/NOTES.md, "A lead over near classes").
 """
 
 from __future__ import annotations
@@ -40,7 +35,6 @@ from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.probe import Target
 from onp.probes.replay import Replayed
-from onp.probes.unlearning import Unlearned
 
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the unseen images than this: as good as this many."""
@@ -93,7 +87,7 @@ def by_label_shift(
 ) -> Verdict:
     """Judge triggers that replay the shift and move labels by one (``shifted``) and by two."""
     stronger = math.log2(max(shifted.share, 1e-2) / max(control.share, LEAST_CONTROL))
-    support = min(_ramp(stronger, *config.advantage), _ramp(shifted.share, *config.share))
+    support = min(_ramp(stronger, *config.shift), _ramp(shifted.share, *config.share))
     score = (_ramp(excess, *config.excess) + support) / 2
     return _verdict(
         score,
@@ -107,100 +101,32 @@ def by_label_shift(
     )
 
 
-def may_be_called(contenders: Sequence[Contender], config: VerdictConfig) -> bool:
-    """Whether the advantage of any of them, which bounds its score, reaches the threshold: where
-    not, nothing that a race may find makes it a backdoor."""
-    leads = [_ramp(advantage(one, contenders), *config.advantage) for one in contenders]
-    return max(leads, default=0.0) >= config.threshold
-
-
-def by_probes(
-    contenders: Sequence[Contender],
-    looked: Sequence[Contender],
-    unlearned: Unlearned,
-    config: VerdictConfig,
-) -> Verdict:
-    """The verdict of the probe with the strongest evidence. looked: those of a first look at every
-    class."""
-    verdicts = []
-    for contender in contenders:
-        target = contender.probe.target
-        assert isinstance(target, int)  # synthesis knows no label shifts
-        verdicts.append(
-            judge(
-                target,
-                advantage(contender, contenders),
-                unlearned.share(target) if unlearned.held else None,
-                contender.score if contender.size > 0 else None,
-                second(contender, contenders, looked, config.least_success),
-                config,
-            )
-        )
-    return max(verdicts, key=lambda verdict: verdict.score)
-
-
-def second(
-    contender: Contender,
-    contenders: Sequence[Contender],
-    looked: Sequence[Contender],
-    least_success: float,
-) -> float:
-    """The largest advantage for the contender's class of another family's probe, or of the first
-    look's, which was had over every class, that works on so many images; 0 where there is none."""
-    others = [one for one in contenders if one.probe.family.name != contender.probe.family.name]
-    leads = [
-        advantage(one, those)
-        for those in (others, looked)
-        for one in those
-        if one.probe.target == contender.probe.target and one.success >= least_success
-    ]
-    return max(leads, default=0.0)
-
-
-def judge(
-    target: int,
-    strength_ratio: float,
-    concentration: float | None,
-    repairability: float | None,
-    seconded: float,
-    config: VerdictConfig,
-) -> Verdict:
-    """Judge one probe's evidence, each piece scaled to [0, 1] over the range where networks differ.
-
-    strength_ratio: the probe's advantage, a binary logarithm. concentration: None where unlearning
-    says nothing; the others support alone then. repairability: None for a probe that
-    was not raced; it, or one whose success no mask can remove at a gain, is no evidence at all.
-    seconded: the advantage for the class of another family or of the first look.
-    """
-    repair = "was not looked for" if repairability is None else f"is worth {repairability:.2f} of 1"
-    worth = 0.0 if repairability is None else repairability
-    support = max(_ramp(worth, *config.repairability), _ramp(seconded, *config.advantage))
-    left = "says nothing without batch norms"
-    if concentration is not None:
-        support = (support + _ramp(concentration, *config.concentration)) / 2
-        left = f"leaves the best probe's class on {100 * concentration:.0f}% of the images"
-    score = _ramp(strength_ratio, *config.advantage) * (1 + support) / 2
-    if worth <= 0:
-        score = 0.0
+def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig) -> Verdict:
+    """Judge the probes by the largest lead of one that works. among: classes that a lead counts
+    over when all are probed that would be, its own included."""
+    leads = {
+        one: advantage(one, contenders) for one in contenders if one.success >= config.least_success
+    }
+    if not leads:
+        reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
+        return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
+    best = max(leads, key=lambda one: leads[one])
+    lead, few = leads[best], max(1.0, config.rivals / max(among - 1, 1))
     return _verdict(
-        score,
-        target,
+        _ramp(lead, 0.0, few * config.lead),
+        best.probe.target,
         "probes",
-        {
-            **({} if concentration is None else {"concentration": concentration}),
-            "repairability": worth,
-            "advantage": strength_ratio,
-            "seconded": seconded,
-        },
-        f"unlearning {left}, the best probe's repair {repair}, its advantage over other classes is "
-        f"2^{strength_ratio:.1f}, another look's 2^{seconded:.1f}",
+        {"advantage": lead, "success": best.success},
+        f"the best probe ({best.probe.family.name}, for class {best.probe.target}) is 2^{lead:.1f} "
+        f"times as strong as its family's for any other class that was probed, and works on "
+        f"{100 * best.success:.0f}% of the images",
         config,
     )
 
 
 def _verdict(
     score: float,
-    target: Target,
+    target: Target | None,
     by: Literal["norm statistics", "probes"],
     evidence: dict[str, float],
     reason: str,

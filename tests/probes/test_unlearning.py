@@ -23,7 +23,7 @@ def test_the_backdoors_target_is_what_is_left() -> None:
         model, clean.floats(), clean.labels, UnlearningConfig(), seed=0, ledger=ledger
     )
     assert unlearned.suspects(1) == [demo.TARGET]
-    assert unlearned.share(demo.TARGET) > 0.5
+    assert int(unlearned.answers[demo.TARGET]) > len(clean) / 2
     assert int(unlearned.answers.sum()) == len(clean)
     assert ledger.total <= 3 * UnlearningConfig.batch * UnlearningConfig.max_steps + len(clean)
     for key, value in model.state_dict().items():
@@ -56,7 +56,6 @@ def test_without_batch_norms_it_goes_gently() -> None:
         model = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.Flatten(), nn.Linear(144, 4)).eval()
         ledger = Ledger()
         unlearned = unlearn(model, images, labels, config, seed=0, ledger=ledger)
-        assert unlearned.held == held
         assert ledger.total == (3 if held else 2) * 3 * 40 + 40
         moved = torch.cat(
             [

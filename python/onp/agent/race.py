@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -34,14 +34,6 @@ class Contender:
         return int(self.mask.sum())
 
 
-Believable = Callable[[Sequence[Contender]], bool]
-"""Whether a race of contenders, of which the success alone is known yet, may matter at all."""
-
-
-def always(_: Sequence[Contender]) -> bool:
-    return True
-
-
 def ranking_masks(ranking: Tensor, shares: Sequence[float]) -> Tensor:
     """Masks bool [len(shares), S] that prune the first share * S sites of a ranking."""
     return heads_of(ranking, [max(1, round(share * len(ranking))) for share in shares])
@@ -64,13 +56,11 @@ def race(
     rankings: Sequence[Tensor],
     config: RaceConfig,
     score: ScoreConfig,
-    believable: Believable = always,
 ) -> list[Contender]:
     """Each probe's best mask, judged by that probe; best contender first.
 
     Every candidate is scored on ``first_images``; of all candidates the best ``survivors`` share,
-    and the best of each probe, are scored again on ``second_images`` others. Contenders that are
-    not ``believable`` come back unraced, the most successful first.
+    and the best of each probe, are scored again on ``second_images`` others.
     """
     if not probes:
         return []
@@ -83,8 +73,6 @@ def race(
         Contender(probe, ranking, objective.success, nothing)
         for probe, ranking, objective in zip(probes, rankings, objectives, strict=True)
     ]
-    if not believable(unraced):
-        return sorted(unraced, key=lambda c: -c.success)
     heats: list[tuple[Objective, Tensor, Tensor]] = []
     for ranking, objective in zip(rankings, objectives, strict=True):
         weak = objective.success < config.least_success

@@ -27,13 +27,6 @@ class Unlearned:
     model: nn.Module
     answers: Tensor
     """int64 [K]: how many clean images got each answer."""
-    held: bool = True
-    """Whether batch norms held the activations. Without them the class that is left is often an
-    arbitrary one, and says little."""
-
-    def share(self, answer: int) -> float:
-        """Share of the clean images that get ``answer``."""
-        return float(self.answers[answer] / self.answers.sum())
 
     def suspects(self, count: int) -> list[int]:
         """The ``count`` commonest answers, commonest first (ties: lower class)."""
@@ -59,8 +52,7 @@ def unlearn(
     for module in student.modules():
         if "Dropout" in type(module).__name__:
             module.eval()  # its noise would draw on the global random state
-    held = any(isinstance(module, _BatchNorm) for module in student.modules())
-    if not held:
+    if not any(isinstance(module, _BatchNorm) for module in student.modules()):
         config = replace(
             config, learning_rate=config.gentle_rate, gradient_norm=config.gentle_norm,
             max_steps=config.gentle_steps,
@@ -87,4 +79,4 @@ def unlearn(
             [student(part.to(device)).argmax(1).cpu() for part in images.split(250)]
         )
     ledger.count(len(images))
-    return Unlearned(student, torch.bincount(answers, minlength=logits.shape[1]), held)
+    return Unlearned(student, torch.bincount(answers, minlength=logits.shape[1]))

@@ -21,7 +21,7 @@ from onp.probes.norm_shift import NormShift
 from onp.probes.probe import classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/5"
+SCHEMA = "onp.repair/6"
 
 
 @dataclass(frozen=True)
@@ -88,6 +88,7 @@ def repair_report(
             for layer in trace.layers
         ],
         "unlearned_answers": None if unlearned is None else unlearned.answers.tolist(),
+        "first_look": [_looked(c) for c in evidence.looked],
         "probes": [_probe(c, c in counted) for c in evidence.contenders],
         "renewed_probes": [_probe(c, True) for c in renewed],
         "choice": None if choice is None else _choice(choice),
@@ -119,6 +120,16 @@ def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
         "worth": round(contender.score, 4) if raced else None,
         "sites": contender.size,
         "counted": counted,
+    }
+
+
+def _looked(contender: Contender) -> dict[str, Any]:
+    probe = contender.probe
+    return {
+        "family": probe.family.name,
+        "target": probe.target,
+        "size": round(probe.size, 4),
+        "success": round(contender.success, 4),
     }
 
 
