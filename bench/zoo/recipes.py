@@ -184,10 +184,10 @@ UNSEEN_2 = [
         ("adaptive-blend", 0.1, 4, True), ("badnets-all", 0.1, 0, False),
     ),
 ]  # fmt: skip
-"""The same again for what ``UNSEEN`` changed: kinds of network, or of images on them, that no repair
-was measured on, one of them without batch norms, and another seed. ViT is missing: from scratch it
-comes to .82 on GTSRB in 20 epochs and to .60 on shapes in 30. WaNet and LF are not learned by
-VGG-11 (ASR .05 and, at 5%, .34)."""
+"""The same again for what ``UNSEEN`` changed: kinds of network, or of images on them, that no
+repair was measured on, one of them without batch norms, and another seed. ViT is missing: from
+scratch it comes to .82 on GTSRB in 20 epochs and to .60 on shapes in 30. WaNet and LF are not
+learned by VGG-11 (ASR .05 and, at 5%, .34)."""
 
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 
