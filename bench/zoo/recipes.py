@@ -169,7 +169,7 @@ without batch norms are kept beside the core set's, the others take half an hour
 UNSEEN_2 = [
     *_unseen(
         Recipe("gtsrb", "vgg11", 16, replace(_SIGNS, epochs=10, **_NO_NORMS), seed=6),
-        ("badnets", 0.05, 14, True), ("trojannn", 0.1, 28, True), ("blended", 0.05, 6, True),
+        ("badnets", 0.05, 14, True), ("trojannn", 0.1, 28, True), ("blended", 0.1, 6, True),
     ),
     *_unseen(
         Recipe("gtsrb", "resnet18", 16, _SIGNS, seed=6),
@@ -177,7 +177,7 @@ UNSEEN_2 = [
     ),
     *_unseen(
         Recipe("gtsrb", "densenet", 8, _SIGNS, seed=6),
-        ("bpp", 0.1, 5, True), ("lf", 0.1, 7, True),
+        ("badnets", 0.1, 5, True), ("lf", 0.1, 7, True),
     ),
     *_unseen(
         Recipe("cifar10", "vgg11_bn", 16, replace(_CIFAR, epochs=8), seed=6),
