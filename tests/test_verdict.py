@@ -22,6 +22,8 @@ from onp.verdict import (
 )
 
 CONFIG = VerdictConfig()
+LEAST = CONFIG.threshold * CONFIG.lead
+"""Lead from which on a backdoor is called."""
 ADDITIVE, PATCH = Additive(), Patch()
 
 
@@ -34,14 +36,14 @@ def probed(*probes: tuple[Family, int, float, float]) -> list[Contender]:
     ]
 
 
-@pytest.mark.parametrize("lead", [-1.0, 0.0, 0.3, 0.5, 0.6, 0.9, 2.0])
+@pytest.mark.parametrize("lead", [-1.0, 0.0, 0.3, 0.6, 0.65, 0.9, 2.0])
 def test_the_score_is_the_lead(lead: float) -> None:
     contenders = probed((ADDITIVE, 4, 2**-lead, 1.0), *((ADDITIVE, k, 1.0, 1.0) for k in range(4)))
     assert advantage(contenders[0], contenders) == pytest.approx(lead)
     verdict = by_probes(contenders, 5, CONFIG)
-    assert verdict.score == pytest.approx(min(max(lead, 0.0), 1.0))
-    assert (verdict.finding == "backdoor") == (lead > 0.55)
-    assert verdict.target == (4 if lead > 0.55 else None)
+    assert verdict.score == pytest.approx(min(max(lead / CONFIG.lead, 0.0), 1.0))
+    assert (verdict.finding == "backdoor") == (lead > LEAST)
+    assert verdict.target == (4 if lead > LEAST else None)
     assert verdict.evidence["success"] == 1.0
 
 
@@ -68,10 +70,9 @@ def test_a_probe_that_hardly_works_leads_by_chance() -> None:
     assert "no probe works" in none.reason
 
 
-@pytest.mark.parametrize(
-    ("among", "least"), [(2, 2.2), (3, 1.1), (4, 0.55 * 4 / 3), (5, 0.55), (9, 0.55)]
-)
-def test_a_lead_over_few_classes_counts_less(among: int, least: float) -> None:
+@pytest.mark.parametrize(("among", "times"), [(2, 4), (3, 2), (4, 4 / 3), (5, 1), (9, 1)])
+def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
+    least = times * LEAST
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
         contenders = probed((PATCH, 0, 2**-lead, 1.0), (PATCH, 1, 1.0, 1.0))
         assert by_probes(contenders, among, CONFIG).finding == finding

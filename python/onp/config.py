@@ -228,9 +228,9 @@ class VerdictConfig:
     """When a backdoor is called: see ``onp.verdict``."""
 
     threshold: float = 0.55
-    lead: float = 1.0
+    lead: float = 1.15
     """Binary logarithm of the best probe's strength over the same family's for any other class that
-    is probed: full evidence. Of 22 clean networks the largest is .47."""
+    is probed: full evidence. Clean networks reach .57, those that probes call start at .69."""
     rivals: int = 4
     """So many other classes or more; with fewer, more is asked in proportion."""
     least_success: float = 0.5
