@@ -56,7 +56,7 @@ class SynthesisConfig:
     """At most this many probes of the target count, the best first;"""
     counted_margin: float = 0.1
     """a further one counts if its best mask is worth at most this less than the best's,"""
-    counted_lead: float = 1.0
+    counted_lead: float = 0.6
     """or if it leads other classes by this (binary logarithm)"""
     counted_success: float = 0.5
     """and works so often, whatever its mask is worth: no mask of a race may do where a backdoor is

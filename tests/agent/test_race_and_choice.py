@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pytest
 import torch
 
@@ -57,21 +55,6 @@ def test_the_race_finds_the_planted_channel_and_skips_weak_probes() -> None:
     assert found[0].removed > 0.8
     assert (found[1].score, found[1].size) == (0.0, 0)
     assert race(evaluator, images, labels, [], [], config, ScoreConfig()) == []
-
-    told: list[list[float]] = []
-
-    def no(unraced: Sequence[Contender]) -> bool:
-        told.append([one.success for one in unraced])
-        return False
-
-    before = evaluator.ledger.total
-    rankings = [ranking, ranking]
-    left = race(evaluator, images, labels, [idle, probe], rankings, config, ScoreConfig(), no)
-    assert [c.probe for c in left] == [probe, idle]
-    assert told == [[left[1].success, left[0].success]]
-    assert all(c.size == 0 and c.score == 0.0 for c in left)
-    spent = evaluator.ledger.total - before
-    assert spent == 2 * 2 * config.first_images  # on nothing but their success
 
     config = BUDGETS["standard"]
     mask = found[0].mask
@@ -128,7 +111,7 @@ def test_every_budget_searches_on_all_images_or_leaves_some_to_give_back_on(budg
 
 
 def test_advantage_compares_within_the_family_across_classes() -> None:
-    strong, weak, other = contender(3, 1.0, 0.5, 0.9), contender(3, 0.9, 1.0, 0.8), contender(
+    strong, weak, other = contender(3, 1.0, 0.5, 0.9), contender(3, 0.7, 1.0, 0.8), contender(
         5, 0.5, 1.0, 0.7
     )  # fmt: skip
     assert advantage(strong, [strong, other]) == 2.0
@@ -142,9 +125,9 @@ def test_advantage_compares_within_the_family_across_classes() -> None:
 def test_a_probe_that_leads_by_far_counts_whatever_its_mask_is_worth() -> None:
     best = contender(3, 1.0, 0.5, 0.9)
     rival = contender(5, 0.5, 1.0, 0.7)  # half as strong as a probe of 1.0 and 1.0
-    far, barely = contender(3, 1.0, 0.9, 0.0), contender(3, 0.9, 1.0, 0.0)
+    far, barely = contender(3, 1.0, 0.9, 0.0), contender(3, 0.7, 1.0, 0.0)
     seldom = contender(3, 0.4, 0.3, 0.0)  # leads by 2^1.4
-    assert advantage(far, [far, rival]) > 1 > advantage(barely, [barely, rival]) > 0
+    assert advantage(far, [far, rival]) > 0.6 > advantage(barely, [barely, rival]) > 0
     assert advantage(seldom, [seldom, rival]) > 1
     rows = [far, barely, seldom, rival, best]
     assert counted_contenders(rows, 3, SynthesisConfig()) == [best, far]
