@@ -70,7 +70,7 @@ def test_a_probe_that_hardly_works_leads_by_chance() -> None:
     assert "no probe works" in none.reason
 
 
-@pytest.mark.parametrize(("among", "times"), [(2, 4), (3, 2), (4, 4 / 3), (5, 1), (9, 1)])
+@pytest.mark.parametrize(("among", "times"), [(2, 2.8), (3, 2.2), (4, 1.6), (5, 1.0), (9, 1.0)])
 def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
     least = times * LEAST
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):

@@ -232,7 +232,10 @@ class VerdictConfig:
     """Binary logarithm of the best probe's strength over the same family's for any other class that
     is probed: full evidence. Clean networks reach .57, those that probes call start at .69."""
     rivals: int = 4
-    """So many other classes or more; with fewer, more is asked in proportion."""
+    """So many other classes or more. With fewer, more is asked:"""
+    scarcity: float = 0.6
+    """by this share for every class that is missing. Over one, two and three others clean networks
+    lead by up to 1.7, 1.3 and 1.0."""
     least_success: float = 0.5
     """Of a probe that leads: a trigger that works on few images leads by chance."""
     shift: tuple[float, float] = (0.4, 1.4)

@@ -245,7 +245,7 @@ def from_probes(scene: Scene) -> Evidence:
         with ledger.stage("race"):
             own = scene.raced([c.probe for c in contenders if c not in others])
         contenders = own + others
-        counted = counted_contenders(contenders, verdict.target, synthesis)
+        counted = counted_contenders(contenders, verdict.target, synthesis) or own[:1]
     return Evidence(
         verdict, contenders, counted, looked=looked, unlearned=unlearned, unlearning=unlearning
     )

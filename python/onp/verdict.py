@@ -111,7 +111,8 @@ def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig
         reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
         return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
     best = max(leads, key=lambda one: leads[one])
-    lead, few = leads[best], max(1.0, config.rivals / max(among - 1, 1))
+    lead = leads[best]
+    few = 1.0 + config.scarcity * max(0, config.rivals - (among - 1))
     return _verdict(
         _ramp(lead, 0.0, few * config.lead),
         best.probe.target,

@@ -50,7 +50,7 @@ def counted_contenders(
         for c in contenders
         if c.probe.target == target and c.size > 0 and (lead := advantage(c, contenders)) > 0
     }
-    best = max(c.score for c in leads)
+    best = max((c.score for c in leads), default=0.0)
     near = [c for c in leads if c.score >= best - config.counted_margin]
     far = [
         c

@@ -1,4 +1,4 @@
-"""What a mask is worth against one probe, from clean images alone: the race and the verdict use it.
+"""What a mask is worth against one probe, from clean images alone: the race uses it.
 
     J(m) = share of the probe's success that m removes
            - accuracy_weight * (loss of clean accuracy)
