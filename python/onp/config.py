@@ -67,7 +67,8 @@ class SynthesisConfig:
     through_success: float = 0.5
     """if it makes at least this share of the images answer its class, and"""
     through_worth: float = 0.6
-    """if its best mask is worth at least this: what cannot be pruned away is no backdoor."""
+    """if its best mask is worth at least this: what a mask does not take away leads a search
+    nowhere."""
 
 
 @dataclass(frozen=True)

@@ -243,7 +243,7 @@ def from_probes(scene: Scene) -> Evidence:
     if verdict.target is not None:
         others = [one for one in contenders if one.probe.target != verdict.target]
         with ledger.stage("race"):
-            own = scene.raced([c.probe for c in contenders if c not in others])
+            own = scene.raced([c.probe for c in contenders if c.probe.target == verdict.target])
         contenders = own + others
         counted = counted_contenders(contenders, verdict.target, synthesis) or own[:1]
     return Evidence(
