@@ -28,12 +28,12 @@ CONVOLUTIONAL: dict[str, Callable[[], nn.Module]] = {
     "vgg16": lambda: vgg.of_width(4, 5, 16, norm=False),
     "vgg16_bn": lambda: vgg.of_width(8, 10, 16),
     "mobilenetv2": lambda: mobilenetv2.of_width(0.25, 10),
+    "densenet": lambda: densenet.of_width(4, 10, (2, 3, 1)),
 }
 """Those whose gradients are native too, and that the GPU's plan runs."""
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **CONVOLUTIONAL,
-    "densenet": lambda: densenet.of_width(4, 10, (2, 3, 1)),
     "vit": lambda: vit.of_width(16, 10, 2),
     "vit-mean": lambda: vit.of_width(12, 7, 3, patch=8, class_token=False),
     "convnext": lambda: convnext.of_width(8, 10, (1, 2)),

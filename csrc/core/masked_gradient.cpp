@@ -1,6 +1,7 @@
 #include "core/masked_gradient.h"
 
 #include <algorithm>
+#include <set>
 #include <utility>
 
 #include "core/check.h"
@@ -113,6 +114,13 @@ std::vector<float> exchanged(const StepSpec& spec, std::int64_t inputs, std::int
   return weights;
 }
 
+// What the operation reads: input and others, in order.
+std::vector<std::int64_t> operands(const StepSpec& spec) {
+  std::vector<std::int64_t> ids = {spec.input};
+  ids.insert(ids.end(), spec.others.begin(), spec.others.end());
+  return ids;
+}
+
 Buffer plain_buffer(const BufferShape& shape) {
   Buffer buffer;
   buffer.shape = shape;
@@ -212,7 +220,9 @@ void MaskedGradientPlan::Program::plan_reverse(const StepSpec& spec, const Step&
     }
   } else {
     back.gradient.place_pixels();
-    for (const std::int32_t offset : step.input_offset) {
+    const bool pools = is_windowed(spec.kind);
+    for (std::size_t i = 0; pools && i < step.input_offset.size(); ++i) {
+      const std::int32_t offset = step.input_offset[i];
       const std::int64_t y = offset / input.row() - input.halo;
       const std::int64_t x = offset % input.row() / input.stride - input.halo;
       back.gradient_offset.push_back(static_cast<std::int32_t>(input_gradient.offset(y, x)));
@@ -239,7 +249,7 @@ void MaskedGradientPlan::Program::lay_out_gradients() {
     for (const std::int64_t id : {spec.plain, spec.final}) {
       if (id >= 0 && gradient_begin[id] >= 0) gradient_slots.release(gradients[id], slots[id]);
     }
-    claim(spec.input);
+    for (const std::int64_t id : operands(spec)) claim(id);
     gradient_slots.release(reverse[s].gradient, operation);
   }
 }
@@ -253,9 +263,7 @@ Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
   for (std::size_t s = 0; s < steps.size(); ++s) {
     const StepSpec& spec = steps[s].spec;
     const Extras& extra = extras[s];
-    for (const std::int64_t id : {spec.input, spec.residual}) {
-      if (id >= 0) last_use[id] = s;
-    }
+    for (const std::int64_t id : steps[s].reads) last_use[id] = s;
     const auto keeps = [&](bool needed, std::int64_t id) {
       if (needed && id >= 0) kept[id] = keep;
     };
@@ -304,9 +312,9 @@ Layout MaskedGradientPlan::Program::lay_out(Mode mode, bool keep) const {
     claim(mode.moments, extra.result);
     claim(mode.moments, extra.scaled);
     for (const std::int64_t id : {extra.active, extra.result, extra.scaled}) release(id);
-    if (last_use[spec.input] == s) release(spec.input);
-    if (spec.residual >= 0 && spec.residual != spec.input && last_use[spec.residual] == s) {
-      release(spec.residual);
+    const std::set<std::int64_t> reads(steps[s].reads.begin(), steps[s].reads.end());
+    for (const std::int64_t id : reads) {
+      if (last_use[id] == s) release(id);
     }
   }
   layout.passing_floats = passing.floats_per_image;
@@ -333,9 +341,10 @@ MaskedGradientPlan::MaskedGradientPlan(const std::vector<BufferShape>& shapes,
   ONP_CHECK(norms.size() == specs.size(), "masked_gradient: norms must be given for ", specs.size(),
             " steps, got ", norms.size());
   for (const StepSpec& spec : specs) {
-    ONP_CHECK(spec.kind <= StepKind::average_pool && spec.first <= Activation::relu6 &&
-                  spec.second <= Activation::relu6,
-              "masked_gradient: steps must be convolutions or pools, with ReLU or ReLU6");
+    ONP_CHECK((is_windowed(spec.kind) || spec.kind == StepKind::concatenation) &&
+                  spec.first <= Activation::relu6 && spec.second <= Activation::relu6,
+              "masked_gradient: steps must be convolutions, pools or concatenations, with ReLU or "
+              "ReLU6");
   }
   auto program = std::make_unique<Program>();
   static_cast<Network&>(*program) = plan_network(shapes, specs, {}, output, sites);
@@ -492,6 +501,9 @@ void MaskedGradientPlan::Run::forward(const Block& place, std::size_t s) const {
   const Extras& extra = program.extras[s];
   const auto at = [&](std::int64_t id) { return operand(program.buffers, place, id); };
   StepArgs args = step.args(program.buffers[spec.input], place.data[spec.input], place.images);
+  std::vector<Operand> others;
+  for (const std::int64_t id : spec.others) others.push_back(at(id));
+  args.others = others.data();
   args.residual = at(spec.residual);
   args.first = spec.first;
   args.plain = at(spec.plain);
@@ -606,6 +618,23 @@ void MaskedGradientPlan::Run::backward(const Block& place, const Worker& worker,
     pull.operation_gradient = back.gradient.at(memory(program.operation_begin[s]));
     gradient_kernels.pull(pull);
 
+    if (spec.kind == StepKind::concatenation) {
+      SplitArgs args{};
+      args.images = images;
+      args.pixels = pull.pixels;
+      args.gradient = pull.operation_gradient;
+      for (const std::int64_t id : operands(spec)) {
+        args.channels = program.buffers[id].shape.channels;
+        if (id > 0 || out.images) {
+          args.to = gradient(id);
+          args.add = flows[id];
+          gradient_kernels.split(args);
+          flows[id] = 1;
+        }
+        args.gradient.data += args.channels;
+      }
+      continue;
+    }
     if (spec.input == 0 && !out.images) continue;
     const Operand to = gradient(spec.input);
     const bool pools = spec.kind != StepKind::convolution;

@@ -67,12 +67,22 @@ struct PoolPullArgs {
   const Window* windows;
 };
 
+// A concatenation backwards, for one of its parts: to = gradient, or to += gradient, where
+// `gradient` begins at the part's first channel.
+struct SplitArgs {
+  std::int64_t images, pixels, channels;  // channels: of the part
+  Operand gradient;
+  Operand to;
+  bool add;
+};
+
 struct GradientKernels {
   const char* name;
   void (*moments)(const MomentsArgs&);
   void (*pull)(const PullArgs&);
   void (*max_pool)(const PoolPullArgs&);
   void (*average_pool)(const PoolPullArgs&);
+  void (*split)(const SplitArgs&);
 };
 
 extern const GradientKernels kGenericGradientKernels;

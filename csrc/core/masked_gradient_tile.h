@@ -193,8 +193,18 @@ struct GradientTile {
     });
   }
 
+  static void split(const SplitArgs& args) {
+    for_each_block(args.images, args.channels, [&](Index n, Index c) {
+      const Plane from(args.gradient, n, c), to(args.to, n, c);
+      for (Index p = 0; p < args.pixels; ++p) {
+        const Block d = load(from.at(p));
+        store(to.at(p), args.add ? add(d, load(to.at(p))) : d);
+      }
+    });
+  }
+
   static constexpr GradientKernels table(const char* name) {
-    return {name, moments, pull, pool<false>, pool<true>};
+    return {name, moments, pull, pool<false>, pool<true>, split};
   }
 };
 

@@ -54,11 +54,20 @@ Outputs naive(const Network& network, const Doubles& image, const Doubles& gates
     for (const std::int64_t id : {step.plain, step.final}) {
       if (id >= 0) values[id].resize(to.channels * pixels);
     }
+    Doubles joined = values[step.input];
+    for (const std::int64_t id : step.others) {
+      joined.insert(joined.end(), values[id].begin(), values[id].end());
+    }
     for (std::int64_t o = 0; o < to.channels; ++o) {
       Doubles result(pixels), scaled(pixels);
       for (std::int64_t p = 0; p < pixels; ++p) {
         const std::int64_t at = o * pixels + p;
-        double t = operate(step, from, to, values[step.input], o, p / to.width, p % to.width);
+        double t = 0;
+        if (step.kind == StepKind::concatenation) {
+          t = joined[at];
+        } else {
+          t = operate(step, from, to, values[step.input], o, p / to.width, p % to.width);
+        }
         if (step.bias) t += step.bias[o];
         result[p] = t;
         if (step.residual >= 0) t += values[step.residual][at];
@@ -88,7 +97,8 @@ Outputs naive(const Network& network, const Doubles& image, const Doubles& gates
 }
 
 // Backward passes of every kind: both Winograd tiles, phases of a stride, input pixels that no
-// window reads, a residual sum, pools, depthwise taps; buffers with one and with several readers.
+// window reads, a residual sum, pools, depthwise taps, a concatenation that reads one value twice;
+// buffers with one and with several readers.
 Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   const auto values = [&](std::int64_t size, double spread, double middle = 0.0) {
     arrays.push_back(random_values(size, random));
@@ -110,7 +120,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   };
   Network network;
   network.buffers = {{3, 16, 15}, {20, 8, 8}, {20, 8, 8}, {20, 8, 8}, {20, 7, 7}, {24, 7, 7},
-                     {17, 4, 4},  {17, 4, 4}, {17, 4, 4}, {17, 2, 2}, {5, 1, 1}};
+                     {17, 4, 4},  {17, 4, 4}, {17, 4, 4}, {51, 2, 2}, {5, 1, 1},  {51, 4, 4}};
   StepSpec stem = convolution(0, 2, 3, 20, 3, 2);  // 0 -> 1 without gates, 2 with them
   stem.plain = 1;
   stem.scale = values(20, 0.3, 1.0);
@@ -142,21 +152,30 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   depthwise.bias = values(17, 0.3);
   depthwise.residual = 6;  // read twice
   depthwise.second = Activation::relu6;
-  StepSpec average = pool;  // 8 -> 9
+  StepSpec joined;  // 8, 6, 8 -> 11
+  joined.kind = StepKind::concatenation;
+  joined.input = 8;
+  joined.others = {6, 8};
+  joined.final = 11;
+  joined.scale = values(51, 0.3, 1.0);
+  joined.shift = values(51, 0.3);
+  joined.second = Activation::relu;
+  joined.site_start = 57;
+  StepSpec average = pool;  // 11 -> 9
   average.kind = StepKind::average_pool;
-  average.input = 8;
+  average.input = 11;
   average.kernel_height = average.kernel_width = 3;
   average.stride_height = average.stride_width = 2;
   average.pad_height = average.pad_width = 1;
   average.count_include_pad = false;
   average.final = 9;
-  StepSpec linear = convolution(9, 10, 17, 5, 2, 1);  // 9 -> 10
+  StepSpec linear = convolution(9, 10, 51, 5, 2, 1);  // 9 -> 10
   linear.bias = values(5, 0.3);
-  network.steps = {stem, large, pool, small, shortcut, strided, depthwise, average, linear};
-  network.norms = {{-1, 0}, {20, 40}, {}, {60, -1}, {}, {}, {}, {}, {}};
+  network.steps = {stem, large, pool, small, shortcut, strided, depthwise, joined, average, linear};
+  network.norms = {{-1, 0}, {20, 40}, {}, {60, -1}, {}, {}, {}, {-1, 84}, {}, {}};
   network.output = 10;
-  network.sites = 57;
-  network.units = 84;
+  network.sites = 108;
+  network.units = 135;
   return network;
 }
 
@@ -372,10 +391,13 @@ void test_refuses() {
   bad.norms.pop_back();
   CHECK_THROWS(plan_of(bad), onp::Error);
   bad = good;
-  bad.units = 83;
+  bad.units = 134;
   CHECK_THROWS(plan_of(bad), onp::Error);
   bad = good;
-  bad.steps[1].final = 11;
+  bad.steps[1].final = 12;
+  CHECK_THROWS(plan_of(bad), onp::Error);
+  bad = good;
+  bad.steps[7].kind = StepKind::pick;
   CHECK_THROWS(plan_of(bad), onp::Error);
 
   const onp::MaskedGradientPlan plan = plan_of(good);

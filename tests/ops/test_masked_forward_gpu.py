@@ -220,6 +220,7 @@ def expected(model: nn.Module, traced: Trace, pruned: Tensor, images: Tensor) ->
         ("resnet20-option-a", 12, "tf32"),
         ("vgg16_bn", 32, "tf32"),
         ("mobilenetv2", 8, "fp32"),
+        ("densenet", 8, "tf32"),
     ],
 )
 def test_networks(name: str, size: int, precision: Precision) -> None:

@@ -19,7 +19,7 @@ from tests.ops.test_masked_gradient import Results, expected, gates_for, images_
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 NETWORKS = [
     ("preactresnet18", 16), ("resnet20", 16), ("resnet20-option-a", 12), ("vgg16_bn", 32),
-    ("mobilenetv2", 8),
+    ("mobilenetv2", 8), ("densenet", 8),
 ]  # fmt: skip
 
 

@@ -20,7 +20,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onp.errors import NotBuiltError
-from onp.ops._masked_forward_steps import CONVOLUTION, MAX_POOL, NONE, Pair, Program, Step
+from onp.ops._masked_forward_steps import (
+    CONCATENATION,
+    CONVOLUTION,
+    MAX_POOL,
+    NONE,
+    Pair,
+    Program,
+    Step,
+)
 
 Precision = Literal["fp32", "tf32", "bf16"]
 """What convolutions multiply, fp32 by three products of TF32 in our kernel; sums, epilogues and the
@@ -169,6 +177,28 @@ class Convolution:
         return F.pad(by_input, (0, idle)) if idle else by_input
 
 
+@dataclass(frozen=True)
+class Concatenation:
+    """Several maps as one: the only operation that reads more than one."""
+
+    channels: tuple[int, ...]
+    """Of each map, those that pad it left out."""
+    width: int
+    """Channels of the result as it is stored."""
+
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        kept = [x[..., :count] for x, count in zip(parts, self.channels, strict=True)]
+        whole = torch.cat(kept, 3)
+        return F.pad(whole, (0, self.width - whole.shape[3]))
+
+    def backward(self, gradient: Tensor, parts: list[Tensor]) -> list[Tensor]:
+        """The gradients by each of ``parts``, as wide as they are."""
+        pulled = gradient[..., : sum(self.channels)].split(self.channels, 3)
+        return [
+            F.pad(one, (0, x.shape[3] - one.shape[3])) for one, x in zip(pulled, parts, strict=True)
+        ]
+
+
 # ---- the program
 
 
@@ -178,7 +208,7 @@ class Layer:
     at once in our convolution."""
 
     step: Step
-    operation: Operation | None
+    operation: Operation | Concatenation | None
     """None: our convolution."""
     convolution: Any
     bias: Tensor | None
@@ -212,7 +242,7 @@ class GpuProgram:
         """Buffers that are read for the last time by each step, or never after it."""
         last: dict[int, int] = {}
         for number, step in enumerate(self.program.steps):
-            for buffer in (step.input, step.residual, step.plain, step.final):
+            for buffer in (*step.operands, step.residual, step.plain, step.final):
                 last[buffer] = number
         last.pop(NONE, None)
         last.pop(self.program.output)
@@ -270,6 +300,9 @@ class GpuProgram:
         )
         if layer.operation is None:
             self.kernels.launch_conv(x, layer.convolution, epilogue)
+        elif isinstance(layer.operation, Concatenation):
+            parts = [values[buffer] for buffer in step.operands]
+            self.kernels.launch_epilogue(layer.operation.forward(parts), epilogue)
         else:
             self.kernels.launch_epilogue(layer.operation.forward(x), epilogue)
 
@@ -302,7 +335,10 @@ class GpuProgram:
         behind = map(prepared, (step.bias, step.scale, step.shift))
         return Layer(step, operation, convolution, *behind)
 
-    def _operation(self, step: Step) -> tuple[Operation | None, Any]:
+    def _operation(self, step: Step) -> tuple[Operation | Concatenation | None, Any]:
+        if step.kind == CONCATENATION:
+            channels = tuple(self.program.buffers[buffer][0] for buffer in step.operands)
+            return Concatenation(channels, self.width(step.final)), None
         if step.kind == CONVOLUTION:
             assert step.weight is not None
             return self._convolution(step, step.weight.to(self.device, torch.float32))

@@ -228,7 +228,7 @@ class Lowering:
     def _open_concatenation(self, step: Step, index: int, op: Op) -> None:
         step.kind = CONCATENATION
         step.others = tuple(self._buffer(index, position) for position in range(1, len(op.inputs)))
-        sizes = {self.buffers[buffer][1:] for buffer in (step.input, *step.others)}
+        sizes = {self.buffers[buffer][1:] for buffer in step.operands}
         if len(sizes) > 1:
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must concatenate maps of one size, got {sorted(sizes)}"

@@ -65,6 +65,11 @@ class Step:
     scaled_norm: int = NONE
     """and of the one whose output is ``t * scale + shift``."""
 
+    @property
+    def operands(self) -> tuple[int, ...]:
+        """The buffers that the operation itself reads."""
+        return (self.input, *self.others)
+
     def absorb_affine(self, scale: Tensor, shift: Tensor, norm: int) -> bool:
         """Take in ``t * scale + shift`` if the epilogue still has room for it. norm: its op index
         if it is one. The output of a norm with another affine behind it is lost."""
@@ -154,14 +159,15 @@ class Program:
         return [step for step, _ in pairs], [array for _, arrays in pairs for array in arrays]
 
     def check_convolutional(self, user: str) -> None:
-        """For those that have convolutions and pools with ReLU and ReLU6 alone. Raises
-        UnsupportedOperation."""
+        """For those that have convolutions, pools and concatenations, with ReLU and ReLU6 alone.
+        Raises UnsupportedOperation."""
         for step in self.steps:
             smooth = max(step.first, step.second) > ACTIVATIONS["relu6"]
-            if step.kind > AVERAGE_POOL or smooth or step.residual in self.constants:
+            known = step.kind <= AVERAGE_POOL or step.kind == CONCATENATION
+            if not known or smooth or step.residual in self.constants:
                 raise UnsupportedOperation(
-                    f"{user}: {step.name} must be a convolution, linear layer, pool or sum, with "
-                    "ReLU or ReLU6 behind it"
+                    f"{user}: {step.name} must be a convolution, linear layer, pool, sum or "
+                    "concatenation, with ReLU or ReLU6 behind it"
                 )
 
     @property

@@ -8,6 +8,7 @@ our convolution is the last to add to a gradient, what is before it is taken bac
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,7 +19,14 @@ from torch.autograd.function import once_differentiable
 from torch.backends import cudnn
 
 from onp.errors import UnsupportedOperation
-from onp.ops._gpu_program import Convolution, GpuProgram, Layer, Operation, on_device
+from onp.ops._gpu_program import (
+    Concatenation,
+    Convolution,
+    GpuProgram,
+    Layer,
+    Operation,
+    on_device,
+)
 from onp.ops._masked_forward_lowering import Lowering
 from onp.ops._masked_forward_steps import CONVOLUTION, NONE, Program
 from onp.ops._validate import check_gates, check_images
@@ -248,9 +256,10 @@ class GpuMaskedGradientPlan:
             if step.residual != NONE:
                 flow = reverse.out if reverse.flow is None else reverse.flow
                 flows.setdefault(step.residual, []).append(_Flow(flow))
-            if step.input == 0 and not wanted[0]:
+            if not wanted[0] and set(step.operands) == {0}:
                 continue
-            flows.setdefault(step.input, []).append(self._by_input(number, reverse.out, run))
+            for buffer, flow in self._by_operands(number, reverse.out, run):
+                flows.setdefault(buffer, []).append(flow)
         found = None
         if wanted[0]:
             summed = _sum([one.gradient() for one in flows.get(0, [])])
@@ -314,12 +323,19 @@ class GpuMaskedGradientPlan:
             tf32=step.kind == CONVOLUTION and not self._exact,
         )
 
-    def _by_input(self, number: int, gradient: Tensor, run: _Pass) -> _Flow:
-        """The gradient by a step's input."""
-        buffer, back = self._program.steps[number].input, self._back[number]
-        if isinstance(back, Operation):
-            return _Flow(back.backward(gradient, run.values[buffer]))
-        return _Flow(gradient, back, self._kernels, self._network.width(buffer))
+    def _by_operands(
+        self, number: int, gradient: Tensor, run: _Pass
+    ) -> Iterator[tuple[int, _Flow]]:
+        """The gradient by each buffer that a step's operation reads."""
+        step, back = self._program.steps[number], self._back[number]
+        values = [run.values[buffer] for buffer in step.operands]
+        if isinstance(back, Concatenation):
+            flows = [_Flow(one) for one in back.backward(gradient, values)]
+        elif isinstance(back, Operation):
+            flows = [_Flow(back.backward(gradient, values[0]))]
+        else:
+            flows = [_Flow(gradient, back, self._kernels, self._network.width(step.input))]
+        return zip(step.operands, flows, strict=True)
 
     def _turned(self, layer: Layer) -> Any:
         """What gives the gradient by a layer's input: its operation, or for our convolution another
