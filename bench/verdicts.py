@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,17 +33,22 @@ def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, 
     """The verdict on one network, and what would have been right."""
     recipe = network.recipe
     clean = draw_balanced(load(recipe.dataset, args.data, "train"), args.clean_samples, seed)
-    verdict = investigate(network.model.eval(), clean, BUDGETS[args.budget], seed).evidence.verdict
+    config = BUDGETS[args.budget]
+    if args.without_norms:
+        config = replace(config, replay=replace(config.replay, least_excess=math.inf))
+    verdict = investigate(network.model.eval(), clean, config, seed).evidence.verdict
     all_to_one = recipe.attack not in ("clean", "badnets-all")
     return {
         "model": network.name,
         "seed": seed,
         "budget": args.budget,
+        "norms": not args.without_norms,
         "clean_samples": args.clean_samples,
         "backdoored": recipe.attack != "clean",
         "target": str(recipe.target) if all_to_one else None,
         "finding": verdict.finding,
         "score": round(verdict.score, 5),
+        "by": verdict.by,
         "named": None if verdict.target is None else str(verdict.target),
     } | provenance()
 
@@ -95,12 +102,19 @@ def main() -> int:
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--budget", choices=list(BUDGETS), default="standard")
+    parser.add_argument(
+        "--without-norms",
+        action="store_true",
+        help="as if the norms remembered nothing, which is what an attacker who estimates their "
+        "statistics anew on clean images leaves",
+    )
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "verdicts.jsonl")
     args = parser.parse_args()
     lines = args.out.read_text().splitlines() if args.out.exists() else []
     rows = [json.loads(line) for line in lines]
     rows = [row for row in rows if row.get("budget", "standard") == args.budget]
+    rows = [row for row in rows if row.get("norms", True) != args.without_norms]
     done = {(row["model"], row["seed"]) for row in rows}
     networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
     for seed in args.seeds:

@@ -15,13 +15,16 @@ from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
-from onp.evidence import Evidence, Scene, from_probes, gather, in_turn
+from onp.evidence import Evidence, Scene, Squares, from_probes, gather, in_turn
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
+from onp.probes.families import Family
 from onp.probes.probe import Probe, Target
+from onp.probes.square import Square
+from onp.probes.synthesis import FAMILIES
 from onp.probes.unlearning import Unlearned
 from onp.suspect.trace import trace
-from onp.verdict import Verdict
+from onp.verdict import Verdict, by_squares
 
 CLASSES = 5
 ANSWERS = torch.tensor([9, 8, 3, 0, 0])
@@ -38,6 +41,10 @@ def scene(config: Config) -> Scene:
     )
     before = [torch.rand(20, 4, 6, 6)]
     return Scene(model, evaluator, clean, before, config, (0.0, 1.0), seed=0)
+
+
+def no_square_leads(_: Scene, targets: Sequence[int]) -> Squares:
+    return Squares(targets, torch.full((16, len(targets)), 0.4))
 
 
 def said(score: float, by: str = "probes") -> Evidence:
@@ -92,7 +99,7 @@ def test_a_probe_must_lead_further_classes_too(
     asked: list[list[int]] = []
     races: list[list[Target]] = []
 
-    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
+    def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
         size = [1.0, 4.0, 4.0] if not asked else [1 / rival] * len(targets)
         asked.append(list(targets))
         state, sites = [torch.zeros(1, 1, 3, 8, 8)], torch.zeros(here.evaluator.trace.sites)
@@ -107,6 +114,7 @@ def test_a_probe_must_lead_further_classes_too(
         return [Contender(probe, sites, 1.0, sites.bool(), score=0.95) for probe in probes]
 
     monkeypatch.setattr(Scene, "probed", probed)
+    monkeypatch.setattr(Scene, "squares", no_square_leads)
     monkeypatch.setattr(Scene, "raced", raced)
     found = from_probes(here)
     assert (found.verdict.target is not None) == called
@@ -130,7 +138,7 @@ def test_where_a_race_sees_no_lead_its_best_probe_counts(monkeypatch: pytest.Mon
     def contender(probe: Probe, success: float) -> Contender:
         return Contender(probe, sites, success, sites.bool())
 
-    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
+    def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
         first = here.evaluator.ledger.total == 0
         here.evaluator.ledger.count(1)
         sizes = [0.25 if first and number == 0 else 1.0 for number in range(len(targets))]
@@ -144,6 +152,7 @@ def test_where_a_race_sees_no_lead_its_best_probe_counts(monkeypatch: pytest.Mon
     monkeypatch.setattr(Scene, "first_look", lambda *_: looked_at)
     looked_at = [contender(Probe(Additive(), k, state, (0.0, 1.0), 1.0), 1.0) for k in range(5)]
     monkeypatch.setattr(Scene, "probed", probed)
+    monkeypatch.setattr(Scene, "squares", no_square_leads)
     monkeypatch.setattr(Scene, "raced", raced)
     monkeypatch.setattr(story, "responses", lambda *_: sites)
     found = from_probes(here)
@@ -179,7 +188,7 @@ def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
     assert advantage(looked[0], looked) > 0.5
     config, others = here.config.synthesis, 2 * 16  # of 20 images 16 are of other classes
     steps = 2 * config.look_steps * config.look_images
-    assert evaluator.ledger.total == CLASSES * (steps + others)
+    assert evaluator.ledger.total == CLASSES * (steps + others // 2) + 20
 
 
 def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,7 +206,7 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
             for target in (4, 0, 1, 2, 3)
         ]
 
-    def probed(_: Scene, targets: Sequence[int]) -> list[Contender]:
+    def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
         asked.append(list(targets))
         mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)
         probe = Probe(Additive(), targets[0], [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
@@ -206,6 +215,87 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(story, "unlearn", unlearned)
     monkeypatch.setattr(Scene, "first_look", look)
     monkeypatch.setattr(Scene, "probed", probed)
+    monkeypatch.setattr(Scene, "squares", no_square_leads)
     found = from_probes(here)
     assert asked == [[4, 0, 1]]
     assert [one.probe.target for one in found.looked] == [4, 0, 1, 2, 3]
+
+
+def test_what_a_square_calls_is_probed_and_the_square_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """It decides whatever the probes say, and stands for the trigger."""
+    here = scene(BUDGETS["standard"])
+    asked: list[tuple[list[int], list[str]]] = []
+    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
+
+    def contender(probe: Probe, success: float = 0.6) -> Contender:
+        return Contender(probe, sites, success, sites.bool())
+
+    def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
+        return [contender(Probe(Additive(), target, state, (0.0, 1.0), 1.0)) for target in targets]
+
+    def squares(_: Scene, targets: Sequence[int]) -> Squares:
+        assert list(targets) == [0, 1, 2, 3, 4]
+        successes = torch.full((16, 5), 0.02)
+        successes[6, 3], successes[9] = 0.9, 0.8
+        return Squares(targets, successes)
+
+    def probed(
+        _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES
+    ) -> list[Contender]:
+        asked.append((list(targets), [str(family) for family in families]))
+        return [
+            contender(Probe(family, target, state, (0.0, 1.0), 1.0))
+            for family in families
+            for target in targets
+        ]
+
+    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, ANSWERS))
+    monkeypatch.setattr(story, "responses", lambda *_: sites)
+    monkeypatch.setattr(Scene, "first_look", look)
+    monkeypatch.setattr(Scene, "squares", squares)
+    monkeypatch.setattr(Scene, "probed", probed)
+    monkeypatch.setattr(Scene, "raced", lambda _, probes: [contender(one) for one in probes])
+    found = from_probes(here)
+    assert (found.verdict.by, found.verdict.target) == ("squares", 3)
+    assert asked == [([3, 0, 1], [str(one) for one in FAMILIES]), ([3], [str(Square(1, 2))])]
+    assert found.counted[0].probe.family == Square(1, 2)
+    assert len(found.contenders) == 3 * len(FAMILIES) + 1
+    assert found.squares is not None
+    assert found.squares.targets == [0, 1, 2, 3, 4]
+
+
+def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
+    """Class 2 is answered where the last place is bright; the middle tells classes apart."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 64, CLASSES)
+    ).eval()
+    with torch.no_grad():
+        linear = model[3]
+        assert isinstance(linear, nn.Linear)
+        model[0].weight.abs_()
+        linear.weight.mul_(0.1)
+        weight = linear.weight.view(CLASSES, 4, 8, 8)
+        weight[:, :, 2:6, 2:6].normal_(0, 0.3)
+        weight[2, :, 6:, 6:] = 3.0
+        images = torch.rand(40, 3, 8, 8) * 0.3
+        linear.bias -= model(images).mean(0)
+        linear.bias[2] -= 20.0
+    here = scene(BUDGETS["standard"])
+    labels = torch.arange(len(images)) % CLASSES
+    evaluator = MaskEvaluator(
+        trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    clean = Clean(images, labels, model(images).detach().log_softmax(1))
+    looked = replace(here, model=model, evaluator=evaluator, clean=clean).squares(range(CLASSES))
+    assert looked.successes.shape == (16, CLASSES)
+    assert int(looked.successes[15].argmax()) == 2
+    assert float(looked.successes[15, 2]) > 0.9
+    verdict, place = by_squares(looked.successes, looked.targets, here.config.verdict)
+    assert (verdict.target, place) == (2, 15)
+    config = here.config.synthesis
+    steps = 2 * config.square_steps * config.square_images
+    wanted = [16 - int((labels[:16] == target).sum()) for target in range(CLASSES)]
+    assert evaluator.ledger.total == 16 * CLASSES * steps + 16 + 16 * sum(wanted)

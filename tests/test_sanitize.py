@@ -112,7 +112,7 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/6"
+    assert report["schema"] == "onp.repair/7"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]
@@ -128,6 +128,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert report["evidence"]["by"] == "norm statistics"
     assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
     assert report["first_look"] == []  # the norms were sure
+    assert report["squares"] is None
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
     assert stages < set(report["seconds"])
@@ -178,6 +179,11 @@ def test_a_clean_network_comes_back_untouched(budget: str) -> None:
     assert not result.mask.any()
     looked = result.report["first_look"]
     assert {look["target"] for look in looked} == set(clean.labels.tolist())
+    squares = result.report["squares"]
+    assert {square["target"] for square in squares} == set(clean.labels.tolist())
+    assert [one["success"] for one in squares] == sorted(
+        (one["success"] for one in squares), reverse=True
+    )
     for key, value in result.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
 

@@ -17,6 +17,7 @@ from onp.verdict import (
     Verdict,
     by_label_shift,
     by_probes,
+    by_squares,
     by_statistics,
     target_of,
 )
@@ -76,6 +77,51 @@ def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
         contenders = probed((PATCH, 0, 2**-lead, 1.0), (PATCH, 1, 1.0, 1.0))
         assert by_probes(contenders, among, CONFIG).finding == finding
+
+
+def squares(best: float, rival: float, elsewhere: float = 0.0) -> torch.Tensor:
+    """Successes [places, classes] where class 3 of 5 works in the last of three places."""
+    successes = torch.full((3, 5), 0.01)
+    successes[2, 3], successes[2, 1], successes[0, 1] = best, rival, elsewhere
+    return successes
+
+
+@pytest.mark.parametrize(
+    ("best", "rival", "elsewhere", "lead"),
+    [
+        (0.9, 0.1, 0.0, 3.17),
+        (0.9, 0.1, 0.9, 3.17),  # the lead is over what works in the same place
+        (0.9, 0.01, 0.0, 4.17),  # less than the floor counts as that
+        (0.9, 0.3, 0.0, 1.58),
+        (0.55, 0.5, 0.0, 0.14),
+    ],
+)
+def test_a_square_must_lead_in_its_place(
+    best: float, rival: float, elsewhere: float, lead: float
+) -> None:
+    successes = squares(best, rival, elsewhere)
+    successes[0, 0] = elsewhere  # two classes there
+    verdict, place = by_squares(successes, [8, 6, 4, 2, 0], CONFIG)
+    called = lead > CONFIG.threshold * CONFIG.square_lead
+    assert (verdict.finding == "backdoor") == called
+    assert verdict.target == (2 if called else None)
+    assert (verdict.by, place) == ("squares", 2)
+    assert verdict.score == pytest.approx(min(lead / CONFIG.square_lead, 1.0), abs=0.005)
+    assert verdict.evidence["success"] == pytest.approx(best)
+    assert "number 3 of 3" in verdict.reason
+
+
+def test_a_square_that_works_on_few_images_leads_by_chance() -> None:
+    verdict, _ = by_squares(squares(0.45, 0.01), [0, 1, 2, 3, 4], CONFIG)
+    assert (verdict.finding, verdict.score, verdict.target) == ("clean", 0.0, None)
+    assert "no square works on 50%" in verdict.reason
+
+
+def test_a_square_among_few_classes_must_lead_by_more() -> None:
+    few = torch.tensor([[0.9, 0.2, 0.01, 0.01], [0.1, 0.1, 0.1, 0.1]])
+    assert by_squares(few, [0, 1, 2, 3], CONFIG)[0].finding == "clean"
+    assert by_squares(torch.nn.functional.pad(few, (0, 1)), range(5), CONFIG)[0].target == 0
+    assert by_squares(few[:, :1], [7], CONFIG)[0].finding == "clean"  # over nothing
 
 
 def replayed(excess: float, share: float) -> Verdict:

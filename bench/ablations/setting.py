@@ -104,7 +104,8 @@ def investigate(
     shift = measured_shift(evaluator, suspect, seen, config, valid=VALID, seed=seed)
     with torch.enable_grad():
         evidence = gather(scene, shift)
-    found = (by_site(shift, trace), replace(evidence, unlearned=None))  # that holds a network
+    evidence = replace(evidence, unlearned=None, squares=None)  # a network, and many probes
+    found = (by_site(shift, trace), evidence)
     if kept is not None:
         write_atomically(kept, lambda temporary: torch.save(found, temporary))
     return Investigated(scene, *found)

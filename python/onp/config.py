@@ -50,6 +50,11 @@ class SynthesisConfig:
     """on so many images each,"""
     looked_at: int = 64
     """for so many classes at most, those that unlearning names first."""
+    square_steps: int = 5
+    """The same classes are looked at by squares: so many steps in every place (with more, natural
+    directions catch up),"""
+    square_images: int = 2
+    """on so many images each."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
     counted: int = 3
@@ -239,6 +244,11 @@ class VerdictConfig:
     lead by up to 1.7, 1.3 and 1.0."""
     least_success: float = 0.5
     """Of a probe that leads: a trigger that works on few images leads by chance."""
+    square_lead: float = 3.6
+    """Binary logarithm of a square's success over that of any other class's in its place: full
+    evidence."""
+    square_floor: float = 0.05
+    """Of that success: what is below counts as this."""
     shift: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of a label shift's share over that of the shift by two."""
     certain: float = 0.6

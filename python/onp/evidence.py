@@ -8,19 +8,20 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from onp.agent.contenders import counted_contenders, strength, success_of
+from onp.agent.contenders import counted_contenders, leading, strength, successes_of
 from onp.agent.race import Contender, race
 from onp.clean import Clean
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
-from onp.probes.families import Range
+from onp.probes.families import Family, Range
 from onp.probes.generator import Generator
 from onp.probes.norm_shift import NormShift, norm_shift
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import responses
+from onp.probes.square import SIDES, SQUARES
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
 from onp.suspect.network import FrozenNetwork
@@ -28,6 +29,7 @@ from onp.verdict import (
     Verdict,
     by_label_shift,
     by_probes,
+    by_squares,
     by_statistics,
     target_of,
 )
@@ -40,8 +42,19 @@ LOOK = (Patch(),)
 """What every class is looked at by first: the family whose size says most after a few steps."""
 LOOK_JUDGED = 32
 """Clean images on which that is judged."""
+SQUARES_JUDGED = 16
+"""and those that squares are judged on."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
+
+
+@dataclass(frozen=True)
+class Squares:
+    """What squares of every place reach for some classes."""
+
+    targets: Sequence[int]
+    successes: Tensor
+    """float32 [places, classes]"""
 
 
 @dataclass(frozen=True)
@@ -69,13 +82,15 @@ class Scene:
             target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
-    def probed(self, targets: Sequence[int]) -> list[Contender]:
+    def probed(
+        self, targets: Sequence[int], families: Sequence[Family] = FAMILIES
+    ) -> list[Contender]:
         """Contenders of one trigger of each family for each of the classes, not raced."""
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
                 steps=self.config.synthesis.steps, draw=self.config.synthesis.images_per_step,
-                valid=self.valid, seed=self.seed, ledger=self.ledger,
+                families=families, valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
             return self.unraced(probes)
 
@@ -95,6 +110,25 @@ class Scene:
             looked = self._reached(probes, none, LOOK_JUDGED)
         return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
 
+    def squares(self, targets: Sequence[int]) -> Squares:
+        """A square in every place for each of the classes. Costs 2 * square_steps * square_images
+        image-forwards a class and place, and those of judging them on ``SQUARES_JUDGED`` images."""
+        config, few = self.config.synthesis, self.clean[:SQUARES_JUDGED]
+        with self.ledger.stage("probe"):
+            probes = [
+                probe
+                for row in range(SIDES)  # each by itself, as large images take room
+                for probe in synthesise(
+                    self.evaluator.network, self.clean.images, self.clean.labels, targets,
+                    steps=config.square_steps, draw=config.square_images,
+                    families=SQUARES[row * SIDES : (row + 1) * SIDES],
+                    valid=self.valid, seed=self.seed, ledger=self.ledger,
+                )
+            ]  # fmt: skip
+            nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
+            reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
+        return Squares(targets, torch.tensor(reached).view(-1, len(targets)))
+
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes' contenders, best first."""
         return race(
@@ -112,14 +146,10 @@ class Scene:
         """The probes with rankings float32 [S] and what they reach on the first ``images``."""
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
         few = self.clean[:images]
+        reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
         return [
-            Contender(
-                probe,
-                ranking,
-                success_of(probe, self.evaluator, nothing, few.images, few.labels),
-                nothing,
-            )
-            for probe, ranking in zip(probes, rankings, strict=True)
+            Contender(probe, ranking, success, nothing)
+            for probe, ranking, success in zip(probes, rankings, reached, strict=True)
         ]
 
     def _rankings(self, probes: Sequence[Probe]) -> list[Tensor]:
@@ -143,6 +173,7 @@ class Evidence:
     """What the norm statistics alone say, where they were asked."""
     looked: Sequence[Contender] = ()
     """The first look's probes of every class, the strongest first, where it was had."""
+    squares: Squares | None = None
     unlearned: Unlearned | None = None
     unlearning: Tensor | None = None
     """Response of every site to unlearning, float32 [S]."""
@@ -216,9 +247,10 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_probes(scene: Scene) -> Evidence:
-    """Unlearn, look at every class (64 at most) and probe those that either names, with every
-    family. If a probe leads, further classes are probed, as a lead counts over the nearest; if it
-    still does, its class's probes are raced."""
+    """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
+    either names, with every family. If a probe leads, further classes are probed, as a lead counts
+    over the nearest. The class that squares call, or else the one whose probe still leads, has its
+    probes raced."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -232,23 +264,36 @@ def from_probes(scene: Scene) -> Evidence:
     left_over = unlearned.suspects(min(synthesis.looked_at, network.trace.num_classes))
     looked = scene.first_look(left_over)
     nearest = [target for one in looked if isinstance(target := one.probe.target, int)]
-    named = in_turn(nearest, left_over)[: synthesis.classes + synthesis.rivals]
+    squares = scene.squares(left_over)
+    seen, place = by_squares(squares.successes, left_over, config.verdict)
+    named = in_turn(nearest, left_over)
+    if isinstance(seen.target, int):
+        named = in_turn([seen.target, *nearest], [seen.target, *left_over])
+    named = named[: synthesis.classes + synthesis.rivals]
     contenders = scene.probed(named[: synthesis.classes])
     verdict = by_probes(contenders, len(named), config.verdict)
     rivals = named[synthesis.classes :]
-    if verdict.target is not None and rivals:
+    if seen.target is None and verdict.target is not None and rivals:
         contenders = contenders + scene.probed(rivals)
         verdict = by_probes(contenders, len(named), config.verdict)
+    caller = leading(contenders, config.verdict.least_success)
+    if isinstance(seen.target, int):
+        verdict, caller = seen, scene.probed([seen.target], SQUARES[place : place + 1])[0]
+        contenders = [caller, *contenders]
+    elif seen.score > verdict.score:
+        verdict = seen
     counted = list[Contender]()
     if verdict.target is not None:
+        assert caller is not None
         others = [one for one in contenders if one.probe.target != verdict.target]
         with ledger.stage("race"):
             own = scene.raced([c.probe for c in contenders if c.probe.target == verdict.target])
         contenders = own + others
-        counted = counted_contenders(contenders, verdict.target, synthesis) or own[:1]
+        counted = counted_contenders(contenders, caller.probe, synthesis)
     return Evidence(
-        verdict, contenders, counted, looked=looked, unlearned=unlearned, unlearning=unlearning
-    )
+        verdict, contenders, counted, looked=looked, squares=squares,
+        unlearned=unlearned, unlearning=unlearning,
+    )  # fmt: skip
 
 
 def in_turn(first: Sequence[int], second: Sequence[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Is there a backdoor? Two independent findings from clean data; either one calls it.
+"""Is there a backdoor? Three independent findings from clean data; any one of them calls it.
 
 **Norm statistics.** The moments that the batch norms remember differ from the clean images' by more
 than chance, and triggers that are learned to explain the difference, no class being asked for, make
@@ -18,6 +18,10 @@ the nearest ones among them: it is smaller, or works better.
 
     score = that lead, scaled
 
+**Squares.** The same lead among opaque squares of one place, that of the image where it is
+largest: what a few steps of them reach there for other classes says how far a natural direction
+leads (``onp.probes.square``).
+
 Where few other classes are probed, as there are no more, one leads by chance: more is asked then.
 What unlearning leaves, and whether a probe's success can be pruned away, tell next to nothing
 beside it (bench/NOTES.md, "A lead over near classes").
@@ -30,12 +34,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from onp.agent.contenders import advantage
+from torch import Tensor
+
+from onp.agent.contenders import advantage, leading
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.probe import Target
 from onp.probes.replay import Replayed
 
+Finding = Literal["norm statistics", "squares", "probes"]
+"""What a verdict rests on."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the unseen images than this: as good as this many."""
 
@@ -47,7 +55,7 @@ class Verdict:
     """In [0, 1]; at or above the threshold it is a backdoor."""
     target: Target | None
     """What the backdoor answers, where one was found."""
-    by: Literal["norm statistics", "probes"]
+    by: Finding
     evidence: dict[str, float]
     """The pieces of evidence by name, as measured."""
     reason: str
@@ -104,17 +112,13 @@ def by_label_shift(
 def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig) -> Verdict:
     """Judge the probes by the largest lead of one that works. among: classes that a lead counts
     over when all are probed that would be, its own included."""
-    leads = {
-        one: advantage(one, contenders) for one in contenders if one.success >= config.least_success
-    }
-    if not leads:
+    best = leading(contenders, config.least_success)
+    if best is None:
         reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
         return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
-    best = max(leads, key=lambda one: leads[one])
-    lead = leads[best]
-    few = 1.0 + config.scarcity * max(0, config.rivals - (among - 1))
+    lead = advantage(best, contenders)
     return _verdict(
-        _ramp(lead, 0.0, few * config.lead),
+        _ramp(lead, 0.0, _scarcity(among, config) * config.lead),
         best.probe.target,
         "probes",
         {"advantage": lead, "success": best.success},
@@ -125,10 +129,38 @@ def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig
     )
 
 
+def by_squares(
+    successes: Tensor, targets: Sequence[int], config: VerdictConfig
+) -> tuple[Verdict, int]:
+    """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
+    the largest lead over the other classes in one place of one that works. And that place."""
+    best, whose = successes.max(1)
+    rivals = successes.scatter(1, whose[:, None], 0.0).max(1).values
+    leads = (best / rivals.clamp_min(config.square_floor)).clamp_min(1.0).log2()
+    leads[best < config.least_success] = 0.0
+    place = int(leads.argmax())
+    lead, success, target = float(leads[place]), float(best[place]), targets[int(whose[place])]
+    reason = (
+        f"an opaque square for class {target}, number {place + 1} of {len(successes)}, works on "
+        f"{100 * success:.0f}% of the images, 2^{lead:.1f} times as many as one in the same place "
+        "for any other class"
+    )
+    if lead == 0.0:
+        reason = f"no square works on {100 * config.least_success:.0f}% of the images"
+    score = _ramp(lead, 0.0, _scarcity(len(targets), config) * config.square_lead)
+    found = {"advantage": lead, "success": success}
+    return _verdict(score, target, "squares", found, reason, config), place
+
+
+def _scarcity(among: int, config: VerdictConfig) -> float:
+    """How much more of a lead is asked where it is one over few other classes."""
+    return 1.0 + config.scarcity * max(0, config.rivals - (among - 1))
+
+
 def _verdict(
     score: float,
     target: Target | None,
-    by: Literal["norm statistics", "probes"],
+    by: Finding,
     evidence: dict[str, float],
     reason: str,
     config: VerdictConfig,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,7 +12,9 @@ from onp.agent.contenders import (
     advantage,
     counted_contenders,
     getting_through,
+    leading,
     success_of,
+    successes_of,
 )
 from onp.agent.cost import Cost, dealt_out
 from onp.agent.flips import give_back
@@ -19,7 +23,8 @@ from onp.clean import Clean
 from onp.config import BUDGETS, CostConfig, RaceConfig, ScoreConfig, SynthesisConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.additive import Additive
-from onp.probes.probe import Probe
+from onp.probes.probe import LabelShift, Probe
+from onp.probes.square import Square
 from onp.suspect.trace import trace
 from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy
 
@@ -102,6 +107,28 @@ def test_a_probe_without_images_to_turn_has_no_success() -> None:
     assert success_of(probe, evaluator, nothing, images, own) == 0.0
 
 
+def test_several_probes_are_judged_as_each_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("onp.agent.contenders.TOGETHER", 2)
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    mask[1] = True
+    other = replace(probe, target=0)
+    probes = [probe, other, replace(probe, target=LabelShift(2)), other, probe]
+    before = evaluator.ledger.total
+    found = successes_of(probes, evaluator, mask, images, labels)
+    turned = sum(int((one.wanted(labels) != labels).sum()) for one in probes)
+    assert evaluator.ledger.total - before == len(images) + turned
+    clean = evaluator.run(mask[None], images)[0].softmax(1)
+    for one, success in zip(probes, found, strict=True):
+        wanted = one.wanted(labels)
+        hit = evaluator.run(mask[None], one(images))[0].softmax(1)
+        excess = (hit - clean).gather(1, wanted[:, None]).squeeze(1)[wanted != labels]
+        assert success == pytest.approx(float(excess.clamp_min(0).mean()), abs=1e-5)
+    assert len({round(success, 4) for success in found}) > 1
+    assert successes_of([], evaluator, mask, images, labels) == []
+
+
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_every_budget_searches_on_all_images_or_leaves_some_to_give_back_on(budget: str) -> None:
     """Of the 500 that a user is asked for."""
@@ -117,9 +144,22 @@ def test_advantage_compares_within_the_family_across_classes() -> None:
     assert advantage(strong, [strong, other]) == 2.0
     assert advantage(strong, [strong, weak]) == 0.0  # no other class was probed
     rows = [strong, weak, other]
-    assert counted_contenders(rows, 3, SynthesisConfig(counted_margin=0.15)) == [strong, weak]
-    assert counted_contenders(rows, 3, SynthesisConfig(counted_margin=0.05)) == [strong]
-    assert counted_contenders(rows, 3, SynthesisConfig(counted=1)) == [strong]
+    wide, narrow = SynthesisConfig(counted_margin=0.15), SynthesisConfig(counted_margin=0.05)
+    for caller in (strong, contender(3, 1.0, 0.5, 0.9)):  # among them or not
+        assert counted_contenders(rows, caller.probe, wide) == [strong, weak]
+        assert counted_contenders(rows, caller.probe, narrow) == [strong]
+        assert counted_contenders(rows, caller.probe, SynthesisConfig(counted=1)) == [strong]
+
+
+def test_the_probe_that_called_counts_first() -> None:
+    """Whatever its mask is worth, and though no other class had one of its family."""
+    best, rival = contender(3, 1.0, 0.5, 0.9), contender(5, 0.5, 1.0, 0.7)
+    caller = replace(best, probe=replace(best.probe, family=Square(0, 0)), score=-0.1)
+    rows = [best, caller, rival]
+    assert leading(rows, 0.5) is best
+    assert counted_contenders(rows, caller.probe, SynthesisConfig()) == [caller, best]
+    assert counted_contenders(rows, caller.probe, SynthesisConfig(counted=1)) == [caller]
+    assert leading([best, rival], 1.1) is None
 
 
 def test_a_probe_that_leads_by_far_counts_whatever_its_mask_is_worth() -> None:
@@ -130,8 +170,9 @@ def test_a_probe_that_leads_by_far_counts_whatever_its_mask_is_worth() -> None:
     assert advantage(far, [far, rival]) > 0.6 > advantage(barely, [barely, rival]) > 0
     assert advantage(seldom, [seldom, rival]) > 1
     rows = [far, barely, seldom, rival, best]
-    assert counted_contenders(rows, 3, SynthesisConfig()) == [best, far]
-    assert counted_contenders(rows, 3, SynthesisConfig(counted_success=0.3)) == [best, seldom, far]
-    assert counted_contenders(rows, 3, SynthesisConfig(counted=1)) == [best]
+    called, seldom_too = best.probe, SynthesisConfig(counted_success=0.3)
+    assert counted_contenders(rows, called, SynthesisConfig()) == [best, far]
+    assert counted_contenders(rows, called, seldom_too) == [best, seldom, far]
+    assert counted_contenders(rows, called, SynthesisConfig(counted=1)) == [best]
     near = SynthesisConfig(counted_margin=1.0)  # all are nearly as repairable
-    assert counted_contenders(rows, 3, near) == [best, far, barely]
+    assert counted_contenders(rows, called, near) == [best, far, barely]

@@ -10,14 +10,17 @@ from torch import nn
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.low_frequency import dct_basis
+from onp.probes.square import Square
 from onp.probes.synthesis import FAMILIES, gradients_towards, synthesise
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import trace
 
+ALL = (*FAMILIES, Square(1, 2))
+
 
 @pytest.mark.parametrize("valid", [(0.0, 1.0), (-1.0, 1.0)], ids=str)
 @pytest.mark.parametrize("shape", [(3, 32, 32), (3, 48, 20)], ids=str)
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
 def test_triggered_images_are_real_images(
     family: Family, shape: tuple[int, int, int], valid: tuple[float, float]
 ) -> None:
@@ -38,7 +41,7 @@ def test_triggered_images_are_real_images(
         assert float(size.max()) <= 1 + 1e-4
 
 
-@pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
+@pytest.mark.parametrize("family", ALL, ids=lambda family: family.name)
 def test_every_parameter_gets_a_gradient(family: Family) -> None:
     parameters = family.start(1, (3, 16, 16), torch.Generator().manual_seed(0))
     for parameter in parameters:

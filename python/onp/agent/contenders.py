@@ -15,8 +15,10 @@ from torch import Tensor
 from onp.agent.race import Contender
 from onp.config import Config, SynthesisConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.probe import Probe, Target
+from onp.probes.probe import Probe
 
+TOGETHER = 16
+"""Probes whose triggered images are run in one call."""
 SMALLEST = 0.05
 """Sizes below this share of the reference count as this: smaller ones are equally suspicious."""
 
@@ -40,15 +42,23 @@ def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
     return math.log2(strength(contender.success, contender.probe.size) / max(rivals))
 
 
+def leading(contenders: Sequence[Contender], least_success: float) -> Contender | None:
+    """The one with the largest advantage of those that reach ``least_success``, if any does."""
+    working = (one for one in contenders if one.success >= least_success)
+    return max(working, key=lambda one: advantage(one, contenders), default=None)
+
+
 def counted_contenders(
-    contenders: Sequence[Contender], target: Target, config: SynthesisConfig
+    contenders: Sequence[Contender], caller: Probe, config: SynthesisConfig
 ) -> list[Contender]:
-    """The target's contenders that are stronger than their sisters: the most repairable one, those
-    nearly as repairable, the best first, then those that lead by far."""
+    """The one whose probe called a backdoor first. Then of its target's those that are stronger
+    than their sisters: the most repairable one, those nearly as repairable, the best first, then
+    those that lead by far."""
+    first = [c for c in contenders if c.probe is caller]
     leads = {
         c: lead
         for c in contenders
-        if c.probe.target == target and c.size > 0 and (lead := advantage(c, contenders)) > 0
+        if c.probe.target == caller.target and c.size > 0 and (lead := advantage(c, contenders)) > 0
     }
     best = max((c.score for c in leads), default=0.0)
     near = [c for c in leads if c.score >= best - config.counted_margin]
@@ -59,7 +69,8 @@ def counted_contenders(
     ]
     near.sort(key=lambda c: -c.score)
     far.sort(key=lambda c: -leads[c])
-    return (near + far)[: config.counted]
+    rest = [c for c in near + far if c not in first]
+    return (first + rest)[: config.counted]
 
 
 def getting_through(
@@ -93,11 +104,23 @@ def success_of(
 ) -> float:
     """Mean excess probability of the probe's target under ``mask`` bool [S], on the images of
     other classes; 0 where there are none."""
-    wanted = probe.wanted(labels)
-    others = wanted != labels
-    if not bool(others.any()):
-        return 0.0
-    clean = images[others]
-    chance = evaluator.run(mask[None], torch.cat([clean, probe(clean)]))[0].softmax(1)
-    own, hit = chance.gather(1, wanted[others].repeat(2)[:, None]).squeeze(1).chunk(2)
-    return float((hit - own).clamp_min(0).mean())
+    return successes_of([probe], evaluator, mask, images, labels)[0]
+
+
+def successes_of(
+    probes: Sequence[Probe], evaluator: MaskEvaluator, mask: Tensor, images: Tensor, labels: Tensor
+) -> list[float]:
+    """``success_of`` each of some probes, together."""
+    clean = evaluator.run(mask[None], images)[0].softmax(1)
+    found = list[float]()
+    for first in range(0, len(probes), TOGETHER):
+        some = probes[first : first + TOGETHER]
+        others = [probe.wanted(labels) != labels for probe in some]
+        triggered = [probe(images[other]) for probe, other in zip(some, others, strict=True)]
+        chances = evaluator.run(mask[None], torch.cat(triggered))[0].softmax(1)
+        parts = chances.split([len(part) for part in triggered])
+        for probe, other, chance in zip(some, others, parts, strict=True):
+            wanted = probe.wanted(labels)[other][:, None]
+            excess = chance.gather(1, wanted) - clean[other].gather(1, wanted)
+            found.append(float(excess.clamp_min(0).mean()) if len(chance) else 0.0)
+    return found

@@ -14,14 +14,14 @@ from onp.agent.flips import Round
 from onp.agent.race import Contender
 from onp.config import Config
 from onp.environment import describe
-from onp.evidence import Evidence
+from onp.evidence import Evidence, Squares
 from onp.ledger import Ledger
 from onp.metrics import interval
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/6"
+SCHEMA = "onp.repair/7"
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ def repair_report(
         ],
         "unlearned_answers": None if unlearned is None else unlearned.answers.tolist(),
         "first_look": [_looked(c) for c in evidence.looked],
+        "squares": None if evidence.squares is None else _squares(evidence.squares),
         "probes": [_probe(c, c in counted) for c in evidence.contenders],
         "renewed_probes": [_probe(c, True) for c in renewed],
         "choice": None if choice is None else _choice(choice),
@@ -131,6 +132,16 @@ def _looked(contender: Contender) -> dict[str, Any]:
         "size": round(probe.size, 4),
         "success": round(contender.success, 4),
     }
+
+
+def _squares(squares: Squares) -> list[dict[str, Any]]:
+    """The best one of each class, those that work best first."""
+    best, places = squares.successes.max(0)
+    rows = zip(squares.targets, places.tolist(), best.tolist(), strict=True)
+    return [
+        {"target": target, "place": place, "success": round(success, 4)}
+        for target, place, success in sorted(rows, key=lambda row: -row[2])
+    ]
 
 
 def _aftercare(cared: AftercareOutcome) -> dict[str, Any]:
