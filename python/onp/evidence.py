@@ -249,8 +249,8 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 def from_probes(scene: Scene) -> Evidence:
     """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
     either names, with every family. If a probe leads, further classes are probed, as a lead counts
-    over the nearest. The class that squares call, or else the one whose probe still leads, has its
-    probes raced."""
+    over the nearest. What they or the squares call has its class's probes raced; where it was
+    squares alone, the one that called among them."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -271,20 +271,18 @@ def from_probes(scene: Scene) -> Evidence:
         named = in_turn([seen.target, *nearest], [seen.target, *left_over])
     named = named[: synthesis.classes + synthesis.rivals]
     contenders = scene.probed(named[: synthesis.classes])
-    verdict = by_probes(contenders, len(named), config.verdict)
+    said = by_probes(contenders, len(named), config.verdict)
     rivals = named[synthesis.classes :]
-    if seen.target is None and verdict.target is not None and rivals:
+    if said.target is not None and rivals:
         contenders = contenders + scene.probed(rivals)
-        verdict = by_probes(contenders, len(named), config.verdict)
-    caller = leading(contenders, config.verdict.least_success)
-    if isinstance(seen.target, int):
-        verdict, caller = seen, scene.probed([seen.target], SQUARES[place : place + 1])[0]
-        contenders = [caller, *contenders]
-    elif seen.score > verdict.score:
-        verdict = seen
+        said = by_probes(contenders, len(named), config.verdict)
+    verdict = seen if seen.score > said.score else said
     counted = list[Contender]()
-    if verdict.target is not None:
-        assert caller is not None
+    if isinstance(verdict.target, int):
+        caller = leading(contenders, config.verdict.least_success)
+        if caller is None or said.target != verdict.target:  # no probe leads: the square has to do
+            caller = scene.probed([verdict.target], SQUARES[place : place + 1])[0]
+            contenders = [caller, *contenders]
         others = [one for one in contenders if one.probe.target != verdict.target]
         with ledger.stage("race"):
             own = scene.raced([c.probe for c in contenders if c.probe.target == verdict.target])
