@@ -1,9 +1,9 @@
 """``python -m bench.verdicts``: does the verdict tell backdoored networks from clean ones?
 
-One JSON line per (network, seed, budget), appended when it is done; lines that are there are not
-made again. A row holds the score that ``onp.sanitize`` would call a backdoor by and the class it
-would name; no search is run. Then a summary: the area under the ROC curve with a bootstrap interval
-over networks, calls, and the classes named.
+One JSON line per (network, seed, budget, norms or not), appended when it is done; lines that are
+there are not made again. A row holds the score that ``onp.sanitize`` would call a backdoor by and
+the class it would name; no search is run. Then a summary: the area under the ROC curve with a
+bootstrap interval over networks, calls, and the classes named.
 """
 
 from __future__ import annotations

@@ -130,7 +130,9 @@ def test_a_probe_must_lead_further_classes_too(
         assert not found.counted
 
 
-def test_where_a_race_sees_no_lead_its_best_probe_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """It measures success on other images than the verdict."""
     here = scene(BUDGETS["standard"])
     sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
@@ -186,9 +188,9 @@ def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
     assert targets[0] == 3
     assert sorted(targets) == list(range(CLASSES))
     assert advantage(looked[0], looked) > 0.5
-    config, others = here.config.synthesis, 2 * 16  # of 20 images 16 are of other classes
+    config = here.config.synthesis
     steps = 2 * config.look_steps * config.look_images
-    assert evaluator.ledger.total == CLASSES * (steps + others // 2) + 20
+    assert evaluator.ledger.total == CLASSES * (steps + 16) + 20  # 16 are of other classes
 
 
 def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -221,32 +223,50 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
     assert [one.probe.target for one in found.looked] == [4, 0, 1, 2, 3]
 
 
-def test_what_a_square_calls_is_probed_and_the_square_counts(
+@pytest.mark.parametrize(
+    ("rival", "small", "by", "target", "learned"),
+    [
+        (0.02, None, "squares", 3, True),  # the probes say nothing
+        (0.02, (0, 0.55), "squares", 3, True),  # less, and of another class
+        (0.02, (3, 0.55), "squares", 3, False),  # less, but the same: the probes stand for it
+        (0.02, (3, 0.1), "probes", 3, False),
+        (0.3, (0, 0.55), "probes", 0, False),  # squares do not call
+        (0.3, None, "squares", None, False),  # neither does, squares come nearer to it
+    ],
+)
+def test_squares_and_probes(
+    rival: float,
+    small: tuple[int, float] | None,
+    by: str,
+    target: int | None,
+    learned: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """It decides whatever the probes say, and stands for the trigger."""
+    """A square for class 3 works on 90% of the images, for others in its place on ``rival``;
+    probes are of size 1, but for those of one class."""
     here = scene(BUDGETS["standard"])
     asked: list[tuple[list[int], list[str]]] = []
     sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
 
-    def contender(probe: Probe, success: float = 0.6) -> Contender:
-        return Contender(probe, sites, success, sites.bool())
+    def contender(probe: Probe) -> Contender:
+        return Contender(probe, sites, 0.9, sites.bool())
 
     def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
         return [contender(Probe(Additive(), target, state, (0.0, 1.0), 1.0)) for target in targets]
 
     def squares(_: Scene, targets: Sequence[int]) -> Squares:
         assert list(targets) == [0, 1, 2, 3, 4]
-        successes = torch.full((16, 5), 0.02)
+        successes = torch.full((16, 5), rival)
         successes[6, 3], successes[9] = 0.9, 0.8
         return Squares(targets, successes)
 
     def probed(
         _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES
     ) -> list[Contender]:
-        asked.append((list(targets), [str(family) for family in families]))
+        asked.append((list(targets), [family.name for family in families]))
+        sizes = {} if small is None else dict([small])
         return [
-            contender(Probe(family, target, state, (0.0, 1.0), 1.0))
+            contender(Probe(family, target, state, (0.0, 1.0), sizes.get(target, 1.0)))
             for family in families
             for target in targets
         ]
@@ -258,12 +278,17 @@ def test_what_a_square_calls_is_probed_and_the_square_counts(
     monkeypatch.setattr(Scene, "probed", probed)
     monkeypatch.setattr(Scene, "raced", lambda _, probes: [contender(one) for one in probes])
     found = from_probes(here)
-    assert (found.verdict.by, found.verdict.target) == ("squares", 3)
-    assert asked == [([3, 0, 1], [str(one) for one in FAMILIES]), ([3], [str(Square(1, 2))])]
-    assert found.counted[0].probe.family == Square(1, 2)
-    assert len(found.contenders) == 3 * len(FAMILIES) + 1
+    assert (found.verdict.by, found.verdict.target) == (by, target)
+    called = rival < 0.1
+    assert asked[0][0] == ([3, 0, 1] if called else [0, 1, 2])  # what a square calls is probed
+    assert (asked[-1] == ([3], ["square"])) == learned
     assert found.squares is not None
-    assert found.squares.targets == [0, 1, 2, 3, 4]
+    if target is None:
+        assert found.counted == []
+        return
+    first = found.counted[0].probe
+    assert first.target == target
+    assert (first.family == Square(1, 2)) == learned
 
 
 def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:

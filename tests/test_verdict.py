@@ -108,12 +108,14 @@ def test_a_square_must_lead_in_its_place(
     assert (verdict.by, place) == ("squares", 2)
     assert verdict.score == pytest.approx(min(lead / CONFIG.square_lead, 1.0), abs=0.005)
     assert verdict.evidence["success"] == pytest.approx(best)
-    assert "number 3 of 3" in verdict.reason
+    assert verdict.evidence["place"] == 2
+    assert "in place 2 works" in verdict.reason
 
 
 def test_a_square_that_works_on_few_images_leads_by_chance() -> None:
-    verdict, _ = by_squares(squares(0.45, 0.01), [0, 1, 2, 3, 4], CONFIG)
+    verdict, place = by_squares(squares(0.45, 0.01), [0, 1, 2, 3, 4], CONFIG)
     assert (verdict.finding, verdict.score, verdict.target) == ("clean", 0.0, None)
+    assert (place, verdict.evidence["success"]) == (2, pytest.approx(0.45))
     assert "no square works on 50%" in verdict.reason
 
 

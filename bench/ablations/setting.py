@@ -20,6 +20,7 @@ from onp.evidence import (
     RESPONSE_IMAGES,
     Evidence,
     Scene,
+    Squares,
     gather,
     measured_shift,
 )
@@ -30,13 +31,15 @@ from onp.prepare import baseline, clean_images, frozen_copy
 from onp.probes.norm_shift import by_site
 from onp.probes.probe import LabelShift, Probe
 from onp.probes.responses import activations
+from onp.probes.square import Square
 from onp.search import Search
 from onp.suspect.trace import trace as trace_network
 from onp.verdict import Verdict
 
 VALID = (0.0, 1.0)
 _KEPT = [
-    Evidence, Verdict, Contender, Probe, LabelShift, *map(type, REPLAYED.values())
+    Evidence, Verdict, Contender, Probe, LabelShift, Square, Squares,
+    *map(type, REPLAYED.values()),
 ]  # fmt: skip
 """What evidence consists of."""
 
@@ -104,8 +107,7 @@ def investigate(
     shift = measured_shift(evaluator, suspect, seen, config, valid=VALID, seed=seed)
     with torch.enable_grad():
         evidence = gather(scene, shift)
-    evidence = replace(evidence, unlearned=None, squares=None)  # a network, and many probes
-    found = (by_site(shift, trace), evidence)
+    found = (by_site(shift, trace), replace(evidence, unlearned=None))  # that holds a network
     if kept is not None:
         write_atomically(kept, lambda temporary: torch.save(found, temporary))
     return Investigated(scene, *found)

@@ -54,7 +54,7 @@ class Squares:
 
     targets: Sequence[int]
     successes: Tensor
-    """float32 [places, classes]"""
+    """Mean excess probability of the class, float32 [places, classes]."""
 
 
 @dataclass(frozen=True)
@@ -174,6 +174,7 @@ class Evidence:
     looked: Sequence[Contender] = ()
     """The first look's probes of every class, the strongest first, where it was had."""
     squares: Squares | None = None
+    """What squares reach, where they were asked."""
     unlearned: Unlearned | None = None
     unlearning: Tensor | None = None
     """Response of every site to unlearning, float32 [S]."""

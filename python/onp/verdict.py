@@ -34,6 +34,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from onp.agent.contenders import advantage, leading
@@ -42,7 +43,7 @@ from onp.config import VerdictConfig
 from onp.probes.probe import Target
 from onp.probes.replay import Replayed
 
-Finding = Literal["norm statistics", "squares", "probes"]
+Ground = Literal["norm statistics", "squares", "probes"]
 """What a verdict rests on."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the unseen images than this: as good as this many."""
@@ -55,7 +56,7 @@ class Verdict:
     """In [0, 1]; at or above the threshold it is a backdoor."""
     target: Target | None
     """What the backdoor answers, where one was found."""
-    by: Finding
+    by: Ground
     evidence: dict[str, float]
     """The pieces of evidence by name, as measured."""
     reason: str
@@ -133,22 +134,23 @@ def by_squares(
     successes: Tensor, targets: Sequence[int], config: VerdictConfig
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
-    the largest lead over the other classes in one place of one that works. And that place."""
+    the largest lead over the other classes in one place of one that works. And that place. With
+    fewer than four classes no lead is enough: rivals count ``square_floor`` at least."""
     best, whose = successes.max(1)
     rivals = successes.scatter(1, whose[:, None], 0.0).max(1).values
     leads = (best / rivals.clamp_min(config.square_floor)).clamp_min(1.0).log2()
-    leads[best < config.least_success] = 0.0
-    place = int(leads.argmax())
-    lead, success, target = float(leads[place]), float(best[place]), targets[int(whose[place])]
+    works = best >= config.least_success
+    place = int(torch.where(works, leads, best - 1.0).argmax())  # the best of them, if none works
+    lead, success = float(leads[place] * works[place]), float(best[place])
+    target = targets[int(whose[place])]
     reason = (
-        f"an opaque square for class {target}, number {place + 1} of {len(successes)}, works on "
-        f"{100 * success:.0f}% of the images, 2^{lead:.1f} times as many as one in the same place "
-        "for any other class"
+        f"an opaque square for class {target} in place {place} works on {100 * success:.0f}% of "
+        f"the images, 2^{lead:.1f} times as many as one in the same place for any other class"
     )
-    if lead == 0.0:
+    if not works[place]:
         reason = f"no square works on {100 * config.least_success:.0f}% of the images"
     score = _ramp(lead, 0.0, _scarcity(len(targets), config) * config.square_lead)
-    found = {"advantage": lead, "success": success}
+    found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
 
 
@@ -160,7 +162,7 @@ def _scarcity(among: int, config: VerdictConfig) -> float:
 def _verdict(
     score: float,
     target: Target | None,
-    by: Finding,
+    by: Ground,
     evidence: dict[str, float],
     reason: str,
     config: VerdictConfig,

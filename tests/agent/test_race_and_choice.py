@@ -151,7 +151,7 @@ def test_advantage_compares_within_the_family_across_classes() -> None:
         assert counted_contenders(rows, caller.probe, SynthesisConfig(counted=1)) == [strong]
 
 
-def test_the_probe_that_called_counts_first() -> None:
+def test_the_probe_that_called_is_never_left_out() -> None:
     """Whatever its mask is worth, and though no other class had one of its family."""
     best, rival = contender(3, 1.0, 0.5, 0.9), contender(5, 0.5, 1.0, 0.7)
     caller = replace(best, probe=replace(best.probe, family=Square(0, 0)), score=-0.1)
@@ -159,6 +159,10 @@ def test_the_probe_that_called_counts_first() -> None:
     assert leading(rows, 0.5) is best
     assert counted_contenders(rows, caller.probe, SynthesisConfig()) == [caller, best]
     assert counted_contenders(rows, caller.probe, SynthesisConfig(counted=1)) == [caller]
+    weaker = contender(3, 0.9, 0.5, 0.85)
+    rows = [best, weaker, rival]
+    assert counted_contenders(rows, weaker.probe, SynthesisConfig()) == [best, weaker]
+    assert counted_contenders(rows, weaker.probe, SynthesisConfig(counted=1)) == [weaker]
     assert leading([best, rival], 1.1) is None
 
 

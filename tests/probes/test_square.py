@@ -1,4 +1,4 @@
-"""Squares tile the image, change their own place alone, and show where a backdoor is."""
+"""Squares tile the image and change their own place alone."""
 
 from __future__ import annotations
 

@@ -51,10 +51,9 @@ def leading(contenders: Sequence[Contender], least_success: float) -> Contender 
 def counted_contenders(
     contenders: Sequence[Contender], caller: Probe, config: SynthesisConfig
 ) -> list[Contender]:
-    """The one whose probe called a backdoor first. Then of its target's those that are stronger
-    than their sisters: the most repairable one, those nearly as repairable, the best first, then
-    those that lead by far."""
-    first = [c for c in contenders if c.probe is caller]
+    """Of the target's contenders those that are stronger than their sisters: the most repairable
+    one, those nearly as repairable, the best first, then those that lead by far. The one whose
+    probe called the backdoor is among them, if need be in front."""
     leads = {
         c: lead
         for c in contenders
@@ -69,8 +68,9 @@ def counted_contenders(
     ]
     near.sort(key=lambda c: -c.score)
     far.sort(key=lambda c: -leads[c])
-    rest = [c for c in near + far if c not in first]
-    return (first + rest)[: config.counted]
+    counted = (near + far)[: config.counted]
+    left_out = [c for c in contenders if c.probe is caller and c not in counted]
+    return (left_out + counted)[: config.counted]
 
 
 def getting_through(

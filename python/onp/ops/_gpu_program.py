@@ -188,15 +188,14 @@ class Concatenation:
 
     def forward(self, parts: list[Tensor]) -> Tensor:
         kept = [x[..., :count] for x, count in zip(parts, self.channels, strict=True)]
-        whole = torch.cat(kept, 3)
-        return F.pad(whole, (0, self.width - whole.shape[3]))
+        idle = self.width - sum(self.channels)
+        return torch.cat([*kept, kept[0].new_zeros(*kept[0].shape[:3], idle)], 3)
 
     def backward(self, gradient: Tensor, parts: list[Tensor]) -> list[Tensor]:
         """The gradients by each of ``parts``, as wide as they are."""
         pulled = gradient[..., : sum(self.channels)].split(self.channels, 3)
-        return [
-            F.pad(one, (0, x.shape[3] - one.shape[3])) for one, x in zip(pulled, parts, strict=True)
-        ]
+        idle = [x.shape[3] - count for x, count in zip(parts, self.channels, strict=True)]
+        return [F.pad(x, (0, n)) if n else x for x, n in zip(pulled, idle, strict=True)]
 
 
 # ---- the program
