@@ -228,8 +228,8 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
     [
         (0.02, None, "squares", 3, True),  # the probes say nothing
         (0.02, (0, 0.55), "squares", 3, True),  # less, and of another class
-        (0.02, (3, 0.55), "squares", 3, False),  # less, but the same: the probes stand for it
-        (0.02, (3, 0.1), "probes", 3, False),
+        (0.02, (3, 0.55), "squares", 3, True),
+        (0.02, (3, 0.1), "probes", 3, False),  # as sure as squares: they do without one
         (0.3, (0, 0.55), "probes", 0, False),  # squares do not call
         (0.3, None, "squares", None, False),  # neither does, squares come nearer to it
     ],

@@ -250,8 +250,8 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 def from_probes(scene: Scene) -> Evidence:
     """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
     either names, with every family. If a probe leads, further classes are probed, as a lead counts
-    over the nearest. What they or the squares call has its class's probes raced; where it was
-    squares alone, the one that called among them."""
+    over the nearest. What they or the squares call, whichever are surer, has its class's probes
+    raced, a square that called among them."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -281,7 +281,7 @@ def from_probes(scene: Scene) -> Evidence:
     counted = list[Contender]()
     if isinstance(verdict.target, int):
         caller = leading(contenders, config.verdict.least_success)
-        if caller is None or said.target != verdict.target:  # no probe leads: the square has to do
+        if caller is None or verdict is seen:  # learned as long as the others, the square counts
             caller = scene.probed([verdict.target], SQUARES[place : place + 1])[0]
             contenders = [caller, *contenders]
         others = [one for one in contenders if one.probe.target != verdict.target]
