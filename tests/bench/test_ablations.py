@@ -13,12 +13,18 @@ from torch import Tensor
 
 from bench.ablations.__main__ import at_variant, summary
 from bench.ablations.searches import POLICIES, RIVALS, VARIANTS
+from bench.ablations.setting import _KEPT
 from bench.zoo.folds import attack_fold
 from bench.zoo.recipes import CORE
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
+from onp.agent.race import Contender
 from onp.config import Config
 from onp.errors import UsageError
+from onp.evidence import Evidence, Squares
+from onp.probes.probe import Probe
+from onp.probes.square import SQUARES
+from onp.verdict import Verdict
 
 SITES = 40
 
@@ -100,3 +106,21 @@ def test_the_summary_compares_on_the_cases_that_both_have() -> None:
         "| cem | 2 | -0.2000 | 2.50 | 5.00 | 6.00 | +3.00 (+2.00 to +4.00) "
         "| +1.50 (+0.00 to +3.00) | 1,000 |"
     )
+
+
+def test_evidence_that_is_kept_can_be_read_back(tmp_path: Path) -> None:
+    """With a square that called among it."""
+    square = SQUARES[3]
+    state = square.start(1, (3, 8, 8), torch.Generator().manual_seed(0))
+    probe, sites = Probe(square, 2, state, (0.0, 1.0), 1.0), torch.zeros(SITES)
+    contender = Contender(probe, sites, 0.9, sites.bool())
+    verdict = Verdict("backdoor", 1.0, 2, "squares", {"advantage": 3.0}, "")
+    squares = Squares([0, 1, 2], torch.rand(16, 3))
+    kept = Evidence(verdict, [contender], [contender], squares=squares)
+    torch.save((None, kept), tmp_path / "kept.pt")
+    with torch.serialization.safe_globals(_KEPT):
+        _, read = torch.load(tmp_path / "kept.pt", weights_only=True)
+    assert read.verdict == verdict
+    assert read.counted[0].probe.family == square
+    assert torch.equal(read.counted[0].probe.parameters[0], state[0])
+    assert torch.equal(read.squares.successes, squares.successes)

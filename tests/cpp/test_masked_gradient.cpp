@@ -397,7 +397,8 @@ void test_refuses() {
   bad.steps[1].final = 12;
   CHECK_THROWS(plan_of(bad), onp::Error);
   bad = good;
-  bad.steps[7].kind = StepKind::pick;
+  bad.steps[2].kind = StepKind::pick;
+  bad.steps[2].index.assign(49, 0);
   CHECK_THROWS(plan_of(bad), onp::Error);
 
   const onp::MaskedGradientPlan plan = plan_of(good);

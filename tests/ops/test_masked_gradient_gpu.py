@@ -14,7 +14,15 @@ from onp.ops.masked_gradient_gpu import GpuMaskedGradientPlan, lower
 from onp.suspect.replayed import Replayed
 from onp.suspect.trace import Trace, trace
 from tests.networks import network
-from tests.ops.test_masked_gradient import Results, expected, gates_for, images_of, loss
+from tests.ops.test_masked_forward import randomised
+from tests.ops.test_masked_gradient import (
+    Joined,
+    Results,
+    expected,
+    gates_for,
+    images_of,
+    loss,
+)
 
 DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 NETWORKS = [
@@ -74,6 +82,20 @@ def test_every_architecture_equals_torch(name: str, size: int, moments: bool, ga
     want = expected(model, traced, images, gates, moments=moments)
     plan = lower(traced, model, DEVICE, "fp32")
     assert_close(computed(plan, images, gates, moments=moments), want, 1e-4, moments=moments)
+
+
+def test_concatenations_of_images_and_of_a_value_twice() -> None:
+    torch.manual_seed(2)
+    model = randomised(Joined())
+    traced = trace(model, (3, 8, 8))
+    images, gates = images_of((8, 8), 5), gates_for(traced, 5)
+    want = expected(model, traced, images, gates, moments=True)
+    plan = lower(traced, model, DEVICE, "fp32")
+    assert_close(computed(plan, images, gates, moments=True), want, 1e-4, moments=True)
+    leaf = gates.to(DEVICE).requires_grad_(True)  # and without the images' gradients
+    (alone,) = torch.autograd.grad(plan(images.to(DEVICE), leaf).square().sum(), leaf)
+    wanted = expected(model, traced, images, gates, moments=False).gates
+    torch.testing.assert_close(alone.cpu().double(), wanted, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["preactresnet18", "resnet20"])
