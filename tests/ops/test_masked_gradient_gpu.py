@@ -92,7 +92,7 @@ def test_concatenations_of_images_and_of_a_value_twice() -> None:
     want = expected(model, traced, images, gates, moments=True)
     plan = lower(traced, model, DEVICE, "fp32")
     assert_close(computed(plan, images, gates, moments=True), want, 1e-4, moments=True)
-    leaf = gates.to(DEVICE).requires_grad_(True)  # and without the images' gradients
+    leaf = gates.clone().to(DEVICE).requires_grad_(True)  # and without the images' gradients
     (alone,) = torch.autograd.grad(plan(images.to(DEVICE), leaf).square().sum(), leaf)
     wanted = expected(model, traced, images, gates, moments=False).gates
     torch.testing.assert_close(alone.cpu().double(), wanted, rtol=1e-3, atol=1e-5)
