@@ -102,11 +102,13 @@ def test_a_square_must_lead_in_its_place(
     successes = squares(best, rival, elsewhere)
     successes[0, 0] = elsewhere  # two classes there
     verdict, place = by_squares(successes, [8, 6, 4, 2, 0], CONFIG)
-    called = lead > CONFIG.threshold * CONFIG.square_lead
+    low, high = CONFIG.square_lead
+    called = lead > low + CONFIG.threshold * (high - low)
     assert (verdict.finding == "backdoor") == called
     assert verdict.target == (2 if called else None)
     assert (verdict.by, place) == ("squares", 2)
-    assert verdict.score == pytest.approx(min(lead / CONFIG.square_lead, 1.0), abs=0.005)
+    score = min(max((lead - low) / (high - low), 0.0), 1.0)
+    assert verdict.score == pytest.approx(score, abs=0.005)
     assert verdict.evidence["success"] == pytest.approx(best)
     assert verdict.evidence["place"] == 2
     assert "in place 2 works" in verdict.reason
@@ -120,7 +122,7 @@ def test_a_square_that_works_on_few_images_leads_by_chance() -> None:
 
 
 def test_a_square_among_few_classes_must_lead_by_more() -> None:
-    few = torch.tensor([[0.9, 0.2, 0.01, 0.01], [0.1, 0.1, 0.1, 0.1]])
+    few = torch.tensor([[0.9, 0.15, 0.01, 0.01], [0.1, 0.1, 0.1, 0.1]])
     assert by_squares(few, [0, 1, 2, 3], CONFIG)[0].finding == "clean"
     assert by_squares(torch.nn.functional.pad(few, (0, 1)), range(5), CONFIG)[0].target == 0
     assert by_squares(few[:, :1], [7], CONFIG)[0].finding == "clean"  # over nothing

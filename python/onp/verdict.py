@@ -149,7 +149,8 @@ def by_squares(
     )
     if not works[place]:
         reason = f"no square works on {100 * config.least_success:.0f}% of the images"
-    score = _ramp(lead, 0.0, _scarcity(len(targets), config) * config.square_lead)
+    few = _scarcity(len(targets), config)
+    score = _ramp(lead, *(few * bound for bound in config.square_lead))
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
 
