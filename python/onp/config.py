@@ -244,9 +244,9 @@ class VerdictConfig:
     lead by up to 1.7, 1.3 and 1.0."""
     least_success: float = 0.5
     """Of a probe that leads: a trigger that works on few images leads by chance."""
-    square_lead: tuple[float, float] = (0.9, 3.6)
+    square_lead: tuple[float, float] = (1.7, 3.6)
     """Binary logarithm of a square's success over that of any other class's in its place. Clean
-    networks reach 2.0, which is a score of .4; the threshold is at 2.4."""
+    networks reach 2.3, which is a score of .3; the threshold is at 2.7."""
     square_floor: float = 0.05
     """Of that success: what is below counts as this."""
     shift: tuple[float, float] = (0.4, 1.4)
