@@ -231,7 +231,7 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
         (0.02, (3, 0.55), "squares", 3, True),
         (0.02, (3, 0.1), "probes", 3, False),  # as sure as squares: they do without one
         (0.3, (0, 0.55), "probes", 0, False),  # squares do not call
-        (0.3, None, "squares", None, False),  # neither does, squares come nearer to it
+        (0.2, None, "squares", None, False),  # neither does, squares come nearer to it
     ],
 )
 def test_squares_and_probes(
