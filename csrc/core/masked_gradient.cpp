@@ -220,9 +220,9 @@ void MaskedGradientPlan::Program::plan_reverse(const StepSpec& spec, const Step&
     }
   } else {
     back.gradient.place_pixels();
-    const bool pools = is_windowed(spec.kind);
-    for (std::size_t i = 0; pools && i < step.input_offset.size(); ++i) {
-      const std::int32_t offset = step.input_offset[i];
+  }
+  if (is_windowed(spec.kind) && spec.kind != StepKind::convolution) {
+    for (const std::int32_t offset : step.input_offset) {
       const std::int64_t y = offset / input.row() - input.halo;
       const std::int64_t x = offset % input.row() / input.stride - input.halo;
       back.gradient_offset.push_back(static_cast<std::int32_t>(input_gradient.offset(y, x)));

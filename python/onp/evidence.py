@@ -1,4 +1,5 @@
-"""What speaks for a backdoor: first what the batch norms remember, then probes of every family."""
+"""What speaks for a backdoor: first what the batch norms remember, then squares and probes of every
+family."""
 
 from __future__ import annotations
 
