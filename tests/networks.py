@@ -30,7 +30,7 @@ CONVOLUTIONAL: dict[str, Callable[[], nn.Module]] = {
     "mobilenetv2": lambda: mobilenetv2.of_width(0.25, 10),
     "densenet": lambda: densenet.of_width(4, 10, (2, 3, 1)),
 }
-"""Those whose gradients are native too, and that the GPU's plan runs."""
+"""Those that the GPU's plan runs."""
 
 BUILDERS: dict[str, Callable[[], nn.Module]] = {
     **CONVOLUTIONAL,

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.kernels.gate import timed
-from bench.kernels.masked_forward import BF16, FIRST, LAST, NETWORKS, settled
+from bench.kernels.masked_forward import BF16, FIRST, LAST, NETWORKS, OTHERS, settled
 from bench.kernels.peak import Ceilings
 from bench.kernels.rows import Row
 from bench.zoo.architectures import ARCHITECTURES
@@ -22,9 +22,11 @@ from onp.suspect.network import REPLAYED_FROM, FrozenNetwork
 from onp.suspect.trace import trace
 
 CASES = {
-    "cpu": ("preactresnet18-16", "resnet20-16", "mobilenetv2-1"),
+    "cpu": (
+        "preactresnet18-16", "resnet20-16", "mobilenetv2-1", "densenet-16", "convnext-32", "vit-64",
+    ),
     "cuda": ("preactresnet18-64", "preactresnet18-16"),
-}
+}  # fmt: skip
 IMAGES = {"cpu": 48, "cuda": 128}
 TARGETS = {"cpu": 2.0, "cuda": 1.5}
 CLASSES = 10
@@ -61,7 +63,7 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings, device: str = "cpu") -> 
     """Every network."""
     count = IMAGES[device]
     for name in CASES[device][: 1 if quick else None]:
-        arch, width, _ = NETWORKS[name]
+        arch, width, _ = (NETWORKS | OTHERS)[name]
         torch.manual_seed(0)
         model = settled(ARCHITECTURES[arch](width, CLASSES)).requires_grad_(False)
         images = torch.rand(count, 3, 32, 32, device=device).contiguous(memory_format=LAST)

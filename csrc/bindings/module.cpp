@@ -192,21 +192,32 @@ using Pair = std::pair<std::int64_t, std::int64_t>;
 
 const float* floats_at(std::uintptr_t address) { return reinterpret_cast<const float*>(address); }
 
+using Shape = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+using Constant = std::pair<std::int64_t, std::uintptr_t>;
 using Range = std::tuple<std::int64_t, float, std::vector<float>>;
 
-std::unique_ptr<onp::MaskedForwardPlan> masked_forward_plan(
-    const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
-    const std::vector<onp::StepSpec>& steps,
-    const std::vector<std::pair<std::int64_t, std::uintptr_t>>& constants, std::int64_t output,
-    std::int64_t sites, const std::vector<Range>& ranges, bool halves) {
+std::vector<onp::BufferShape> shapes_of(const std::vector<Shape>& buffers) {
   std::vector<onp::BufferShape> shapes;
   for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
-  std::vector<onp::ConstantSpec> fixed;
-  for (const auto& [buffer, values] : constants) fixed.push_back({buffer, floats_at(values)});
+  return shapes;
+}
+
+std::vector<onp::ConstantSpec> constants_of(const std::vector<Constant>& constants) {
+  std::vector<onp::ConstantSpec> specs;
+  for (const auto& [buffer, values] : constants) specs.push_back({buffer, floats_at(values)});
+  return specs;
+}
+
+std::unique_ptr<onp::MaskedForwardPlan> masked_forward_plan(const std::vector<Shape>& buffers,
+                                                            const std::vector<onp::StepSpec>& steps,
+                                                            const std::vector<Constant>& constants,
+                                                            std::int64_t output, std::int64_t sites,
+                                                            const std::vector<Range>& ranges,
+                                                            bool halves) {
   std::vector<onp::RangeSpec> specs;
   for (const auto& [buffer, lowest, highest] : ranges) specs.push_back({buffer, lowest, highest});
-  return std::make_unique<onp::MaskedForwardPlan>(shapes, steps, fixed, output, sites, specs,
-                                                  halves);
+  return std::make_unique<onp::MaskedForwardPlan>(
+      shapes_of(buffers), steps, constants_of(constants), output, sites, specs, halves);
 }
 
 onp::StepSpec masked_forward_step(int kind, std::int64_t input, Pair kernel, Pair stride,
@@ -278,15 +289,13 @@ std::vector<Range> masked_forward_ranges(const onp::MaskedForwardPlan& plan, std
 // ---- masked gradient ---------------------------------------------------------------------------
 
 std::unique_ptr<onp::MaskedGradientPlan> masked_gradient_plan(
-    const std::vector<std::tuple<std::int64_t, std::int64_t, std::int64_t>>& buffers,
-    const std::vector<onp::StepSpec>& steps, const std::vector<Pair>& norms, std::int64_t output,
+    const std::vector<Shape>& buffers, const std::vector<onp::StepSpec>& steps,
+    const std::vector<Pair>& norms, const std::vector<Constant>& constants, std::int64_t output,
     std::int64_t sites, std::int64_t units) {
-  std::vector<onp::BufferShape> shapes;
-  for (const auto& [channels, height, width] : buffers) shapes.push_back({channels, height, width});
   std::vector<onp::NormUnits> norm_units;
   for (const auto& [result, scaled] : norms) norm_units.push_back({result, scaled});
-  return std::make_unique<onp::MaskedGradientPlan>(std::move(shapes), steps, norm_units, output,
-                                                   sites, units);
+  return std::make_unique<onp::MaskedGradientPlan>(shapes_of(buffers), steps, norm_units,
+                                                   constants_of(constants), output, sites, units);
 }
 
 onp::MaskedGradientInput masked_gradient_input(Address images, std::int64_t count, Address gates,
@@ -386,7 +395,7 @@ PYBIND11_MODULE(_C, m, py::mod_gil_not_used()) {
            py::arg("isa"));
   py::class_<onp::MaskedGradientPlan>(m, "MaskedGradientPlan")
       .def(py::init(&masked_gradient_plan), py::arg("buffers"), py::arg("steps"), py::arg("norms"),
-           py::arg("output"), py::arg("sites"), py::arg("units"))
+           py::arg("constants"), py::arg("output"), py::arg("sites"), py::arg("units"))
       .def("workspace_floats", &onp::MaskedGradientPlan::workspace_floats, py::arg("count"),
            py::arg("gated"), py::arg("moments"))
       .def("forward", &masked_gradient_forward, py::arg("input"), py::kw_only(), py::arg("logits"),

@@ -78,9 +78,11 @@ constexpr std::int64_t passed_floats(std::int64_t pixels, std::int64_t channels)
 
 // What a masked gradient keeps of an epilogue, and what it multiplies by. Absent where null.
 struct Kept {
-  float* result;  // this and the next two: buffers of one layout
+  float* result;  // this and the next four: buffers of one layout
   float* scaled;
   float* active;
+  float* first_slope;  // derivatives of smooth activations
+  float* second_slope;
   const std::int32_t* offset;  // [pixels]
   std::int64_t image_stride;
   std::uint8_t* first_passed;  // passed_floats() an image, one image after the other
@@ -91,9 +93,10 @@ struct Kept {
 
 // One step over a block of images. Every kernel ends in the same epilogue, per output channel:
 //   t = t + bias;             kept.result = t;
-//   t = first(t + residual);  kept.first_passed = whether it passes;   plain = t;
+//   t = first(t + residual);  kept.first_passed = whether it passes, or kept.first_slope;
+//                             plain = t;
 //   t = t * scale + shift;    kept.scaled = t;
-//   t = second(t);            kept.second_passed = whether it passes;
+//   t = second(t);            kept.second_passed, or kept.second_slope;
 //   t = t & keep;             kept.active = t;
 //   t = t * kept.gates;       final = t, final_bytes = t in 8 bits, final_halves = t in bf16
 // Per-channel arrays are padded to a multiple of kChannelBlock.

@@ -1,7 +1,6 @@
 // Masked forward and gradient kernels for AVX2 with FMA: a tile of 6 pixels x 2 vectors fills 12 of
 // the 16 registers with sums.
-#include "core/masked_forward_tokens.h"
-#include "core/masked_gradient_tile.h"
+#include "core/masked_gradient_tokens.h"
 
 namespace onp {
 namespace {
@@ -21,6 +20,6 @@ struct Simd : Vectors {
 }  // namespace
 
 const Kernels kAvx2Kernels = kernel_table<Simd>("avx2");
-const GradientKernels kAvx2GradientKernels = GradientTile<Simd>::table("avx2");
+const GradientKernels kAvx2GradientKernels = gradient_table<Simd>("avx2");
 
 }  // namespace onp

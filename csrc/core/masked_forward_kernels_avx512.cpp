@@ -1,8 +1,7 @@
 // Masked forward and gradient kernels for AVX-512, and those with VNNI and with BF16 too, which
 // differ in convolutions of bytes and of halves alone.
 #include "core/masked_forward_avx512.h"
-#include "core/masked_forward_tokens.h"
-#include "core/masked_gradient_tile.h"
+#include "core/masked_gradient_tokens.h"
 
 namespace onp {
 namespace {
@@ -32,6 +31,6 @@ const Kernels kAvx512Bf16Kernels = []() constexpr {
   return table;
 }
 ();
-const GradientKernels kAvx512GradientKernels = GradientTile<Simd>::table("avx512");
+const GradientKernels kAvx512GradientKernels = gradient_table<Simd>("avx512");
 
 }  // namespace onp

@@ -1,6 +1,5 @@
 // Masked forward and gradient kernels for any processor.
-#include "core/masked_forward_tokens.h"
-#include "core/masked_gradient_tile.h"
+#include "core/masked_gradient_tokens.h"
 
 namespace onp {
 namespace {
@@ -20,6 +19,6 @@ struct Simd : Vectors {
 }  // namespace
 
 const Kernels kGenericKernels = kernel_table<Simd>("generic");
-const GradientKernels kGenericGradientKernels = GradientTile<Simd>::table("generic");
+const GradientKernels kGenericGradientKernels = gradient_table<Simd>("generic");
 
 }  // namespace onp

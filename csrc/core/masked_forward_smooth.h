@@ -43,34 +43,52 @@ struct Smooth {
 
   static ONP_INLINE Vec sigmoid(Vec x) { return Simd::splat(1.0f) / (Simd::splat(1.0f) + exp(-x)); }
 
-  // x / 2 * (1 + erf(x / sqrt(2))); erf by Abramowitz and Stegun 7.1.26, within 1.5e-7.
-  static ONP_INLINE Vec gelu(Vec x) {
+  // x / 2 * (1 + erf(x / sqrt(2))) and its derivative; erf by Abramowitz and Stegun 7.1.26, within
+  // 1.5e-7.
+  static ONP_INLINE Vec gelu(Vec x, Vec* slope) {
     const Vec one = Simd::splat(1.0f), zero = Simd::splat(0.0f);
     const Vec z = x * Simd::splat(0.70710678f);
     const Vec size = z < zero ? -z : z;
     const Vec t = one / Simd::fma(size, Simd::splat(0.3275911f), one);
     const Vec p =
         polynomial(t, {1.061405429f, -1.453152027f, 1.421413741f, -0.284496736f, 0.254829592f});
-    const Vec tail = p * t * exp(-z * z) * Simd::splat(0.5f);  // of the normal distribution
-    return x * (x < zero ? tail : one - tail);
+    const Vec bell = exp(-z * z);
+    const Vec tail = p * t * bell * Simd::splat(0.5f);  // of the normal distribution
+    const Vec below = x < zero ? tail : one - tail;
+    if (slope) *slope = Simd::fma(x * bell, Simd::splat(0.39894228f), below);
+    return x * below;
   }
 
   // GELU's approximation by a tanh: x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)).
-  static ONP_INLINE Vec gelu_tanh(Vec x) {
-    const Vec cube = x * x * x;
-    return x * sigmoid(Simd::splat(1.59576912f) * Simd::fma(cube, Simd::splat(0.044715f), x));
+  static ONP_INLINE Vec gelu_tanh(Vec x, Vec* slope) {
+    const Vec factor = Simd::splat(1.59576912f), cubic = Simd::splat(0.044715f);
+    const Vec square = x * x;
+    const Vec share = sigmoid(factor * Simd::fma(x * square, cubic, x));
+    if (slope) {
+      const Vec inner = factor * Simd::fma(square, Simd::splat(3.0f) * cubic, Simd::splat(1.0f));
+      *slope = Simd::fma(x * inner, share - share * share, share);
+    }
+    return x * share;
   }
 
-  // The smooth activations, in place.
-  static __attribute__((noinline)) void activate(Vec* values, int count, Activation activation) {
+  static ONP_INLINE Vec silu(Vec x, Vec* slope) {
+    const Vec share = sigmoid(x);
+    if (slope) *slope = Simd::fma(x, share - share * share, share);
+    return x * share;
+  }
+
+  // The smooth activations, in place, and their derivatives where `slopes` is given.
+  static __attribute__((noinline)) void activate(Vec* values, int count, Activation activation,
+                                                 Vec* slopes) {
     for (int i = 0; i < count; ++i) {
       const Vec x = values[i];
+      Vec* const slope = slopes ? slopes + i : nullptr;
       if (activation == Activation::gelu) {
-        values[i] = gelu(x);
+        values[i] = gelu(x, slope);
       } else if (activation == Activation::gelu_tanh) {
-        values[i] = gelu_tanh(x);
+        values[i] = gelu_tanh(x, slope);
       } else {
-        values[i] = x * sigmoid(x);
+        values[i] = silu(x, slope);
       }
     }
   }

@@ -115,17 +115,21 @@ struct Tile {
     return value;
   }
 
-  // Any of them, on vector v of some pixels.
+  // Any of them, on vector v of some pixels, from channel c on; slopes: where a gradient keeps
+  // those of smooth ones, null: nowhere.
   template <int pixels, int vectors>
-  static ONP_INLINE void activate(Vec (&sums)[pixels][vectors], int v, Activation activation) {
+  static ONP_INLINE void activate(Vec (&sums)[pixels][vectors], int v, Activation activation,
+                                  float* slopes, const Outputs<pixels>& outputs, Index c) {
     if (activation <= Activation::relu6) {
       for (int p = 0; p < pixels; ++p) sums[p][v] = activate(sums[p][v], activation);
       return;
     }
-    Vec values[pixels];  // sums whose address is known would not stay in registers
+    // Sums whose address is known would not stay in registers.
+    Vec values[pixels], derivatives[pixels];
     for (int p = 0; p < pixels; ++p) values[p] = sums[p][v];
-    Smooth<Simd>::activate(values, pixels, activation);
+    Smooth<Simd>::activate(values, pixels, activation, slopes ? derivatives : nullptr);
     for (int p = 0; p < pixels; ++p) sums[p][v] = values[p];
+    for (int p = 0; p < pixels && slopes; ++p) store(slopes + outputs.kept[p] + c, derivatives[p]);
   }
 
   static ONP_INLINE void store_bytes(std::uint8_t* to, Vec value, Vec levels, Vec zero) {
@@ -196,7 +200,7 @@ struct Tile {
       if (step.residual.data) {
         for (int p = 0; p < pixels; ++p) sums[p][v] += load(outputs.residual[p] + c);
       }
-      activate(sums, v, step.first);
+      activate(sums, v, step.first, step.kept.first_slope, outputs, c);
       mark(step.kept.first_passed, step.first, step, outputs, c, v, sums);
       if (step.plain.data) {
         for (int p = 0; p < pixels; ++p) store(outputs.plain[p] + c, sums[p][v]);
@@ -207,7 +211,7 @@ struct Tile {
         for (int p = 0; p < pixels; ++p) sums[p][v] = Simd::fma(sums[p][v], scale, shift);
       }
       keep(step.kept.scaled, outputs, c, v, sums);
-      activate(sums, v, step.second);
+      activate(sums, v, step.second, step.kept.second_slope, outputs, c);
       mark(step.kept.second_passed, step.second, step, outputs, c, v, sums);
       if (step.keep) {
         for (int p = 0; p < pixels; ++p) sums[p][v] = mask(sums[p][v], step.keep + c);

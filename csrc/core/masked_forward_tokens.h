@@ -60,38 +60,52 @@ struct TokenTile : Tile<Simd> {
     }
   }
 
-  // The sum of what `term` makes of each of `count` values, whole vectors first.
+  // The sum of what `term` makes of each of `count` pairs of values, whole vectors first.
   template <typename Term>
-  static ONP_INLINE float sum(const float* values, Index count, const Term& term) {
+  static ONP_INLINE float sum(const float* a, const float* b, Index count, const Term& term) {
     Vec sums = Simd::splat(0.0f);
     Index c = 0;
-    for (; c + kLanes <= count; c += kLanes) sums += term(load(values + c));
+    for (; c + kLanes <= count; c += kLanes) sums += term(load(a + c), load(b + c));
     if (c < count) {
-      float last[kLanes] = {};
-      for (Index lane = 0; lane < count - c; ++lane) last[lane] = values[c + lane];
-      Vec rest = term(load(last));
-      store(last, rest);
-      for (Index lane = count - c; lane < kLanes; ++lane) last[lane] = 0;
-      sums += load(last);
+      float last[2][kLanes] = {};
+      for (Index lane = 0; lane < count - c; ++lane) {
+        last[0][lane] = a[c + lane];
+        last[1][lane] = b[c + lane];
+      }
+      const Vec rest = term(load(last[0]), load(last[1]));
+      store(last[0], rest);
+      for (Index lane = count - c; lane < kLanes; ++lane) last[0][lane] = 0;
+      sums += load(last[0]);
     }
     return Simd::sum(sums);
   }
 
+  // (value - mean) * scale is at mean 0 and variance 1 over a pixel's channels.
+  struct Normal {
+    Vec mean, scale;
+
+    Normal(const float* row, Index channels, float epsilon) {
+      const float inverse = 1.0f / static_cast<float>(channels);
+      const Vec middle =
+          Simd::splat(inverse * sum(row, row, channels, [](Vec value, Vec) { return value; }));
+      const float variance = inverse * sum(row, row, channels, [middle](Vec value, Vec) {
+                               return (value - middle) * (value - middle);
+                             });
+      mean = middle;
+      scale = Simd::splat(1.0f / __builtin_sqrtf(variance + epsilon));
+    }
+    ONP_INLINE Vec operator()(Vec value) const { return (value - mean) * scale; }
+  };
+
   static void layer_norm(const StepArgs& step) {
-    const float inverse = 1.0f / static_cast<float>(step.channels);
     for (Index image = 0; image < step.images; ++image) {
       for (Index pixel = 0; pixel < step.pixels; ++pixel) {
         const float* row = address(step.input, {image, pixel});
-        const Vec mean =
-            Simd::splat(inverse * sum(row, step.channels, [](Vec value) { return value; }));
-        const float variance = inverse * sum(row, step.channels, [mean](Vec value) {
-                                 return (value - mean) * (value - mean);
-                               });
-        const Vec scale = Simd::splat(1.0f / __builtin_sqrtf(variance + step.value));
+        const Normal normal(row, step.channels, step.value);
         typename Base::template Outputs<1> outputs{};
         outputs.set(step, {{image, pixel}});
         for (Index c = 0; c < step.channels; c += kLanes) {
-          Vec sums[1][1] = {{(load(row + c) - mean) * scale}};
+          Vec sums[1][1] = {{normal(load(row + c))}};
           Base::finish(step, outputs, c, sums);
         }
       }
@@ -146,11 +160,10 @@ struct TokenTile : Tile<Simd> {
     for (; count > 0; next(1)) tile<1, vectors>(left, right, length, width, results);
   }
 
-  // exp(x - largest x) over the keys, in place, of every query of scores [keys][vectors]; 1 over
-  // each query's sum.
+  // exp(x - largest x) over the keys, in place, of every query of scores [keys][vectors], rows
+  // `width` apart; 1 over each query's sum.
   template <int vectors>
-  static ONP_INLINE void exponentials(float* scores, Index keys, float* inverse) {
-    constexpr Index width = vectors * kLanes;
+  static ONP_INLINE void exponentials(float* scores, Index keys, Index width, float* inverse) {
     for (int v = 0; v < vectors; ++v) {
       float* const lanes = scores + v * kLanes;
       Vec tops[kFewRows];  // side by side: one alone waits for itself
@@ -191,7 +204,7 @@ struct TokenTile : Tile<Simd> {
     const Index size = head.size, count = head.count, depth = head.depth;
     multiply<vectors>({head.keys, size, 1}, count, asked, size, width, scores);
     float inverse[width];
-    exponentials<vectors>(scores, count, inverse);
+    exponentials<vectors>(scores, count, width, inverse);
     for (Index d = 0; d < depth; d += kWide * kLanes) {
       multiply<kWide>({scores, 1, width}, queries, head.values + d, count, depth, outputs + d);
     }
@@ -203,14 +216,20 @@ struct TokenTile : Tile<Simd> {
     }
   }
 
+  // Whether channels follow each other.
+  static ONP_INLINE bool in_order(const std::int32_t* index, Index size) {
+    bool all = true;
+    for (Index d = 1; d < size; ++d) all &= index[d] == index[0] + d;
+    return all;
+  }
+
   // rows[t][d] = channel index[d] of pixel t, rows `stride` apart.
   static ONP_INLINE void gather(const Operand& from, Index image, Index pixels,
                                 const std::int32_t* index, Index size, float* rows, Index stride) {
-    bool in_order = true;
-    for (Index d = 1; d < size; ++d) in_order &= index[d] == index[0] + d;
+    const bool together = in_order(index, size);
     for (Index t = 0; t < pixels; ++t, rows += stride) {
       const float* row = address(from, {image, t});
-      if (in_order) {
+      if (together) {
         copy(rows, row + index[0], size);
       } else {
         for (Index d = 0; d < size; ++d) rows[d] = row[index[d]];

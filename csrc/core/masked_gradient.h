@@ -46,13 +46,16 @@ struct MaskedGradientBackward {
   float* gates;   // [count, sites], null: not wanted; only where gates are given
 };
 
+struct GradientProgram;
+
 // Immutable once built: several threads may run one plan.
 class MaskedGradientPlan {
  public:
   // norms: one for each step. Throws onp::Error for a program that does not fit together.
   MaskedGradientPlan(const std::vector<BufferShape>& buffers, const std::vector<StepSpec>& steps,
-                     const std::vector<NormUnits>& norms, std::int64_t output, std::int64_t sites,
-                     std::int64_t units);
+                     const std::vector<NormUnits>& norms,
+                     const std::vector<ConstantSpec>& constants, std::int64_t output,
+                     std::int64_t sites, std::int64_t units);
   ~MaskedGradientPlan();
 
   // Results are the same to the last bit for every number of threads, with and without workspace.
@@ -62,9 +65,8 @@ class MaskedGradientPlan {
   std::int64_t workspace_floats(std::int64_t count, bool gated, bool moments) const;
 
  private:
-  struct Program;
   struct Run;
-  std::unique_ptr<const Program> program_;
+  std::unique_ptr<const GradientProgram> program_;
 };
 
 }  // namespace onp

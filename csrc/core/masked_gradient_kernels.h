@@ -33,9 +33,9 @@ struct MomentsPull {
 
 // A step's epilogue backwards, from the gradients of what it wrote to that of its operation:
 //   gate_gradient += sum over pixels of final_gradient * active
-//   d = final_gradient * gate;  d = d where the second activation passed, else 0;
+//   d = final_gradient * gate;  d = d where the second activation passed, else 0, or d * its slope;
 //   d += scaled's moments;      d = d * scale;  d += plain_gradient;
-//   d = d where the first activation passed, else 0;
+//   d = d where the first activation passed, else 0, or d * its slope;
 //   residual_gradient = d or += d;      d += result's moments;    operation_gradient = d
 // Absent parts are left out.
 struct PullArgs {
@@ -45,10 +45,12 @@ struct PullArgs {
   Operand active;
   float* gate_gradient;               // rows gates.stride apart, null: none
   const std::uint8_t* second_passed;  // as in Kept, null: everywhere
+  Operand second_slope;
   MomentsPull scaled;
   const float* scale;
   Operand plain_gradient;
   const std::uint8_t* first_passed;
+  Operand first_slope;
   Operand residual_gradient;
   bool add_to_residual;
   MomentsPull result;
@@ -68,13 +70,43 @@ struct PoolPullArgs {
 };
 
 // A concatenation backwards, for one of its parts: to = gradient, or to += gradient, where
-// `gradient` begins at the part's first channel.
+// `gradient` begins at the part's first channel. And a pick, for the pixels that it picked.
 struct SplitArgs {
   std::int64_t images, pixels, channels;  // channels: of the part
   Operand gradient;
   Operand to;
   bool add;
 };
+
+// A layer norm backwards: to = the gradient of its input, or to +=.
+struct LayerNormPullArgs {
+  std::int64_t images, pixels, channels;
+  Operand gradient;
+  Operand input;
+  float epsilon;
+  Operand to;
+  bool add;
+};
+
+// Attention backwards: adds to the gradients of queries, keys and values, of which several may be
+// one buffer; of what is absent, nothing.
+struct AttentionPullArgs {
+  std::int64_t images, queries, keys, channels, heads;
+  const std::int32_t* index;  // as in StepArgs
+  float factor;               // of the scores
+  Operand gradient;
+  Operand input[3];  // queries, keys and values
+  Operand to[3];
+  float* scratch;  // attention_pull_scratch floats
+};
+
+constexpr std::int64_t attention_pull_scratch(std::int64_t queries, std::int64_t keys,
+                                              std::int64_t size) {
+  const auto whole = [](std::int64_t value) {
+    return (value + kChannelBlock - 1) / kChannelBlock * kChannelBlock;
+  };
+  return (3 * queries + 3 * keys) * whole(size) + 2 * (size + keys) * whole(queries);
+}
 
 struct GradientKernels {
   const char* name;
@@ -83,6 +115,8 @@ struct GradientKernels {
   void (*max_pool)(const PoolPullArgs&);
   void (*average_pool)(const PoolPullArgs&);
   void (*split)(const SplitArgs&);
+  void (*layer_norm)(const LayerNormPullArgs&);
+  void (*attention)(const AttentionPullArgs&);
 };
 
 extern const GradientKernels kGenericGradientKernels;

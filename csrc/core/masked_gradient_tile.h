@@ -119,6 +119,7 @@ struct GradientTile {
       const Plane upstream(args.final_gradient, n, c), active(args.active, n, c);
       const Plane scaled(args.scaled.values, n, c), result(args.result.values, n, c);
       const Plane plain(args.plain_gradient, n, c);
+      const Plane first_slope(args.first_slope, n, c), second_slope(args.second_slope, n, c);
       const Plane residual(args.residual_gradient, n, c), out(args.operation_gradient, n, c);
       const Block gate = gather(args.gates, n, c, args.channels, 1.0f);
       const Block scaled_slope = gather(args.scaled.slope, n, c, args.channels, 0.0f);
@@ -126,7 +127,9 @@ struct GradientTile {
       const Block result_slope = gather(args.result.slope, n, c, args.channels, 0.0f);
       const Block result_offset = gather(args.result.offset, n, c, args.channels, 0.0f);
       const Block scale = args.scale ? load(args.scale + c) : splat(1.0f);
-      const auto passed = [&](const std::uint8_t* bits, const Block& gradient, Index pixel) {
+      const auto passed = [&](const std::uint8_t* bits, const Plane& slope, const Block& gradient,
+                              Index pixel) {
+        if (slope) return multiply(gradient, load(slope.at(pixel)));
         if (!bits) return gradient;
         return pass(gradient, Base::bits_at(bits, args.channels, n * args.pixels + pixel, c));
       };
@@ -137,12 +140,12 @@ struct GradientTile {
           d = load(upstream.at(p));
           if (args.gate_gradient) gate_gradient = fma(d, load(active.at(p)), gate_gradient);
           if (args.gates.data) d = multiply(d, gate);
-          d = passed(args.second_passed, d, p);
+          d = passed(args.second_passed, second_slope, d, p);
         }
         if (scaled) d = add(d, fma(load(scaled.at(p)), scaled_slope, scaled_offset));
         if (args.scale) d = multiply(d, scale);
         if (plain) d = add(d, load(plain.at(p)));
-        d = passed(args.first_passed, d, p);
+        d = passed(args.first_passed, first_slope, d, p);
         if (residual) {
           store(residual.at(p), args.add_to_residual ? add(d, load(residual.at(p))) : d);
         }
@@ -201,10 +204,6 @@ struct GradientTile {
         store(to.at(p), args.add ? add(d, load(to.at(p))) : d);
       }
     });
-  }
-
-  static constexpr GradientKernels table(const char* name) {
-    return {name, moments, pull, pool<false>, pool<true>, split};
   }
 };
 

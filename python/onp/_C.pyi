@@ -193,6 +193,7 @@ class MaskedGradientPlan:
         buffers: list[tuple[int, int, int]],
         steps: list[MaskedForwardStep],
         norms: list[tuple[int, int]],
+        constants: list[tuple[int, int]],
         output: int,
         sites: int,
         units: int,

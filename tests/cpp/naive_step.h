@@ -18,6 +18,18 @@ inline Values random_values(std::int64_t size, std::mt19937& random) {
   return values;
 }
 
+template <typename Value>
+Value activate(Value value, onp::Activation activation) {
+  if (activation == onp::Activation::none) return value;
+  const double x = value, bent = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
+  double y = std::max(x, 0.0);
+  if (activation == onp::Activation::relu6) y = std::min(y, 6.0);
+  if (activation == onp::Activation::gelu) y = x / 2 * std::erfc(-x / std::sqrt(2));
+  if (activation == onp::Activation::gelu_tanh) y = x / 2 * (1 + std::tanh(bent));
+  if (activation == onp::Activation::silu) y = x / (1 + std::exp(-x));
+  return static_cast<Value>(y);
+}
+
 // One output of a step's operation, by definition. `input` is one image, [C, H, W].
 template <typename Value>
 Value operate(const onp::StepSpec& step, const onp::BufferShape& from, const onp::BufferShape& to,
@@ -49,15 +61,16 @@ Value operate(const onp::StepSpec& step, const onp::BufferShape& from, const onp
 }
 
 // One output of a step that looks at whole pixels, by definition: channel o of pixel p.
-inline float operate_pixels(const onp::StepSpec& step, const std::vector<onp::BufferShape>& buffers,
-                            const std::vector<Values>& values, std::int64_t channels,
-                            std::int64_t o, std::int64_t p) {
+template <typename Value>
+Value operate_pixels(const onp::StepSpec& step, const std::vector<onp::BufferShape>& buffers,
+                     const std::vector<std::vector<Value>>& values, std::int64_t channels,
+                     std::int64_t o, std::int64_t p) {
   const auto at = [&](std::int64_t buffer, std::int64_t channel, std::int64_t pixel) -> double {
     const onp::BufferShape shape = buffers[buffer];
     return values[buffer][channel * shape.height * shape.width + pixel];
   };
   if (step.kind == onp::StepKind::pick) {
-    return step.index[p] < 0 ? 0.0f : static_cast<float>(at(step.input, o, step.index[p]));
+    return step.index[p] < 0 ? Value(0) : static_cast<Value>(at(step.input, o, step.index[p]));
   }
   if (step.kind == onp::StepKind::concatenation) {
     std::int64_t buffer = step.input;
@@ -66,7 +79,7 @@ inline float operate_pixels(const onp::StepSpec& step, const std::vector<onp::Bu
       o -= buffers[buffer].channels;
       buffer = other;
     }
-    return static_cast<float>(at(buffer, o, p));
+    return static_cast<Value>(at(buffer, o, p));
   }
   if (step.kind == onp::StepKind::layer_norm) {
     double mean = 0, variance = 0;
@@ -74,7 +87,7 @@ inline float operate_pixels(const onp::StepSpec& step, const std::vector<onp::Bu
     for (std::int64_t c = 0; c < channels; ++c) {
       variance += std::pow(at(step.input, c, p) - mean, 2) / channels;
     }
-    return static_cast<float>((at(step.input, o, p) - mean) / std::sqrt(variance + step.value));
+    return static_cast<Value>((at(step.input, o, p) - mean) / std::sqrt(variance + step.value));
   }
   // Attention: o belongs to one head.
   const std::int64_t size = channels / step.heads, begin = o / size * size;
@@ -89,5 +102,5 @@ inline float operate_pixels(const onp::StepSpec& step, const std::vector<onp::Bu
     total += weight;
     sum += weight * at(step.others[1], step.index[2 * channels + o], t);
   }
-  return static_cast<float>(sum / total);
+  return static_cast<Value>(sum / total);
 }

@@ -8,6 +8,7 @@
 #include "core/check.h"
 #include "core/masked_forward.h"
 #include "naive_step.h"
+#include "token_steps.h"
 
 namespace {
 
@@ -31,15 +32,6 @@ struct Network {
     return {buffers, steps, constants, output, sites, ranges, halves};
   }
 };
-
-float activate(float value, Activation activation) {
-  if (activation == Activation::none) return value;
-  const double x = value, bent = std::sqrt(2 / M_PI) * (x + 0.044715 * x * x * x);
-  if (activation == Activation::gelu) return x / 2 * std::erfc(-x / std::sqrt(2));
-  if (activation == Activation::gelu_tanh) return x / 2 * (1 + std::tanh(bent));
-  if (activation == Activation::silu) return x / (1 + std::exp(-x));
-  return std::min(std::max(value, 0.0f), activation == Activation::relu6 ? 6.0f : 1e30f);
-}
 
 // Logits of one mask on one image, [C, H, W] buffers and plain loops.
 Values naive(const Network& network, const Words& mask, const float* image) {
@@ -178,80 +170,6 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   network.steps = {stem, grouped, wide, pool, depthwise, square, even, average, global, linear};
   network.output = 10;
   network.sites = 125;
-  return network;
-}
-
-// A small transformer with a concatenation: a constant token in front, sizes off the vector widths.
-Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
-  const auto values = [&](std::int64_t size) {
-    arrays.push_back(random_values(size, random));
-    return arrays.back().data();
-  };
-  Network network;
-  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1}, {60, 31, 1},
-                     {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},   {20, 31, 1}};
-  network.constants = {{3, values(20 * 31)}};
-  StepSpec patches;  // 0 -> 1
-  patches.kind = StepKind::convolution;
-  patches.kernel_height = patches.kernel_width = 2;
-  patches.stride_height = patches.stride_width = 2;
-  patches.weight = values(20 * 3 * 4);
-  patches.first = Activation::gelu;
-  patches.final = 1;
-  StepSpec tokens;  // 1 -> 2, a row of zeros in front, and the constant added
-  tokens.kind = StepKind::pick;
-  tokens.input = 1;
-  for (std::int64_t i = 0; i < 31; ++i) tokens.index.push_back(i == 4 ? -1 : i * 7 % 30);
-  tokens.residual = 3;
-  tokens.final = 2;
-  StepSpec norm;  // 2 -> 4
-  norm.kind = StepKind::layer_norm;
-  norm.input = 2;
-  norm.value = 1e-3f;
-  norm.scale = values(20);
-  norm.shift = values(20);
-  norm.site_start = 0;
-  norm.final = 4;
-  StepSpec linear;  // 4 -> 5
-  linear.kind = StepKind::convolution;
-  linear.input = 4;
-  linear.weight = values(60 * 20);
-  linear.bias = values(60);
-  linear.final = 5;
-  StepSpec attention;  // 5 -> 10 unmasked, 6 masked
-  attention.kind = StepKind::attention;
-  attention.input = 5;
-  attention.others = {5, 5};
-  for (std::int64_t i = 0; i < 60; ++i) attention.index.push_back(i * 7 % 60);
-  attention.heads = 4;
-  attention.value = 0.1f;
-  attention.residual = 2;
-  attention.plain = 10;
-  attention.second = Activation::gelu_tanh;
-  attention.site_start = 20;
-  attention.final = 6;
-  StepSpec together;  // 6, 10, 4 -> 7
-  together.kind = StepKind::concatenation;
-  together.input = 6;
-  together.others = {10, 4};
-  together.scale = values(60);
-  together.shift = values(60);
-  together.second = Activation::silu;
-  together.site_start = 40;
-  together.final = 7;
-  StepSpec mean;  // 7 -> 8
-  mean.kind = StepKind::average_pool;
-  mean.input = 7;
-  mean.kernel_height = 31;
-  mean.final = 8;
-  StepSpec head = linear;  // 8 -> 9
-  head.input = 8;
-  head.weight = values(5 * 60);
-  head.bias = nullptr;
-  head.final = 9;
-  network.steps = {patches, tokens, norm, linear, attention, together, mean, head};
-  network.output = 9;
-  network.sites = 100;
   return network;
 }
 
@@ -581,7 +499,7 @@ void test_refuses() {
 void test_refuses_tokens() {
   std::mt19937 random(4);
   std::vector<Values> arrays;
-  const Network good = token_steps(arrays, random);
+  const Network good = token_steps<Network>(arrays, random);
   good.plan();
   const auto refuses = [&](auto change) {
     Network bad = good;
@@ -616,7 +534,7 @@ void test_refuses_tokens() {
 
 int main() {
   test_equals_naive(every_step);
-  test_equals_naive(token_steps);
+  test_equals_naive(token_steps<Network>);
   for (const bool negative : {false, true}) {
     test_bytes({16, 16, 7, 5, 3, 1, negative});
     test_bytes({18, 37, 8, 8, 3, 2, negative});
@@ -624,9 +542,9 @@ int main() {
     test_bytes({33, 48, 5, 5, 5, 2, negative});
   }
   test_ranges(every_step, 3);
-  test_ranges(token_steps, 1);
+  test_ranges(token_steps<Network>, 1);
   test_halves(every_step, 3);
-  test_halves(token_steps, 1);
+  test_halves(token_steps<Network>, 1);
   test_empty();
   test_refuses();
   test_refuses_tokens();

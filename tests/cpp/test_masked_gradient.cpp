@@ -9,6 +9,7 @@
 #include "core/check.h"
 #include "core/masked_gradient.h"
 #include "naive_step.h"
+#include "token_steps.h"
 
 namespace {
 
@@ -22,6 +23,7 @@ struct Network {
   std::vector<BufferShape> buffers;
   std::vector<StepSpec> steps;
   std::vector<onp::NormUnits> norms;
+  std::vector<onp::ConstantSpec> constants;
   std::int64_t output = 0;
   std::int64_t sites = 0;
   std::int64_t units = 0;
@@ -29,11 +31,6 @@ struct Network {
   std::int64_t pixels() const { return buffers[0].channels * buffers[0].height * buffers[0].width; }
   std::int64_t classes() const { return buffers[output].channels; }
 };
-
-double activate(double value, Activation activation) {
-  if (activation == Activation::none) return value;
-  return std::min(std::max(value, 0.0), activation == Activation::relu6 ? 6.0 : 1e300);
-}
 
 struct Outputs {
   Doubles logits, mean, variance;
@@ -43,6 +40,10 @@ struct Outputs {
 Outputs naive(const Network& network, const Doubles& image, const Doubles& gates) {
   std::vector<Doubles> values(network.buffers.size());
   values[0] = image;
+  for (const onp::ConstantSpec& one : network.constants) {
+    const BufferShape shape = network.buffers[one.buffer];
+    values[one.buffer].assign(one.values, one.values + shape.channels * shape.height * shape.width);
+  }
   Outputs out;
   out.mean.resize(network.units);
   out.variance.resize(network.units);
@@ -54,20 +55,13 @@ Outputs naive(const Network& network, const Doubles& image, const Doubles& gates
     for (const std::int64_t id : {step.plain, step.final}) {
       if (id >= 0) values[id].resize(to.channels * pixels);
     }
-    Doubles joined = values[step.input];
-    for (const std::int64_t id : step.others) {
-      joined.insert(joined.end(), values[id].begin(), values[id].end());
-    }
     for (std::int64_t o = 0; o < to.channels; ++o) {
       Doubles result(pixels), scaled(pixels);
       for (std::int64_t p = 0; p < pixels; ++p) {
         const std::int64_t at = o * pixels + p;
-        double t = 0;
-        if (step.kind == StepKind::concatenation) {
-          t = joined[at];
-        } else {
-          t = operate(step, from, to, values[step.input], o, p / to.width, p % to.width);
-        }
+        double t = step.kind <= StepKind::average_pool
+                       ? operate(step, from, to, values[step.input], o, p / to.width, p % to.width)
+                       : operate_pixels(step, network.buffers, values, to.channels, o, p);
         if (step.bias) t += step.bias[o];
         result[p] = t;
         if (step.residual >= 0) t += values[step.residual][at];
@@ -179,9 +173,18 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   return network;
 }
 
+// Layer norm, attention, a pick with zeros, smooth activations, a constant.
+Network tokens(std::vector<Values>& arrays, std::mt19937& random) {
+  auto network = token_steps<Network>(arrays, random);
+  network.norms.resize(network.steps.size());
+  return network;
+}
+
+using Build = Network (*)(std::vector<Values>&, std::mt19937&);
+
 onp::MaskedGradientPlan plan_of(const Network& network) {
-  return onp::MaskedGradientPlan(network.buffers, network.steps, network.norms, network.output,
-                                 network.sites, network.units);
+  return onp::MaskedGradientPlan(network.buffers, network.steps, network.norms, network.constants,
+                                 network.output, network.sites, network.units);
 }
 
 // What a pass is asked for, [count, ..] each, and the gradients that reach its outputs.
@@ -281,10 +284,10 @@ bool close(const Values& values, std::int64_t row, const Doubles& expected) {
   return all;
 }
 
-void test_equals_finite_differences() {
+void test_equals_finite_differences(Build build) {
   std::mt19937 random(1);
   std::vector<Values> arrays;
-  const Network network = every_step(arrays, random);
+  const Network network = build(arrays, random);
   const onp::MaskedGradientPlan plan = plan_of(network);
   const Batch batch = random_batch(network, 2, random);
   std::vector<Results> results;
@@ -333,10 +336,10 @@ void test_equals_finite_differences() {
   }
 }
 
-void test_same_bytes_whatever_the_options() {
+void test_same_bytes_whatever_the_options(Build build) {
   std::mt19937 random(2);
   std::vector<Values> arrays;
-  const Network network = every_step(arrays, random);
+  const Network network = build(arrays, random);
   const onp::MaskedGradientPlan plan = plan_of(network);
   for (const std::int64_t count : {0, 1, 5}) {
     const Batch batch = random_batch(network, count, random);
@@ -354,10 +357,10 @@ void test_same_bytes_whatever_the_options() {
 }
 
 // Several blocks pass through one thread's memory: what one leaves must not reach the next.
-void test_an_image_is_alone() {
+void test_an_image_is_alone(Build build) {
   std::mt19937 random(4);
   std::vector<Values> arrays;
-  const Network network = every_step(arrays, random);
+  const Network network = build(arrays, random);
   const onp::MaskedGradientPlan plan = plan_of(network);
   const Batch many = random_batch(network, 18, random);
   Batch all = many;  // the same images again and again
@@ -397,8 +400,7 @@ void test_refuses() {
   bad.steps[1].final = 12;
   CHECK_THROWS(plan_of(bad), onp::Error);
   bad = good;
-  bad.steps[2].kind = StepKind::pick;
-  bad.steps[2].index.assign(49, 0);
+  bad.constants = {{4, good.steps[0].scale}};  // which a step writes
   CHECK_THROWS(plan_of(bad), onp::Error);
 
   const onp::MaskedGradientPlan plan = plan_of(good);
@@ -414,9 +416,12 @@ void test_refuses() {
 }  // namespace
 
 int main() {
-  test_equals_finite_differences();
-  test_same_bytes_whatever_the_options();
-  test_an_image_is_alone();
+  test_equals_finite_differences(every_step);
+  test_equals_finite_differences(tokens);
+  test_same_bytes_whatever_the_options(every_step);
+  test_same_bytes_whatever_the_options(tokens);
+  test_an_image_is_alone(every_step);
+  test_an_image_is_alone(tokens);
   test_refuses();
   return report();
 }

@@ -13,10 +13,10 @@ from onp import _C, masks
 from onp.errors import UnsupportedOperation
 from onp.ops import masked_forward, masked_forward_gpu, masked_gradient
 from onp.ops.masked_forward import instruction_sets
-from onp.ops.masked_gradient import MaskedGradientPlan, lower
+from onp.ops.masked_gradient import MaskedGradientPlan, lower, norms_of
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import Trace, trace
-from tests.networks import CONVOLUTIONAL, network
+from tests.networks import BUILDERS, network
 from tests.ops.test_masked_forward import Odd, Shared, randomised
 
 ISAS = instruction_sets()
@@ -134,7 +134,7 @@ def same(a: Results, b: Results) -> bool:
 
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize("moments", [False, True], ids=["logits", "moments"])
-@pytest.mark.parametrize("name", CONVOLUTIONAL)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_every_architecture_equals_torch(name: str, moments: bool, gated: bool) -> None:
     model = network(name)
     images = images_of((32, 32), 3)
@@ -189,12 +189,31 @@ class Joined(nn.Module):
         return self.last(self.norm(whole).relu().mean((2, 3)))
 
 
+class Smooth(nn.Module):
+    """Every smooth activation before and behind a norm or a sum, behind a layer norm and a gate."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 17, 3, padding=1)
+        self.norm = nn.BatchNorm2d(17)
+        self.body = nn.Conv2d(17, 17, 3, padding=1)
+        self.pixels = nn.LayerNorm(17)
+        self.last = nn.Linear(17, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = nn.functional.silu(self.stem(x))
+        y = nn.functional.gelu(self.norm(x), approximate="tanh")
+        x = nn.functional.gelu(self.body(y) + x)
+        x = nn.functional.silu(self.pixels(x.permute(0, 2, 3, 1)))
+        return self.last(x.mean((1, 2)))
+
+
 @pytest.mark.parametrize("gated", [False, True], ids=["ungated", "gated"])
 @pytest.mark.parametrize(
     ("build", "size"),
     [
         (Odd, (27, 23)), (Shared, (9, 14)), (Wide, (37, 26)), (Wide, (40, 40)),
-        (Joined, (9, 14)),
+        (Joined, (9, 14)), (Smooth, (9, 14)),
     ],
 )  # fmt: skip
 def test_uncommon_networks(
@@ -248,7 +267,16 @@ def test_finite_differences() -> None:
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(
-    "name", ["preactresnet18", "resnet20-option-a", "mobilenetv2", "vgg11_bn", "densenet"]
+    "name",
+    [
+        "preactresnet18",
+        "resnet20-option-a",
+        "mobilenetv2",
+        "vgg11_bn",
+        "densenet",
+        "vit",
+        "convnext",
+    ],
 )
 def test_options_do_not_change_a_bit(name: str, isa: str) -> None:
     model = network(name)
@@ -271,7 +299,7 @@ def test_options_do_not_change_a_bit(name: str, isa: str) -> None:
 
 
 @pytest.mark.parametrize("max_workspace", [0, masked_gradient.MAX_WORKSPACE])
-@pytest.mark.parametrize("name", ["mobilenetv2", "densenet"])
+@pytest.mark.parametrize("name", ["mobilenetv2", "densenet", "vit", "convnext"])
 def test_what_was_in_memory_does_not_matter(
     monkeypatch: pytest.MonkeyPatch, name: str, max_workspace: int
 ) -> None:
@@ -480,22 +508,35 @@ def test_wrong_programs() -> None:
     buffers = [(2, 1, 1), (2, 1, 1)]
     steps = [_C.MaskedForwardStep(**step)]  # type: ignore[arg-type]
     with pytest.raises(Exception, match="norms must be given"):
-        _C.MaskedGradientPlan(buffers, steps, [], 1, 0, 0)
+        _C.MaskedGradientPlan(buffers, steps, [], [], 1, 0, 0)
     with pytest.raises(Exception, match="units must lie"):
-        _C.MaskedGradientPlan(buffers, steps, [(-1, 1)], 1, 0, 2)
+        _C.MaskedGradientPlan(buffers, steps, [(-1, 1)], [], 1, 0, 2)
+
+
+def test_what_gradients_lack_is_named() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, dilation=2), nn.Flatten(), nn.Linear(8 * 16, 3))
+    traced = trace(model.eval(), (3, 8, 8))
+    with pytest.raises(UnsupportedOperation, match="undilated"):
+        lower(traced, model)
+    frozen = FrozenNetwork(traced, model)
+    leaf = images_of((8, 8), 2).requires_grad_(True)
+    (slope,) = torch.autograd.grad(frozen(leaf).square().sum(), leaf)
+    other = leaf.detach().requires_grad_(True)
+    (expected,) = torch.autograd.grad(model(other).square().sum(), other)
+    torch.testing.assert_close(slope, expected, rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize(("name", "lacks"), [("vit", "transpose"), ("convnext", "layer_norm")])
-def test_what_gradients_lack_is_named(name: str, lacks: str) -> None:
+def test_what_a_gpu_lacks_is_named(name: str, lacks: str) -> None:
     model = network(name)
     traced = trace(model, (3, 32, 32))
-    with pytest.raises(UnsupportedOperation, match=f"masked_gradient: {lacks}"):
-        lower(traced, model)
     with pytest.raises(UnsupportedOperation, match=f"masked_forward: {lacks}"):
         masked_forward_gpu.lower(traced, model, "cpu", "fp32")
 
 
-@pytest.mark.parametrize("name", ["preactresnet18", "mobilenetv2", "densenet", "vgg11"])
+@pytest.mark.parametrize(
+    "name", ["preactresnet18", "mobilenetv2", "densenet", "vgg11", "vit", "convnext"]
+)
 def test_frozen_networks_agree(name: str) -> None:
     model = network(name)
     traced = trace(model, (3, 32, 32))
@@ -506,7 +547,7 @@ def test_frozen_networks_agree(name: str) -> None:
         leaves = images.clone().requires_grad_(True), gates.clone().requires_grad_(True)
         logits = frozen(*leaves)
         rows.append([logits.detach(), *torch.autograd.grad(logits.square().sum(), leaves)])
-        if name != "vgg11":  # without norms there is nothing to tell
+        if norms_of(traced):  # without there is nothing to tell
             rows[-1] += frozen.with_moments(images)
     for got, want in zip(*rows, strict=True):
         assert float((got - want).norm() / want.norm()) < 1e-2

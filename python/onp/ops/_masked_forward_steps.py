@@ -153,13 +153,21 @@ class Program:
     """Buffers that no step writes, float64 [C, H, W]."""
     output: int
 
-    def native(self) -> tuple[list[_C.MaskedForwardStep], list[Tensor]]:
-        """The native steps, and the arrays that must live until the native plan is built."""
+    def native(
+        self,
+    ) -> tuple[list[_C.MaskedForwardStep], list[tuple[int, int]], list[Tensor]]:
+        """The native steps, the constants' buffers and addresses, and the arrays that must live
+        until the native plan is built."""
         pairs = [step.native() for step in self.steps]
-        return [step for step, _ in pairs], [array for _, arrays in pairs for array in arrays]
+        arrays = [array for _, own in pairs for array in own]
+        constants = []
+        for buffer, values in self.constants.items():
+            arrays.append(values.to("cpu", torch.float32).contiguous())
+            constants.append((buffer, arrays[-1].data_ptr()))
+        return [step for step, _ in pairs], constants, arrays
 
     def check_convolutional(self, user: str) -> None:
-        """For those that have convolutions, pools and concatenations, with ReLU and ReLU6 alone.
+        """For a GPU, which has convolutions, pools and concatenations, with ReLU and ReLU6 alone.
         Raises UnsupportedOperation."""
         for step in self.steps:
             smooth = max(step.first, step.second) > ACTIVATIONS["relu6"]

@@ -192,15 +192,11 @@ def lower(
     if halves and ranges:
         raise ValueError("masked_forward: ranges are of 8 bits: ask for these or for halves")
     program = Lowering(trace, model).run()
-    steps, _arrays = program.native()
-    floats = {
-        buffer: values.to("cpu", torch.float32).contiguous()
-        for buffer, values in program.constants.items()
-    }
+    steps, constants, _arrays = program.native()
     native = _C.MaskedForwardPlan(
         program.buffers,
         steps,
-        [(buffer, values.data_ptr()) for buffer, values in floats.items()],
+        constants,
         program.output,
         trace.sites,
         list(ranges),

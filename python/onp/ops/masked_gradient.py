@@ -199,9 +199,9 @@ class MaskedGradientPlan:
                 return self.norms[norm].units.start if self.tells_moments and norm >= 0 else -1
 
             norms = [(first(result), first(scaled)) for result, scaled in program.norms]
-            steps, _arrays = program.native()
+            steps, constants, _arrays = program.native()
             self._plan = _C.MaskedGradientPlan(
-                program.buffers, steps, norms, program.output, self.sites, self.units
+                program.buffers, steps, norms, constants, program.output, self.sites, self.units
             )
             self._program = None
         return self._plan
@@ -351,6 +351,5 @@ def lower(trace: Trace, model: nn.Module) -> MaskedGradientPlan:
         UnsupportedOperation: the engine lacks an operation of the network; the message names it.
     """
     program = Lowering(trace, model).run()
-    program.check_convolutional("masked_gradient")
     norms = norms_of(trace)
     return MaskedGradientPlan(program, norms, trace.shapes[0], trace.sites, trace.num_classes)

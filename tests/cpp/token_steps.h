@@ -1,0 +1,84 @@
+// A small transformer with a concatenation: a constant token in front, sizes off the vector widths.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <vector>
+
+#include "core/masked_forward.h"
+#include "naive_step.h"
+
+// buffers, steps, constants, output and sites of a Network; what they point to lives in `arrays`.
+template <typename Network>
+Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
+  const auto values = [&](std::int64_t size) {
+    arrays.push_back(random_values(size, random));
+    return arrays.back().data();
+  };
+  Network network;
+  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1}, {60, 31, 1},
+                     {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},   {20, 31, 1}};
+  network.constants = {{3, values(20 * 31)}};
+  onp::StepSpec patches;  // 0 -> 1
+  patches.kind = onp::StepKind::convolution;
+  patches.kernel_height = patches.kernel_width = 2;
+  patches.stride_height = patches.stride_width = 2;
+  patches.weight = values(20 * 3 * 4);
+  patches.first = onp::Activation::gelu;
+  patches.final = 1;
+  onp::StepSpec tokens;  // 1 -> 2, a row of zeros in front, and the constant added
+  tokens.kind = onp::StepKind::pick;
+  tokens.input = 1;
+  for (std::int64_t i = 0; i < 31; ++i) tokens.index.push_back(i == 4 ? -1 : i * 7 % 30);
+  tokens.residual = 3;
+  tokens.final = 2;
+  onp::StepSpec norm;  // 2 -> 4
+  norm.kind = onp::StepKind::layer_norm;
+  norm.input = 2;
+  norm.value = 1e-3f;
+  norm.scale = values(20);
+  norm.shift = values(20);
+  norm.site_start = 0;
+  norm.final = 4;
+  onp::StepSpec linear;  // 4 -> 5
+  linear.kind = onp::StepKind::convolution;
+  linear.input = 4;
+  linear.weight = values(60 * 20);
+  linear.bias = values(60);
+  linear.final = 5;
+  onp::StepSpec attention;  // 5 -> 10 unmasked, 6 masked
+  attention.kind = onp::StepKind::attention;
+  attention.input = 5;
+  attention.others = {5, 5};
+  for (std::int64_t i = 0; i < 60; ++i) attention.index.push_back(i * 7 % 60);
+  attention.heads = 4;
+  attention.value = 0.1f;
+  attention.residual = 2;
+  attention.plain = 10;
+  attention.second = onp::Activation::gelu_tanh;
+  attention.site_start = 20;
+  attention.final = 6;
+  onp::StepSpec together;  // 6, 10, 4 -> 7
+  together.kind = onp::StepKind::concatenation;
+  together.input = 6;
+  together.others = {10, 4};
+  together.scale = values(60);
+  together.shift = values(60);
+  together.second = onp::Activation::silu;
+  together.site_start = 40;
+  together.final = 7;
+  onp::StepSpec mean;  // 7 -> 8
+  mean.kind = onp::StepKind::average_pool;
+  mean.input = 7;
+  mean.kernel_height = 31;
+  mean.final = 8;
+  onp::StepSpec head = linear;  // 8 -> 9
+  head.input = 8;
+  head.weight = values(5 * 60);
+  head.bias = nullptr;
+  head.final = 9;
+  network.steps = {patches, tokens, norm, linear, attention, together, mean, head};
+  network.output = 9;
+  network.sites = 100;
+  return network;
+}
