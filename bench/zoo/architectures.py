@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from bench.zoo.compact_transformer import CompactTransformer
 from onp.suspect.architectures import (
     convnext,
     densenet,
@@ -27,6 +28,7 @@ ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
     "mobilenetv2": mobilenetv2.of_width,
     "densenet": lambda width, classes: densenet.of_width(int(width), classes),
     "vit": lambda width, classes: vit.of_width(int(width), classes),
+    "cct": lambda width, classes: CompactTransformer(int(width), classes),
     "convnext": lambda width, classes: convnext.of_width(int(width), classes),
 }
 """A fresh network, images [N, 3, 32, 32] to logits [N, K], from (width, classes); of MobileNetV2
