@@ -15,11 +15,20 @@ from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
-from onp.evidence import Evidence, Scene, Squares, from_probes, gather, in_turn
+from onp.evidence import (
+    Evidence,
+    Scene,
+    Squares,
+    from_probes,
+    from_shifting_squares,
+    gather,
+    in_turn,
+)
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.families import Family
-from onp.probes.probe import Probe, Target
+from onp.probes.probe import LabelShift, Probe, Target
+from onp.probes.responses import activations
 from onp.probes.square import Square
 from onp.probes.synthesis import FAMILIES
 from onp.probes.unlearning import Unlearned
@@ -43,7 +52,7 @@ def scene(config: Config) -> Scene:
     return Scene(model, evaluator, clean, before, config, (0.0, 1.0), seed=0)
 
 
-def no_square_leads(_: Scene, targets: Sequence[int]) -> Squares:
+def no_square_leads(_: Scene, targets: Sequence[int], *__: int) -> Squares:
     return Squares(targets, torch.full((16, len(targets)), 0.4))
 
 
@@ -55,17 +64,20 @@ def said(score: float, by: str = "probes") -> Evidence:
 
 
 @pytest.mark.parametrize(
-    ("norms", "probes", "score", "asked"),
+    ("norms", "shift", "probes", "score", "asked"),
     [
-        (0.7, 0.9, 0.7, False),  # certain: no probe is asked
-        (None, 0.3, 0.3, True),
-        (0.58, 0.56, 0.58, True),
-        (0.5, 0.6, 0.6, True),
-        (0.54, 0.1, 0.1, True),  # the norms had not called: what the probes say
+        (0.7, 0.9, 0.9, 0.7, False),  # certain: no probe is asked
+        (None, None, 0.3, 0.3, True),
+        (0.58, None, 0.56, 0.58, True),
+        (0.5, None, 0.6, 0.6, True),
+        (0.54, None, 0.1, 0.1, True),  # the norms had not called: what the probes say
+        (0.5, 0.8, 0.9, 0.8, False),  # squares call a shift of labels: no probe is asked
+        (0.58, 0.56, 0.9, 0.58, False),
     ],
 )
 def test_the_stronger_evidence_decides(
     norms: float | None,
+    shift: float | None,
     probes: float,
     score: float,
     asked: bool,
@@ -74,6 +86,8 @@ def test_the_stronger_evidence_decides(
     asks: list[Scene] = []
     first = None if norms is None else said(norms, "norm statistics")
     monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    second = None if shift is None else said(shift, "squares")
+    monkeypatch.setattr(story, "from_shifting_squares", lambda _: second)
     monkeypatch.setattr(story, "from_probes", lambda one: (asks.append(one), said(probes))[1])
     assert gather(scene(BUDGETS["quick"]), None).verdict.score == score
     assert bool(asks) == asked
@@ -324,3 +338,61 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     steps = 2 * config.square_steps * config.square_images
     wanted = [16 - int((labels[:16] == target).sum()) for target in range(CLASSES)]
     assert evaluator.ledger.total == 16 * CLASSES * steps + 16 + 16 * sum(wanted)
+
+
+def all_to_all(backdoored: bool) -> nn.Module:
+    """The class of images of 8x8 is the brightest of three channels or, where the last place is
+    bright, the one after it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    first, last = model[1], model[3]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        channels = torch.eye(3).repeat_interleave(64, 1) / 64
+        place = torch.zeros(1, 3, 8, 8)
+        place[:, :, 6:, 6:] = 1 / 12
+        bright = (1.0 if backdoored else 0.0) * place.view(1, 192)
+        first.weight.copy_(torch.cat([channels - bright, channels + bright]))
+        first.bias.copy_(torch.tensor([0.2, 0.2, 0.2, -0.8, -0.8, -0.8]))
+        last.weight.copy_(40 * torch.cat([torch.eye(3), torch.eye(3).roll(1, 0)], 1))
+        last.bias.zero_()
+    return model
+
+
+@pytest.mark.parametrize("backdoored", [True, False])
+def test_squares_find_a_shift_of_labels(backdoored: bool) -> None:
+    here, model = scene(BUDGETS["quick"]), all_to_all(backdoored)
+    labels = torch.arange(60) % 3
+    images = torch.rand(60, 3, 8, 8) * 0.2
+    images[torch.arange(60), labels] += 0.3
+    images[:, :, 6:, 6:] *= 0.1
+    evaluator = MaskEvaluator(
+        trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    with torch.no_grad():
+        assert (model(images).argmax(1) == labels).all()
+        clean = Clean(images, labels, model(images).log_softmax(1))
+    before = activations(evaluator.network, images)
+    here = replace(here, model=model, evaluator=evaluator, clean=clean, before=before)
+    found = from_shifting_squares(here)
+    if not backdoored:
+        assert found is None
+        return
+    assert found is not None
+    assert found.verdict.target == LabelShift(3, 1)
+    assert found.verdict.by == "squares"
+    assert found.squares is not None
+    assert found.squares.successes.shape == (16, 2)
+    assert all(one.probe.target == LabelShift(3, 1) for one in found.counted)
+    assert Square(3, 3) in [one.probe.family for one in found.counted]
+    assert {str(one.probe.target) for one in found.contenders} == {"label+1", "label+2"}
+
+
+def test_with_two_classes_no_shift_is_looked_for() -> None:
+    here = scene(BUDGETS["quick"])
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 2)).eval()
+    evaluator = MaskEvaluator(
+        trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    assert from_shifting_squares(replace(here, model=model, evaluator=evaluator)) is None
+    assert evaluator.ledger.total == 0

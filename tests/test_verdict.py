@@ -17,6 +17,7 @@ from onp.verdict import (
     Verdict,
     by_label_shift,
     by_probes,
+    by_shifting_squares,
     by_squares,
     by_statistics,
     target_of,
@@ -181,3 +182,22 @@ def test_labels_shifted_by_one_are_judged_against_those_by_two(
     verdict = by_label_shift(excess, shifts[0], shifts[1], CONFIG)
     assert verdict.finding == finding
     assert verdict.target == (LabelShift(10, 1) if finding == "backdoor" else None)
+
+
+@pytest.mark.parametrize(
+    ("success", "control", "called"),
+    [
+        (0.72, 0.01, True),
+        (0.37, 0.10, True),  # of an attack that works on 60% of the images
+        (0.11, 0.01, False),  # the most of a network without such a backdoor
+        (0.37, 0.30, False),  # which shifts labels by two as well
+    ],
+)
+def test_squares_that_shift_labels(success: float, control: float, called: bool) -> None:
+    successes = torch.tensor([[0.02, 0.9], [success, control], [0.03, 0.01]])
+    shift = LabelShift(10, 1)
+    verdict, place = by_shifting_squares(successes, shift, CONFIG)
+    assert (verdict.target, place) == (shift if called else None, 1)
+    assert (verdict.by, verdict.finding == "backdoor") == ("squares", called)
+    assert verdict.evidence["success"] == pytest.approx(success)
+    assert "into the next class" in verdict.reason

@@ -251,6 +251,9 @@ class VerdictConfig:
     """Of that success: what is below counts as this."""
     shift: tuple[float, float] = (0.4, 1.4)
     """Binary logarithm of a label shift's share over that of the shift by two."""
+    square_shift: tuple[float, float] = (0.05, 0.35)
+    """Of the images, that a square shifts by one: networks without such a backdoor reach .11, those
+    with one start at .37."""
     certain: float = 0.6
     """Score of the norm statistics from which on no other probes are asked."""
     excess: tuple[float, float] = (1.2, 2.2)

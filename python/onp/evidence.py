@@ -30,6 +30,7 @@ from onp.verdict import (
     Verdict,
     by_label_shift,
     by_probes,
+    by_shifting_squares,
     by_squares,
     by_statistics,
     target_of,
@@ -44,18 +45,20 @@ LOOK = (Patch(),)
 LOOK_JUDGED = 32
 """Clean images on which that is judged."""
 SQUARES_JUDGED = 16
-"""and those that squares are judged on."""
+"""and those that squares are judged on,"""
+SHIFTS_JUDGED = 64
+"""where they are after a shift of labels: fewer of them have to work."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
 
 
 @dataclass(frozen=True)
 class Squares:
-    """What squares of every place reach for some classes."""
+    """What squares of every place reach."""
 
-    targets: Sequence[int]
+    targets: Sequence[Target]
     successes: Tensor
-    """Mean excess probability of the class, float32 [places, classes]."""
+    """Mean excess probability of the target, float32 [places, targets]."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +87,9 @@ class Scene:
         )  # fmt: skip
 
     def probed(
-        self, targets: Sequence[int], families: Sequence[Family] = FAMILIES
+        self, targets: Sequence[Target], families: Sequence[Family] = FAMILIES
     ) -> list[Contender]:
-        """Contenders of one trigger of each family for each of the classes, not raced."""
+        """Contenders of one trigger of each family for each of the targets, not raced."""
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
@@ -111,10 +114,10 @@ class Scene:
             looked = self._reached(probes, none, LOOK_JUDGED)
         return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
 
-    def squares(self, targets: Sequence[int]) -> Squares:
-        """A square in every place for each of the classes. Costs 2 * square_steps * square_images
-        image-forwards a class and place, and those of judging them on ``SQUARES_JUDGED`` images."""
-        config, few = self.config.synthesis, self.clean[:SQUARES_JUDGED]
+    def squares(self, targets: Sequence[Target], judged: int = SQUARES_JUDGED) -> Squares:
+        """A square in every place for each of the targets. Costs 2 * square_steps * square_images
+        image-forwards a target and place, and those of judging them on ``judged`` images."""
+        config, few = self.config.synthesis, self.clean[:judged]
         with self.ledger.stage("probe"):
             probes = [
                 probe
@@ -201,12 +204,12 @@ def measured_shift(
 
 
 def gather(scene: Scene, shift: NormShift | None) -> Evidence:
-    """The norm statistics' evidence if it is certain; else the probes' or theirs, whichever is
-    stronger."""
+    """The norm statistics' evidence if it is certain; else that of squares for a shift of labels,
+    of probes where these call none, or theirs, whichever is stronger."""
     first = from_statistics(scene, shift)
     if first is not None and first.verdict.score >= scene.config.verdict.certain:
         return first
-    second = from_probes(scene)
+    second = from_shifting_squares(scene) or from_probes(scene)
     if first is None:
         return second
     if first.verdict.target is not None and first.verdict.score > second.verdict.score:
@@ -248,6 +251,23 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     return Evidence(verdict, contenders, counted, verdict)
 
 
+def from_shifting_squares(scene: Scene) -> Evidence | None:
+    """Look for a shift of all labels by one (all-to-all) by squares, against one by two; probe and
+    race both with every family if it is called. None if it is not, or with two classes."""
+    config, classes = scene.config, scene.evaluator.trace.num_classes
+    if classes < 3:
+        return None
+    shift, control = LabelShift(classes, 1), LabelShift(classes, 2)
+    squares = scene.squares([shift, control], SHIFTS_JUDGED)
+    verdict, place = by_shifting_squares(squares.successes, shift, config.verdict)
+    if verdict.target is None:
+        return None
+    caller = scene.probed([shift], SQUARES[place : place + 1])[0]
+    contenders = raced_for(scene, shift, [caller, *scene.probed([shift, control])])
+    counted = counted_contenders(contenders, caller.probe, config.synthesis)
+    return Evidence(verdict, contenders, counted, squares=squares)
+
+
 def from_probes(scene: Scene) -> Evidence:
     """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
     either names, with every family. If a probe leads, further classes are probed, as a lead counts
@@ -285,15 +305,19 @@ def from_probes(scene: Scene) -> Evidence:
         if caller is None or verdict is seen:  # learned as long as the others, the square counts
             caller = scene.probed([verdict.target], SQUARES[place : place + 1])[0]
             contenders = [caller, *contenders]
-        others = [one for one in contenders if one.probe.target != verdict.target]
-        with ledger.stage("race"):
-            own = scene.raced([c.probe for c in contenders if c.probe.target == verdict.target])
-        contenders = own + others
+        contenders = raced_for(scene, verdict.target, contenders)
         counted = counted_contenders(contenders, caller.probe, synthesis)
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares,
         unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
+
+
+def raced_for(scene: Scene, target: Target, contenders: Sequence[Contender]) -> list[Contender]:
+    """The target's contenders, raced, and the others as they are."""
+    with scene.ledger.stage("race"):
+        own = scene.raced([c.probe for c in contenders if c.probe.target == target])
+    return own + [one for one in contenders if one.probe.target != target]
 
 
 def in_turn(first: Sequence[int], second: Sequence[int]) -> list[int]:

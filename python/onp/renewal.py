@@ -19,7 +19,7 @@ def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:
     config, target = scene.config, evidence.verdict.target
     if evidence.verdict.by == "norm statistics":
         return []
-    assert isinstance(target, int)
+    assert target is not None
     images, labels = scene.clean.images, scene.clean.labels
     fresh = synthesise(
         scene.evaluator.network, images, labels, [target],

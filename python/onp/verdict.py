@@ -20,7 +20,8 @@ the nearest ones among them: it is smaller, or works better.
 
 **Squares.** The same lead among opaque squares of one place, that of the image where it is
 largest: what a few steps of them reach there for other classes says how far a natural direction
-leads (``onp.probes.square``).
+leads (``onp.probes.square``). And squares that shift all labels by one, against those that shift
+them by two (all-to-all): no natural direction does either.
 
 Where few other classes are probed, as there are no more, one leads by chance: more is asked then.
 What unlearning leaves, and whether a probe's success can be pruned away, tell next to nothing
@@ -40,7 +41,7 @@ from torch import Tensor
 from onp.agent.contenders import advantage, leading
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
-from onp.probes.probe import Target
+from onp.probes.probe import LabelShift, Target
 from onp.probes.replay import Replayed
 
 Ground = Literal["norm statistics", "squares", "probes"]
@@ -153,6 +154,24 @@ def by_squares(
     score = _ramp(lead, *(few * bound for bound in config.square_lead))
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
+
+
+def by_shifting_squares(
+    successes: Tensor, shift: LabelShift, config: VerdictConfig
+) -> tuple[Verdict, int]:
+    """Judge squares by what they reach for a shift of labels by one and by two, float32
+    [places, 2]: by the best of the first and by its advantage over the second in its place, and
+    that place."""
+    place = int(successes[:, 0].argmax())
+    success, control = successes[place].tolist()
+    stronger = math.log2(max(success, 1e-2) / max(control, LEAST_CONTROL))
+    score = min(_ramp(stronger, *config.shift), _ramp(success, *config.square_shift))
+    reason = (
+        f"an opaque square in place {place} turns {100 * success:.0f}% of the images into the next "
+        f"class, and one in the same place {100 * control:.0f}% into the one after it"
+    )
+    found = {"advantage": stronger, "success": success, "place": float(place)}
+    return _verdict(score, shift, "squares", found, reason, config), place
 
 
 def _scarcity(among: int, config: VerdictConfig) -> float:

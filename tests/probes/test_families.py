@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from onp.ledger import Ledger
+from onp.probes import synthesis
 from onp.probes.families import Family
 from onp.probes.low_frequency import dct_basis
+from onp.probes.probe import LabelShift
 from onp.probes.square import Square
 from onp.probes.synthesis import FAMILIES, gradients_towards, synthesise
 from onp.suspect.network import FrozenNetwork
@@ -106,3 +108,34 @@ def test_synthesis_finds_what_a_network_looks_for() -> None:
         for one, two in zip(probes, again, strict=True)
         for a, b in zip(one.parameters, two.parameters, strict=True)
     )
+
+
+def test_targets_may_be_classes_and_shifts_of_labels() -> None:
+    """Each trigger is learned and judged by its own answers."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    images, labels = torch.rand(9, 3, 8, 8), torch.arange(9) % 3
+    network = FrozenNetwork(trace(model, (3, 8, 8)), model)
+    asked: list[list[int]] = []
+
+    def asks(
+        frozen: FrozenNetwork, pixels: Tensor, answers: Tensor, gates: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        asked.append(answers.tolist())
+        return gradients_towards(frozen, pixels, answers, gates)
+
+    shift = LabelShift(3, 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(synthesis, "gradients_towards", asks)
+        probes = synthesis.synthesise(
+            network, images, labels, [1, shift], families=FAMILIES[:2], steps=1, draw=4,
+            valid=(0.0, 1.0), seed=0, ledger=Ledger(),
+        )  # fmt: skip
+    assert [probe.target for probe in probes] == [1, shift, 1, shift]
+    draw = torch.Generator().manual_seed(0)
+    for family in FAMILIES[:2]:
+        family.start(2, (3, 8, 8), draw)
+    others = (labels != 1).nonzero().squeeze(1)
+    others[torch.randint(len(others), (4,), generator=draw)]
+    shifted = (labels[torch.randint(9, (4,), generator=draw)] + 2) % 3
+    assert asked == [[1, 1, 1, 1, *shifted.tolist()] * 2]

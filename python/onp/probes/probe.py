@@ -36,6 +36,13 @@ def classes_of(target: Target) -> list[int]:
     return [target] if isinstance(target, int) else list(range(target.classes))
 
 
+def answers_of(target: Target, labels: Tensor) -> Tensor:
+    """What triggered images with labels int64 [N] are to get: int64 [N]."""
+    if isinstance(target, int):
+        return torch.full_like(labels, target)
+    return (labels + target.by) % target.classes
+
+
 class Trigger(Protocol):
     """What stands for an attacker's trigger: a change of images, and the answers it is after."""
 
@@ -67,9 +74,7 @@ class Probe:
     def wanted(self, labels: Tensor) -> Tensor:
         """The answer it is after for images with labels int64 [N]: int64 [N]. Images that have it
         as their label say nothing about the trigger."""
-        if isinstance(self.target, int):
-            return torch.full_like(labels, self.target)
-        return (labels + self.target.by) % self.target.classes
+        return answers_of(self.target, labels)
 
     def to(self, device: torch.device) -> Probe:
         """With its parameters on a device."""

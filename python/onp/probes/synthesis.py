@@ -14,7 +14,7 @@ from onp.probes.additive import Additive
 from onp.probes.families import Family, Range
 from onp.probes.low_frequency import LowFrequency
 from onp.probes.patch import Patch
-from onp.probes.probe import CPU_CHUNK, Probe
+from onp.probes.probe import CPU_CHUNK, Probe, Target, answers_of
 from onp.probes.warp import Warp
 from onp.suspect.network import FrozenNetwork
 
@@ -41,7 +41,7 @@ def synthesise(
     network: FrozenNetwork,
     images: Tensor,
     labels: Tensor,
-    targets: Sequence[int],
+    targets: Sequence[Target],
     *,
     steps: int,
     draw: int,
@@ -53,9 +53,9 @@ def synthesise(
 ) -> list[Probe]:
     """Optimise one trigger per (family, target) on clean images [N, C, H, W] with labels [N].
 
-    Each step draws fresh images of other classes for every trigger, runs all of them through the
-    network and takes one Adam step on cross-entropy to the target plus the family's size
-    penalty, which counts more the better the trigger works. ``gates`` [S] prunes sites first.
+    Each step draws, for every trigger, fresh images whose label is not its answer, runs all of them
+    through the network and takes one Adam step on cross-entropy to the answers plus the family's
+    size penalty, which counts more the better the trigger works. ``gates`` [S] prunes sites first.
     ``draw``: images that each trigger sees in a step.
     Costs ``2 * steps * draw`` image-forwards a trigger.
     """
@@ -73,11 +73,13 @@ def synthesise(
         *((state, family.learning_rate) for family, state in zip(families, states, strict=True)),
         betas=(0.5, 0.9),
     )
-    others = [(labels != target).nonzero().squeeze(1) for target in targets]
-    answers = torch.tensor(targets, device=device).repeat(len(families)).repeat_interleave(draw)
+    wanted = [answers_of(target, labels) for target in targets]
+    others = [(labels != want).nonzero().squeeze(1) for want in wanted]
     for step in range(steps):
         rows = [o[torch.randint(len(o), (draw,), generator=random)] for o in others]
         batch = images[torch.stack(rows)].to(device)  # [targets, draw, C, H, W]
+        answers = torch.cat([want[row] for want, row in zip(wanted, rows, strict=True)])
+        answers = answers.repeat(len(families)).to(device)
         triggered = torch.cat(
             [f.apply(state, batch, valid) for f, state in zip(families, states, strict=True)]
         )  # [families * targets, draw, C, H, W], family-major
@@ -99,7 +101,7 @@ def synthesise(
     return [
         Probe(
             family,
-            int(target),
+            target,
             [parameter.detach()[i : i + 1].cpu().clone() for parameter in state],
             valid,
             float(family.size([p.detach()[i : i + 1] for p in state], valid)),

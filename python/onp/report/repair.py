@@ -18,10 +18,10 @@ from onp.evidence import Evidence, Squares
 from onp.ledger import Ledger
 from onp.metrics import interval
 from onp.probes.norm_shift import NormShift
-from onp.probes.probe import classes_of
+from onp.probes.probe import Target, classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/7"
+SCHEMA = "onp.repair/8"
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
     left = contender.success * (1 - contender.removed)
     return {
         "family": contender.probe.family.name,
-        "target": target if isinstance(target, int) else str(target),
+        "target": _named(target),
         "size": round(contender.probe.size, 4),
         "success_before": round(contender.success, 4),
         "success_after_its_own_mask": round(left, 4) if raced else None,
@@ -122,6 +122,10 @@ def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
         "sites": contender.size,
         "counted": counted,
     }
+
+
+def _named(target: Target) -> int | str:
+    return target if isinstance(target, int) else str(target)
 
 
 def _looked(contender: Contender) -> dict[str, Any]:
@@ -135,11 +139,11 @@ def _looked(contender: Contender) -> dict[str, Any]:
 
 
 def _squares(squares: Squares) -> list[dict[str, Any]]:
-    """The best one of each class, those that work best first."""
+    """The best one of each target, those that work best first."""
     best, places = squares.successes.max(0)
     rows = zip(squares.targets, places.tolist(), best.tolist(), strict=True)
     return [
-        {"target": target, "place": place, "success": round(success, 4)}
+        {"target": _named(target), "place": place, "success": round(success, 4)}
         for target, place, success in sorted(rows, key=lambda row: -row[2])
     ]
 
