@@ -137,7 +137,7 @@ def replayed(excess: float, share: float) -> Verdict:
 def test_norm_statistics_call_a_backdoor_where_both_speak() -> None:
     verdict = replayed(4.0, 0.9)
     assert (verdict.finding, verdict.target, verdict.score) == ("backdoor", 7, 1.0)
-    assert verdict.evidence == {"excess": 4.0, "share": 0.9, "agreement": 0.9}
+    assert verdict.evidence == {"excess": 4.0, "share": 0.9, "agreement": 0.9, "effort": 0.0}
     assert "4.0 times" in verdict.reason
 
 
@@ -156,6 +156,27 @@ def answered(target: Target, share: float) -> Replayed:
     return Replayed(
         Probe(Additive(), target, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0), share, 0.9
     )
+
+
+@pytest.mark.parametrize(
+    ("size", "excess", "called"),
+    [
+        (4.0, 5.0, True),  # large, but so is what it explains
+        (2.0, 2.0, True),
+        (4.0, 2.0, False),  # noise takes a large patch
+        (1.0, 1.4, True),
+    ],
+)
+def test_a_shift_that_takes_a_large_patch_is_noise(
+    size: float, excess: float, called: bool
+) -> None:
+    state = [torch.zeros(1, 1, 3, 4, 4)]
+    patch = Replayed(Probe(PATCH, 7, state, (0.0, 1.0), size), 0.9, 0.9)
+    verdict = by_statistics(excess, [patch, answered(7, 0.9)], CONFIG)
+    assert (verdict.finding == "backdoor") == called
+    assert verdict.evidence["effort"] == pytest.approx(size / excess)
+    other = Probe(ADDITIVE, 7, state, (0.0, 1.0), size)  # whose sizes say nothing
+    assert by_statistics(excess, [Replayed(other, 0.9, 0.9)], CONFIG).finding == "backdoor"
 
 
 def test_triggers_speak_with_the_share_of_images_that_they_move() -> None:

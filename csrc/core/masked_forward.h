@@ -59,6 +59,13 @@ struct StepSpec {
   Activation second = Activation::none;
   std::int64_t site_start = -1;  // site of output channel 0, -1: not masked
   std::int64_t final = -1;       // buffer, -1: none
+
+  // The buffers that the operation itself reads, in order.
+  std::vector<std::int64_t> operands() const {
+    std::vector<std::int64_t> ids = {input};
+    ids.insert(ids.end(), others.begin(), others.end());
+    return ids;
+  }
 };
 
 // A buffer that no step writes: the same values for every image, read as residuals alone.

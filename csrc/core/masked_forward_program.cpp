@@ -351,8 +351,7 @@ std::vector<std::int64_t> add_halves(std::vector<Buffer>& buffers,
 
 // Everything that a step reads: its constants too.
 std::vector<std::int64_t> all_reads(const StepSpec& spec) {
-  std::vector<std::int64_t> reads = {spec.input};
-  reads.insert(reads.end(), spec.others.begin(), spec.others.end());
+  std::vector<std::int64_t> reads = spec.operands();
   if (spec.residual >= 0) reads.push_back(spec.residual);
   return reads;
 }

@@ -415,7 +415,7 @@ void MaskedGradientPlan::Run::Backward::split(std::size_t s, const Operand& oper
   args.images = place.images;
   args.pixels = pixels_of(program.reverse[s].gradient.shape);
   args.gradient = operation;
-  for (const std::int64_t id : operands(program.steps[s].spec)) {
+  for (const std::int64_t id : program.steps[s].spec.operands()) {
     args.channels = program.buffers[id].shape.channels;
     if (wanted(id)) {
       args.to = gradient(id);
@@ -454,7 +454,7 @@ void MaskedGradientPlan::Run::Backward::attention(std::size_t s, const Operand& 
   args.factor = step.spec.value;
   args.gradient = operation;
   std::size_t part = 0;
-  for (const std::int64_t id : operands(step.spec)) {
+  for (const std::int64_t id : step.spec.operands()) {
     args.input[part] = at(id);
     args.to[part] = wanted(id) ? summing(id) : Operand{};
     ++part;

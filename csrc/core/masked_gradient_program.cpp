@@ -66,12 +66,6 @@ Buffer plain_buffer(const BufferShape& shape) {
 
 }  // namespace
 
-std::vector<std::int64_t> operands(const StepSpec& spec) {
-  std::vector<std::int64_t> ids = {spec.input};
-  ids.insert(ids.end(), spec.others.begin(), spec.others.end());
-  return ids;
-}
-
 GradientProgram::GradientProgram(const std::vector<BufferShape>& shapes,
                                  const std::vector<StepSpec>& specs,
                                  const std::vector<NormUnits>& norms,
@@ -212,7 +206,7 @@ void GradientProgram::lay_out_gradients() {
     for (const std::int64_t id : {spec.plain, spec.final}) {
       if (id >= 0 && gradient_begin[id] >= 0) gradient_slots.release(gradients[id], slots[id]);
     }
-    for (const std::int64_t id : operands(spec)) claim(id);
+    for (const std::int64_t id : spec.operands()) claim(id);
     gradient_slots.release(reverse[s].gradient, operation);
   }
 }
@@ -246,7 +240,7 @@ GradientLayout GradientProgram::lay_out(GradientMode mode, bool keep) const {
     keeps(true, extra.second_slope);
     const bool again = spec.kind == StepKind::max_pool || spec.kind == StepKind::layer_norm ||
                        spec.kind == StepKind::attention;  // reads its operands once more
-    for (const std::int64_t id : operands(spec)) keeps(again, id);
+    for (const std::int64_t id : spec.operands()) keeps(again, id);
   }
   last_use[output] = steps.size();
   Slots passing;

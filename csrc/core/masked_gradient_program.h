@@ -59,9 +59,6 @@ struct GradientLayout {
   std::int64_t kept_floats = 0, passing_floats = 0;  // per image
 };
 
-// The buffers that an operation reads: input and others, in order.
-std::vector<std::int64_t> operands(const StepSpec& spec);
-
 struct GradientProgram : Network {
   // As MaskedGradientPlan's constructor.
   GradientProgram(const std::vector<BufferShape>& shapes, const std::vector<StepSpec>& specs,

@@ -4,9 +4,11 @@
 than chance, and triggers that are learned to explain the difference, no class being asked for, make
 the network answer one class:
 
-    score = mean of the excess and of the share of images that go to that class, each scaled
+    score = mean of the excess and of the share of images that go to that class, each scaled,
+            less the larger a patch has to be for that excess
 
-The share is a mean over all triggers, 0 for those that answer another class.
+The share is a mean over all triggers, 0 for those that answer another class. What noise makes of
+the moments takes a large trigger to explain, an attacker's a small one.
 
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
 against one that shifts them by two; then the lesser of its share and its advantage counts.
@@ -41,6 +43,7 @@ from torch import Tensor
 from onp.agent.contenders import advantage, leading
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Target
 from onp.probes.replay import Replayed
 
@@ -78,13 +81,21 @@ def by_statistics(excess: float, replayed: Sequence[Replayed], config: VerdictCo
     """Judge the norms' shift (``NormShift.excess``) and the triggers that replay it."""
     target = target_of(replayed)
     share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
+    sizes = [r.probe.size for r in replayed if r.probe.family.name == Patch.name]
+    effort = min(sizes, default=0.0) / excess
     score = (_ramp(excess, *config.excess) + _ramp(share, *config.share)) / 2
+    score *= 1.0 - _ramp(effort, *config.effort)
     alike = [one.agreement for one in replayed if one.probe.target == target]
     return _verdict(
         score,
         target,
         "norm statistics",
-        {"excess": excess, "share": share, "agreement": sum(alike) / len(alike)},
+        {
+            "excess": excess,
+            "share": share,
+            "agreement": sum(alike) / len(alike),
+            "effort": effort,
+        },
         f"the batch norms' moments are {excess:.1f} times as far from the clean images' as chance "
         f"has it, and {len(replayed)} triggers that explain it move {100 * share:.0f}% of the "
         f"images to class {target} on average",
