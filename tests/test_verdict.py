@@ -131,7 +131,7 @@ def test_a_square_among_few_classes_must_lead_by_more() -> None:
 
 def replayed(excess: float, share: float) -> Verdict:
     probe = Probe(Additive(), 7, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0)
-    return by_statistics(excess, [Replayed(probe, share, 0.9)], CONFIG)
+    return by_statistics(excess, 500, [Replayed(probe, share, 0.9)], CONFIG)
 
 
 def test_norm_statistics_call_a_backdoor_where_both_speak() -> None:
@@ -172,11 +172,13 @@ def test_a_shift_that_takes_a_large_patch_is_noise(
 ) -> None:
     state = [torch.zeros(1, 1, 3, 4, 4)]
     patch = Replayed(Probe(PATCH, 7, state, (0.0, 1.0), size), 0.9, 0.9)
-    verdict = by_statistics(excess, [patch, answered(7, 0.9)], CONFIG)
+    verdict = by_statistics(excess, 500, [patch, answered(7, 0.9)], CONFIG)
     assert (verdict.finding == "backdoor") == called
     assert verdict.evidence["effort"] == pytest.approx(size / excess)
+    few = by_statistics(excess, 125, [patch, answered(7, 0.9)], CONFIG)  # twice the chance
+    assert few.evidence["effort"] == pytest.approx(size / excess / 2)
     other = Probe(ADDITIVE, 7, state, (0.0, 1.0), size)  # whose sizes say nothing
-    assert by_statistics(excess, [Replayed(other, 0.9, 0.9)], CONFIG).finding == "backdoor"
+    assert by_statistics(excess, 500, [Replayed(other, 0.9, 0.9)], CONFIG).finding == "backdoor"
 
 
 def test_triggers_speak_with_the_share_of_images_that_they_move() -> None:
@@ -185,8 +187,8 @@ def test_triggers_speak_with_the_share_of_images_that_they_move() -> None:
 
 
 def test_triggers_that_answer_another_class_weaken_the_verdict() -> None:
-    alone = by_statistics(1.7, [answered(7, 0.5)], CONFIG)
-    split = by_statistics(1.7, [answered(7, 0.5), answered(2, 0.4)], CONFIG)
+    alone = by_statistics(1.7, 500, [answered(7, 0.5)], CONFIG)
+    split = by_statistics(1.7, 500, [answered(7, 0.5), answered(2, 0.4)], CONFIG)
     assert alone.finding == "backdoor"
     assert split.finding == "clean"
     assert split.evidence["share"] == 0.25

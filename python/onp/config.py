@@ -261,8 +261,9 @@ class VerdictConfig:
     share: tuple[float, float] = (0.2, 0.6)
     """Share of the clean images that the replayed triggers move to one class, on average."""
     effort: tuple[float, float] = (1.3, 2.0)
-    """Size of the patch that explains the norms' shift, over its excess. Backdoored networks come
-    to 1.1, clean ones of a larger excess (1.5 and more) to 1.1 to 2.0."""
+    """Size of the patch that explains the norms' shift, over its excess (in units of what chance
+    makes of 500 images). Backdoored networks come to 1.1, clean ones of a larger excess (1.5 and
+    more) to 1.1 to 2.0."""
 
 
 @dataclass(frozen=True)

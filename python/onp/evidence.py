@@ -227,7 +227,7 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
     with scene.ledger.stage("replay"):
         replayed = [scene.replayed(shift, family) for family in config.replay.families]
-        verdict = by_statistics(shift.excess, replayed, config.verdict)
+        verdict = by_statistics(shift.excess, len(shift.clean), replayed, config.verdict)
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
         if not bool((labels == probes[0].wanted(labels)).any()):

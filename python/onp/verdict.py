@@ -49,6 +49,8 @@ from onp.probes.replay import Replayed
 
 Ground = Literal["norm statistics", "squares", "probes"]
 """What a verdict rests on."""
+EFFORT_IMAGES = 500
+"""Clean images in whose chance an effort counts the excess: with fewer, chance is larger."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the unseen images than this: as good as this many."""
 
@@ -77,12 +79,15 @@ def target_of(replayed: Sequence[Replayed]) -> Target:
     return max(said, key=lambda target: said[target])
 
 
-def by_statistics(excess: float, replayed: Sequence[Replayed], config: VerdictConfig) -> Verdict:
-    """Judge the norms' shift (``NormShift.excess``) and the triggers that replay it."""
+def by_statistics(
+    excess: float, images: int, replayed: Sequence[Replayed], config: VerdictConfig
+) -> Verdict:
+    """Judge the norms' shift (``NormShift.excess``, measured on so many images) and the triggers
+    that replay it."""
     target = target_of(replayed)
     share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
     sizes = [r.probe.size for r in replayed if r.probe.family.name == Patch.name]
-    effort = min(sizes, default=0.0) / excess
+    effort = min(sizes, default=0.0) / excess * math.sqrt(images / EFFORT_IMAGES)
     score = (_ramp(excess, *config.excess) + _ramp(share, *config.share)) / 2
     score *= 1.0 - _ramp(effort, *config.effort)
     alike = [one.agreement for one in replayed if one.probe.target == target]
