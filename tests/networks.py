@@ -93,3 +93,32 @@ def hooked_logits(model: nn.Module, trace: Trace, pruned: Tensor, images: Tensor
     finally:
         for handle in handles:
             handle.remove()
+
+
+def all_to_all(backdoored: bool) -> nn.Module:
+    """The class of images of 8x8 is the brightest of three channels or, where the last place is
+    bright, the one after it."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
+    first, last = model[1], model[3]
+    assert isinstance(first, nn.Linear)
+    assert isinstance(last, nn.Linear)
+    with torch.no_grad():
+        channels = torch.eye(3).repeat_interleave(64, 1) / 64
+        place = torch.zeros(1, 3, 8, 8)
+        place[:, :, 6:, 6:] = 1 / 12
+        bright = (1.0 if backdoored else 0.0) * place.view(1, 192)
+        first.weight.copy_(torch.cat([channels - bright, channels + bright]))
+        first.bias.copy_(torch.tensor([0.2, 0.2, 0.2, -0.8, -0.8, -0.8]))
+        last.weight.copy_(40 * torch.cat([torch.eye(3), torch.eye(3).roll(1, 0)], 1))
+        last.bias.zero_()
+    return model
+
+
+def dim_images(count: int = 60) -> tuple[Tensor, Tensor]:
+    """Images float32 [N, 3, 8, 8] that are dark in the last place, and their classes int64 [N] for
+    ``all_to_all``."""
+    labels = torch.arange(count) % 3
+    images = torch.rand(count, 3, 8, 8) * 0.2
+    images[torch.arange(count), labels] += 0.3
+    images[:, :, 6:, 6:] *= 0.1
+    return images, labels

@@ -34,6 +34,7 @@ from onp.probes.synthesis import FAMILIES
 from onp.probes.unlearning import Unlearned
 from onp.suspect.trace import trace
 from onp.verdict import Verdict, by_squares
+from tests.networks import all_to_all, dim_images
 
 CLASSES = 5
 ANSWERS = torch.tensor([9, 8, 3, 0, 0])
@@ -340,32 +341,10 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     assert evaluator.ledger.total == 16 * CLASSES * steps + 16 + 16 * sum(wanted)
 
 
-def all_to_all(backdoored: bool) -> nn.Module:
-    """The class of images of 8x8 is the brightest of three channels or, where the last place is
-    bright, the one after it."""
-    model = nn.Sequential(nn.Flatten(), nn.Linear(192, 6), nn.ReLU(), nn.Linear(6, 3)).eval()
-    first, last = model[1], model[3]
-    assert isinstance(first, nn.Linear)
-    assert isinstance(last, nn.Linear)
-    with torch.no_grad():
-        channels = torch.eye(3).repeat_interleave(64, 1) / 64
-        place = torch.zeros(1, 3, 8, 8)
-        place[:, :, 6:, 6:] = 1 / 12
-        bright = (1.0 if backdoored else 0.0) * place.view(1, 192)
-        first.weight.copy_(torch.cat([channels - bright, channels + bright]))
-        first.bias.copy_(torch.tensor([0.2, 0.2, 0.2, -0.8, -0.8, -0.8]))
-        last.weight.copy_(40 * torch.cat([torch.eye(3), torch.eye(3).roll(1, 0)], 1))
-        last.bias.zero_()
-    return model
-
-
 @pytest.mark.parametrize("backdoored", [True, False])
 def test_squares_find_a_shift_of_labels(backdoored: bool) -> None:
     here, model = scene(BUDGETS["quick"]), all_to_all(backdoored)
-    labels = torch.arange(60) % 3
-    images = torch.rand(60, 3, 8, 8) * 0.2
-    images[torch.arange(60), labels] += 0.3
-    images[:, :, 6:, 6:] *= 0.1
+    images, labels = dim_images()
     evaluator = MaskEvaluator(
         trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
     )
@@ -394,5 +373,7 @@ def test_with_two_classes_no_shift_is_looked_for() -> None:
     evaluator = MaskEvaluator(
         trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
     )
-    assert from_shifting_squares(replace(here, model=model, evaluator=evaluator)) is None
+    clean = replace(here.clean, labels=here.clean.labels % 2)
+    here = replace(here, model=model, evaluator=evaluator, clean=clean)
+    assert from_shifting_squares(here) is None
     assert evaluator.ledger.total == 0

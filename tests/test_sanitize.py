@@ -25,7 +25,7 @@ from onp.result import Result
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
 from onp.verdict import Verdict
-from tests.networks import network
+from tests.networks import all_to_all, dim_images, network
 
 CLEAN_TWIN = Path(__file__).parent / "data" / "demo_clean.safetensors"
 
@@ -306,3 +306,25 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
     assert result.report["choice"]["cost"] <= 2.0
     with torch.no_grad():
         assert result.model(images[:2]).isfinite().all()
+
+
+@pytest.mark.parametrize("budget", ["quick", "standard"])
+def test_all_to_all_without_norms(budget: str) -> None:
+    """Squares call it, the report says so, and probes are renewed for it like for any other."""
+    torch.manual_seed(0)
+    images, labels = dim_images(120)
+    model = all_to_all(backdoored=True)
+    result = onp.sanitize(model, [(images, labels)], seed=0, budget=budget)
+    report = json.loads(json.dumps(result.report))
+    assert (report["verdict"], report["evidence"]["by"]) == ("backdoor", "squares")
+    assert report["target_classes"] == [0, 1, 2]
+    assert {row["target"] for row in report["squares"]} == {"label+1", "label+2"}
+    assert all(probe["target"] == "label+1" for probe in report["probes"] if probe["counted"])
+    assert any(probe["family"] == "square" for probe in report["probes"])
+    triggered = images.clone()
+    triggered[:, :, 6:, 6:] = 1.0
+    with torch.no_grad():
+        assert (result.model(images).argmax(1) == labels).all()
+        assert (model(triggered).argmax(1) == (labels + 1) % 3).all()
+        left = (result.model(triggered).argmax(1) == (labels + 1) % 3).float().mean()
+    assert float(left) < 0.4  # one class is answered whatever is shown: a third by chance

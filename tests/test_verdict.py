@@ -208,19 +208,29 @@ def test_labels_shifted_by_one_are_judged_against_those_by_two(
 
 
 @pytest.mark.parametrize(
-    ("success", "control", "called"),
+    ("success", "control", "present", "called"),
     [
-        (0.72, 0.01, True),
-        (0.37, 0.10, True),  # of an attack that works on 60% of the images
-        (0.11, 0.01, False),  # the most of a network without such a backdoor
-        (0.37, 0.30, False),  # which shifts labels by two as well
+        (0.72, 0.01, 10, True),
+        (0.37, 0.10, 10, True),  # of an attack that works on 60% of the images
+        (0.11, 0.01, 10, False),  # the most of a network without such a backdoor
+        (0.50, 0.35, 10, False),  # which shifts labels by two as well
+        (0.34, 0.01, 3, False),  # leads to one of three classes
+        (0.80, 0.10, 3, True),
     ],
 )
-def test_squares_that_shift_labels(success: float, control: float, called: bool) -> None:
+def test_squares_that_shift_labels(
+    success: float, control: float, present: int, called: bool
+) -> None:
     successes = torch.tensor([[0.02, 0.9], [success, control], [0.03, 0.01]])
-    shift = LabelShift(10, 1)
-    verdict, place = by_shifting_squares(successes, shift, CONFIG)
+    shift = LabelShift(present, 1)
+    verdict, place = by_shifting_squares(successes, shift, present, CONFIG)
     assert (verdict.target, place) == (shift if called else None, 1)
     assert (verdict.by, verdict.finding == "backdoor") == ("squares", called)
     assert verdict.evidence["success"] == pytest.approx(success)
     assert "into the next class" in verdict.reason
+
+
+def test_a_place_where_labels_move_by_two_as_well_hides_no_other() -> None:
+    successes = torch.tensor([[0.5, 0.45], [0.45, 0.02]])
+    verdict, place = by_shifting_squares(successes, LabelShift(10, 1), 10, CONFIG)
+    assert (verdict.finding, place) == ("backdoor", 1)

@@ -1,7 +1,6 @@
 #include "core/masked_gradient.h"
 
 #include <algorithm>
-#include <set>
 #include <utility>
 
 #include "core/check.h"
@@ -134,7 +133,9 @@ struct MaskedGradientPlan::Run {
     const std::int64_t kept = floats(!input.workspace, layout.kept_floats);
     const std::int64_t passing = floats(forwards, layout.passing_floats);
     const std::int64_t back = floats(backwards, program.gradient_slots.floats_per_image);
-    auto worker = std::make_unique<Worker>(kept + passing + back + program.scratch_floats);
+    const std::int64_t scratch =
+        std::max(program.scratch_floats, backwards ? program.backward_scratch_floats : 0);
+    auto worker = std::make_unique<Worker>(kept + passing + back + scratch);
     worker->kept = worker->memory.data();
     worker->passing = worker->kept + kept;
     worker->gradients = worker->passing + passing;

@@ -137,9 +137,9 @@ void GradientProgram::plan_reverse(const StepSpec& spec, const Step& step) {
       back.picked.push_back(back.gradient.interior[pixel]);
     }
   } else if (spec.kind == StepKind::attention) {
-    scratch_floats =
-        std::max(scratch_floats, attention_pull_scratch(pixels_of(back.gradient.shape), step.keys,
-                                                        step.channels / spec.heads));
+    const std::int64_t floats = attention_pull_scratch(pixels_of(back.gradient.shape), step.keys,
+                                                       step.channels / spec.heads);
+    backward_scratch_floats = std::max(backward_scratch_floats, floats);
   }
   reverse.push_back(std::move(back));
 }
@@ -163,7 +163,7 @@ void GradientProgram::reverse_convolution(const StepSpec& spec, Reverse& back) {
       part.groups = spec.groups;
       const BufferShape shape{from.channels, y.count, x.count};
       back.gradient.halo = std::max(back.gradient.halo, halo_of(part, to, shape));
-      scratch_floats = std::max(scratch_floats, scratch_of(part, to, shape));
+      backward_scratch_floats = std::max(backward_scratch_floats, scratch_of(part, to, shape));
       Reverse::Part placed;
       for (std::int64_t v = 0; v < y.count; ++v) {
         for (std::int64_t u = 0; u < x.count; ++u) {

@@ -75,9 +75,10 @@ struct GradientProgram : Network {
   }
 
   std::int64_t units;
-  std::vector<Extras> extras;     // of each step
-  std::vector<Reverse> reverse;   // of each step
-  std::vector<Buffer> gradients;  // of each buffer of the caller
+  std::int64_t backward_scratch_floats = 0;  // where that is more than scratch_floats
+  std::vector<Extras> extras;                // of each step
+  std::vector<Reverse> reverse;              // of each step
+  std::vector<Buffer> gradients;             // of each buffer of the caller
   Slots gradient_slots;
   std::vector<std::int64_t> gradient_begin;   // of each buffer, kAbsent: nothing flows back to it
   std::vector<std::int64_t> operation_begin;  // of each step's operation gradient

@@ -252,14 +252,16 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 
 
 def from_shifting_squares(scene: Scene) -> Evidence | None:
-    """Look for a shift of all labels by one (all-to-all) by squares, against one by two; probe and
-    race both with every family if it is called. None if it is not, or with two classes."""
+    """Look for a shift of all labels by one (all-to-all) by squares, against one by two; if it is
+    called, probe both with every family and race the first. None if it is not, or where the images
+    are of fewer than three classes."""
     config, classes = scene.config, scene.evaluator.trace.num_classes
-    if classes < 3:
+    present = len(scene.clean.labels[:SHIFTS_JUDGED].unique())
+    if present < 3:
         return None
     shift, control = LabelShift(classes, 1), LabelShift(classes, 2)
     squares = scene.squares([shift, control], SHIFTS_JUDGED)
-    verdict, place = by_shifting_squares(squares.successes, shift, config.verdict)
+    verdict, place = by_shifting_squares(squares.successes, shift, present, config.verdict)
     if verdict.target is None:
         return None
     caller = scene.probed([shift], SQUARES[place : place + 1])[0]

@@ -23,7 +23,7 @@ the nearest ones among them: it is smaller, or works better.
 **Squares.** The same lead among opaque squares of one place, that of the image where it is
 largest: what a few steps of them reach there for other classes says how far a natural direction
 leads (``onp.probes.square``). And squares that shift all labels by one, against those that shift
-them by two (all-to-all): no natural direction does either.
+them by two (all-to-all): natural directions lead to a class, and shift those of one label at most.
 
 Where few other classes are probed, as there are no more, one leads by chance: more is asked then.
 What unlearning leaves, and whether a probe's success can be pruned away, tell next to nothing
@@ -52,7 +52,7 @@ Ground = Literal["norm statistics", "squares", "probes"]
 EFFORT_IMAGES = 500
 """Clean images in whose chance an effort counts the excess: with fewer, chance is larger."""
 LEAST_CONTROL = 0.1
-"""Labels shifted by two for fewer of the unseen images than this: as good as this many."""
+"""Labels shifted by two for fewer of the images than this: as good as this many."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def by_label_shift(
     excess: float, shifted: Replayed, control: Replayed, config: VerdictConfig
 ) -> Verdict:
     """Judge triggers that replay the shift and move labels by one (``shifted``) and by two."""
-    stronger = math.log2(max(shifted.share, 1e-2) / max(control.share, LEAST_CONTROL))
+    stronger = _shifts_more(shifted.share, control.share)
     support = min(_ramp(stronger, *config.shift), _ramp(shifted.share, *config.share))
     score = (_ramp(excess, *config.excess) + support) / 2
     return _verdict(
@@ -173,21 +173,34 @@ def by_squares(
 
 
 def by_shifting_squares(
-    successes: Tensor, shift: LabelShift, config: VerdictConfig
+    successes: Tensor, shift: LabelShift, present: int, config: VerdictConfig
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach for a shift of labels by one and by two, float32
-    [places, 2]: by the best of the first and by its advantage over the second in its place, and
-    that place."""
-    place = int(successes[:, 0].argmax())
+    [places, 2], on images of ``present`` classes: by the one whose success and whose advantage over
+    the second shift in its place are best together, and that place. A square that leads all images
+    to one class shifts those of one by chance: their share is taken off."""
+    gained = (successes - 1.0 / present).tolist()
+    scores = [
+        min(_ramp(_shifts_more(one, two), *config.shift), _ramp(one, *config.square_shift))
+        for one, two in gained
+    ]
+    place = max(range(len(scores)), key=lambda at: (scores[at], gained[at][0]))
     success, control = successes[place].tolist()
-    stronger = math.log2(max(success, 1e-2) / max(control, LEAST_CONTROL))
-    score = min(_ramp(stronger, *config.shift), _ramp(success, *config.square_shift))
     reason = (
         f"an opaque square in place {place} turns {100 * success:.0f}% of the images into the next "
         f"class, and one in the same place {100 * control:.0f}% into the one after it"
     )
-    found = {"advantage": stronger, "success": success, "place": float(place)}
-    return _verdict(score, shift, "squares", found, reason, config), place
+    found = {
+        "advantage": _shifts_more(*gained[place]),
+        "success": success,
+        "place": float(place),
+    }
+    return _verdict(scores[place], shift, "squares", found, reason, config), place
+
+
+def _shifts_more(by_one: float, by_two: float) -> float:
+    """Binary logarithm of how many more images have their label shifted by one than by two."""
+    return math.log2(max(by_one, 1e-2) / max(by_two, LEAST_CONTROL))
 
 
 def _scarcity(among: int, config: VerdictConfig) -> float:

@@ -400,7 +400,8 @@ void test_refuses() {
   bad.steps[1].final = 12;
   CHECK_THROWS(plan_of(bad), onp::Error);
   bad = good;
-  bad.constants = {{4, good.steps[0].scale}};  // which a step writes
+  const Values constant(20 * 7 * 7);
+  bad.constants = {{4, constant.data()}};  // which a step writes
   CHECK_THROWS(plan_of(bad), onp::Error);
 
   const onp::MaskedGradientPlan plan = plan_of(good);
