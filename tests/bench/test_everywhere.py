@@ -17,8 +17,8 @@ from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.ledger import Ledger
 
-WIDTHS = {"mobilenetv2": 0.25, "vit": 16, "densenet": 4}
-WITHOUT_BATCH_NORM = {"vgg11", "vit", "convnext"}
+WIDTHS = {"mobilenetv2": 0.25, "vit": 16, "cct": 16, "densenet": 4}
+WITHOUT_BATCH_NORM = {"vgg11", "vit", "cct", "convnext"}
 NEEDS_BATCH_NORM = {"clp", "bnp", "onp-recalibrate"}
 
 _QUICK = BUDGETS["quick"]
