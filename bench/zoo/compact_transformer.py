@@ -14,6 +14,8 @@ SIDE = 8
 
 
 class CompactTransformer(nn.Module):
+    """``width`` channels a token, ``depth`` blocks."""
+
     def __init__(self, width: int, classes: int, depth: int = 4) -> None:
         super().__init__()
         self.stem = nn.Sequential(

@@ -340,22 +340,19 @@ bool MaskedGradientPlan::Run::Backward::epilogue(std::size_t s, Operand& operati
 }
 
 void MaskedGradientPlan::Run::Backward::operation(std::size_t s, const Operand& operation) {
-  switch (program.steps[s].spec.kind) {
-    case StepKind::concatenation:
-      return split(s, operation);
-    case StepKind::attention:
-      return attention(s, operation);
-    default:
-      break;
-  }
-  if (!wanted(program.steps[s].spec.input)) return;
-  switch (program.steps[s].spec.kind) {
+  const StepSpec& spec = program.steps[s].spec;
+  if (spec.others.empty() && !wanted(spec.input)) return;
+  switch (spec.kind) {
     case StepKind::convolution:
       return convolution(s, operation);
     case StepKind::pick:
       return pick(s, operation);
+    case StepKind::concatenation:
+      return split(s, operation);
     case StepKind::layer_norm:
       return layer_norm(s, operation);
+    case StepKind::attention:
+      return attention(s, operation);
     default:
       return pool(s, operation);
   }

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from onp import _C, masks
 from onp.errors import UnsupportedOperation
-from onp.ops import masked_forward, masked_forward_gpu, masked_gradient
+from onp.ops import masked_forward, masked_forward_gpu, masked_gradient, masked_gradient_gpu
 from onp.ops.masked_forward import instruction_sets
 from onp.ops.masked_gradient import MaskedGradientPlan, lower, norms_of
 from onp.suspect.network import FrozenNetwork
@@ -530,8 +530,9 @@ def test_what_gradients_lack_is_named() -> None:
 def test_what_a_gpu_lacks_is_named(name: str, lacks: str) -> None:
     model = network(name)
     traced = trace(model, (3, 32, 32))
-    with pytest.raises(UnsupportedOperation, match=f"masked_forward: {lacks}"):
-        masked_forward_gpu.lower(traced, model, "cpu", "fp32")
+    for plan, name in ((masked_forward_gpu, "forward"), (masked_gradient_gpu, "gradient")):
+        with pytest.raises(UnsupportedOperation, match=f"masked_{name}: {lacks}"):
+            plan.lower(traced, model, "cpu", "fp32")
 
 
 @pytest.mark.parametrize(
