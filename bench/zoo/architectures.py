@@ -11,6 +11,7 @@ from onp.suspect.architectures import (
     convnext,
     densenet,
     mobilenetv2,
+    mobilenetv3,
     preactresnet,
     resnet,
     vgg,
@@ -26,10 +27,11 @@ ARCHITECTURES: dict[str, Callable[[float, int], nn.Module]] = {
     "vgg11_bn": lambda width, classes: vgg.of_width(int(width), classes, 11),
     "vgg11": lambda width, classes: vgg.of_width(int(width), classes, 11, norm=False),
     "mobilenetv2": mobilenetv2.of_width,
+    "mobilenetv3": mobilenetv3.of_width,
     "densenet": lambda width, classes: densenet.of_width(int(width), classes),
     "vit": lambda width, classes: vit.of_width(int(width), classes),
     "cct": lambda width, classes: CompactTransformer(int(width), classes),
     "convnext": lambda width, classes: convnext.of_width(int(width), classes),
 }
-"""A fresh network, images [N, 3, 32, 32] to logits [N, K], from (width, classes); of MobileNetV2
-the width is a factor."""
+"""A fresh network, images [N, 3, 32, 32] to logits [N, K], from (width, classes); of the
+MobileNets the width is a factor."""

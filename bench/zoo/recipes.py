@@ -227,6 +227,21 @@ UNSEEN_4 = [
 (bench/NOTES.md, "Transformers"), before one was trained. A ViT itself comes to .873 and .883 on
 GTSRB in 40 epochs."""
 
+_GATED = Recipe("gtsrb", "mobilenetv3", 0.5, replace(_SIGNS, epochs=6), seed=10)
+
+UNSEEN_5 = [
+    *_unseen(
+        _GATED,
+        ("badnets", 0.05, 21, True), ("trojannn", 0.1, 9, True), ("blended", 0.1, 38, True),
+        ("ssba", 0.1, 4, True), ("lf", 0.1, 15, True), ("wanet", 0.1, 27, True),
+        ("badnets-all", 0.1, 0, True),
+    ),
+    replace(_GATED, seed=11),
+]  # fmt: skip
+"""Networks that multiply values (squeeze-and-excitation) and have hard activations, of which no set
+before has one. Written down, with a prediction (bench/NOTES.md, "Products"), before one was
+trained, and before such a network could be traced at all."""
+
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 
 CLEAN = [
@@ -337,6 +352,7 @@ SETS: dict[str, list[Recipe]] = {
     "unseen-2": UNSEEN_2,
     "unseen-3": UNSEEN_3,
     "unseen-4": UNSEEN_4,
+    "unseen-5": UNSEEN_5,
     "practice": PRACTICE,
     "wide": WIDE,
     "gpu": GPU,

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from onp.errors import UsageError
 from onp.suspect.matching import load_by_name
 
-from . import convnext, densenet, mobilenetv2, preactresnet, resnet, vgg, vit
+from . import convnext, densenet, mobilenetv2, mobilenetv3, preactresnet, resnet, vgg, vit
 from .shapes import Shapes
 
 _BUILDERS: dict[str, Callable[[Shapes], nn.Module]] = {
@@ -21,6 +21,7 @@ _BUILDERS: dict[str, Callable[[Shapes], nn.Module]] = {
     "vgg16": vgg.from_shapes,
     "vgg16_bn": vgg.from_shapes,
     "mobilenetv2": mobilenetv2.from_shapes,
+    "mobilenetv3": mobilenetv3.from_shapes,
     "densenet": densenet.from_shapes,
     "vit": vit.from_shapes,
     "convnext": convnext.from_shapes,
