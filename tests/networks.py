@@ -7,10 +7,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from onp.ops import reference
 from onp.suspect.architectures import (
     convnext,
     densenet,
     mobilenetv2,
+    mobilenetv3,
     preactresnet,
     resnet,
     vgg,
@@ -37,6 +39,7 @@ BUILDERS: dict[str, Callable[[], nn.Module]] = {
     "vit": lambda: vit.of_width(16, 10, 2),
     "vit-mean": lambda: vit.of_width(12, 7, 3, patch=8, class_token=False),
     "convnext": lambda: convnext.of_width(8, 10, (1, 2)),
+    "mobilenetv3": lambda: mobilenetv3.of_width(0.25, 10),
 }
 
 
@@ -72,27 +75,11 @@ def network(name: str, seed: int = 0, size: tuple[int, int] = (32, 32)) -> nn.Mo
 
 def hooked_logits(model: nn.Module, trace: Trace, pruned: Tensor, images: Tensor) -> Tensor:
     """What plain torch computes when hooks zero the pruned channels at their consumers' input."""
-    handles = []
-    for layer in trace.layers:
-        for consumer in layer.consumers:
-            span = trace.consumer_span(layer, consumer)
-            keep = (~pruned[layer.sites]).float().repeat_interleave(span)
-            module = model.get_submodule(str(trace.ops[consumer].module))
-            if isinstance(module, nn.Conv2d):  # a linear layer reads its channels last
-                keep = keep.view(-1, 1, 1)
-
-            def zero(
-                _module: nn.Module, args: tuple[Tensor, ...], keep: Tensor = keep
-            ) -> tuple[Tensor]:
-                return (args[0] * keep,)
-
-            handles.append(module.register_forward_pre_hook(zero))
-    try:
-        with torch.no_grad():
-            return model(images)  # type: ignore[no-any-return]
-    finally:
-        for handle in handles:
-            handle.remove()
+    layers = [
+        (layer.sites, [str(trace.ops[consumer].module) for consumer in layer.consumers])
+        for layer in trace.layers
+    ]
+    return reference.masked_forward(model, layers, pruned[None], images)[0]
 
 
 def all_to_all(backdoored: bool) -> nn.Module:

@@ -22,6 +22,7 @@ enum class StepKind : int {
   concatenation = 4,  // the channels of `input` and of the `others`, one behind the other
   layer_norm = 5,     // each pixel's channels at mean 0 and variance 1; `value` is the epsilon
   attention = 6,      // softmax(value * queries keys^T) values between pixels, per head
+  product = 7,        // `input` times the other one, which may have one pixel for all of its own
 };
 
 // The shape of one value of one image. Buffer 0 holds the images.

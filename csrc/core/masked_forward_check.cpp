@@ -19,9 +19,16 @@ void check_windows(const StepSpec& spec, const BufferShape& from, const BufferSh
       output_size(from.height, spec.kernel_height, spec.stride_height, spec.pad_height);
   const std::int64_t width =
       output_size(from.width, spec.kernel_width, spec.stride_width, spec.pad_width);
+  // A pool may round its size up, if its last windows begin inside the image.
+  const bool pools = spec.kind != StepKind::convolution;
+  const auto fits = [&](std::int64_t floor, std::int64_t size, std::int64_t stride,
+                        std::int64_t pad, std::int64_t given) {
+    return given == floor || (pools && given == floor + 1 && floor * stride - pad < size);
+  };
   ONP_CHECK(from.height + 2 * spec.pad_height >= spec.kernel_height &&
-                from.width + 2 * spec.pad_width >= spec.kernel_width && height == to.height &&
-                width == to.width,
+                from.width + 2 * spec.pad_width >= spec.kernel_width &&
+                fits(height, from.height, spec.stride_height, spec.pad_height, to.height) &&
+                fits(width, from.width, spec.stride_width, spec.pad_width, to.width),
             "masked_forward: final must be [", height, ", ", width, "] pixels, got [", to.height,
             ", ", to.width, "]");
   if (spec.kind == StepKind::convolution) {
@@ -56,6 +63,17 @@ void check_attention(const StepSpec& spec, const std::vector<BufferShape>& buffe
   }
 }
 
+void check_product(const StepSpec& spec, const std::vector<BufferShape>& buffers,
+                   const BufferShape& to) {
+  ONP_CHECK(spec.others.size() == 1, "masked_forward: a product must read one other buffer, got ",
+            spec.others.size());
+  const BufferShape other = buffers[spec.others[0]];
+  const bool same = other.height == to.height && other.width == to.width;
+  ONP_CHECK(other.channels == to.channels && (same || pixels_of(other) == 1),
+            "masked_forward: a product's other buffer must have the shape of final or one pixel, ",
+            "got [", other.channels, ", ", other.height, ", ", other.width, "]");
+}
+
 // Of the kinds that look at whole pixels.
 void check_pixels(const StepSpec& spec, const std::vector<BufferShape>& buffers,
                   const BufferShape& from, const BufferShape& to) {
@@ -71,6 +89,7 @@ void check_pixels(const StepSpec& spec, const std::vector<BufferShape>& buffers,
   }
   ONP_CHECK(channels == to.channels, "masked_forward: final must have ", channels,
             " channels, got ", to.channels);
+  if (spec.kind == StepKind::product) check_product(spec, buffers, to);
   if (spec.kind != StepKind::pick) {
     ONP_CHECK(from.height == to.height && from.width == to.width, "masked_forward: final must be [",
               from.height, ", ", from.width, "] pixels, got [", to.height, ", ", to.width, "]");
@@ -115,10 +134,10 @@ void check_step(const StepSpec& spec, const std::vector<BufferShape>& buffers) {
   }
   ONP_CHECK(spec.plain < 0 || spec.plain != spec.final,
             "masked_forward: plain and final must differ, got ", spec.plain);
-  ONP_CHECK(spec.kind >= StepKind::convolution && spec.kind <= StepKind::attention,
+  ONP_CHECK(spec.kind >= StepKind::convolution && spec.kind <= StepKind::product,
             "masked_forward: unknown kind of step, got ", static_cast<int>(spec.kind));
   for (const Activation activation : {spec.first, spec.second}) {
-    ONP_CHECK(activation >= Activation::none && activation <= Activation::silu,
+    ONP_CHECK(activation >= Activation::none && activation <= Activation::hard_swish,
               "masked_forward: unknown activation, got ", static_cast<int>(activation));
   }
   if (is_windowed(spec.kind)) {

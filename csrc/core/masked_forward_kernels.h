@@ -37,7 +37,18 @@ constexpr std::int64_t attention_scratch(std::int64_t queries, std::int64_t keys
          queries * whole(outputs);
 }
 
-enum class Activation : int { none = 0, relu = 1, relu6 = 2, gelu = 3, gelu_tanh = 4, silu = 5 };
+// Those up to relu6 clamp; of the others a gradient keeps the slopes.
+enum class Activation : int {
+  none = 0,
+  relu = 1,
+  relu6 = 2,
+  gelu = 3,
+  gelu_tanh = 4,
+  silu = 5,
+  sigmoid = 6,
+  hard_sigmoid = 7,  // relu6(x + 3) / 6
+  hard_swish = 8,    // x times that
+};
 
 // A buffer as one step sees it: pixel i of image n begins at
 // data + n * image_stride + offset[i]; its channels are contiguous. Absent if data is null.
@@ -147,7 +158,8 @@ struct StepArgs {
 
   // Concatenation: the inputs behind the first, and the channels of each, the first's too.
   // Attention: keys and values, `keys` pixels each, and the channels that each head reads of
-  // queries, keys and values, [3][heads][channels / heads].
+  // queries, keys and values, [3][heads][channels / heads]. Product: the other input, of `keys`
+  // pixels: all of them, or one.
   const Operand* others;
   std::int64_t other_count;
   const std::int32_t* index;
@@ -183,6 +195,7 @@ struct Kernels {
   void (*concatenation)(const StepArgs&);
   void (*layer_norm)(const StepArgs&);
   void (*attention)(const StepArgs&);
+  void (*product)(const StepArgs&);
 };
 
 extern const Kernels kGenericKernels;

@@ -44,8 +44,11 @@ void place_windows(Step& step, const Buffer& from, const BufferShape& to) {
       const std::int64_t begin_x = std::max<std::int64_t>(left, 0);
       const auto rows = std::min(top + spec.kernel_height, from.shape.height) - begin_y;
       const auto columns = std::min(left + spec.kernel_width, from.shape.width) - begin_x;
-      const auto divisor =
-          spec.count_include_pad ? spec.kernel_height * spec.kernel_width : rows * columns;
+      const auto padded_rows =
+          std::min(spec.kernel_height, from.shape.height + spec.pad_height - top);
+      const auto padded_columns =
+          std::min(spec.kernel_width, from.shape.width + spec.pad_width - left);
+      const auto divisor = spec.count_include_pad ? padded_rows * padded_columns : rows * columns;
       step.input_offset.push_back(static_cast<std::int32_t>(from.offset(begin_y, begin_x)));
       step.windows.push_back({static_cast<std::int32_t>(rows), static_cast<std::int32_t>(columns),
                               1.0f / static_cast<float>(divisor)});
@@ -270,6 +273,8 @@ auto kernel_of(StepKind kind) -> void (*Kernels::*)(const StepArgs&) {
       return &Kernels::layer_norm;
     case StepKind::attention:
       return &Kernels::attention;
+    case StepKind::product:
+      return &Kernels::product;
     default:
       return &Kernels::max_pool;
   }
@@ -559,6 +564,8 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
     }
     if (spec.kind == StepKind::attention) {
       step.index.assign(spec.index.begin(), spec.index.end());
+      step.keys = pixels_of(shapes[spec.others[0]]);
+    } else if (spec.kind == StepKind::product) {
       step.keys = pixels_of(shapes[spec.others[0]]);
     } else if (spec.kind == StepKind::concatenation) {
       step.index.push_back(static_cast<std::int32_t>(shapes[spec.input].channels));

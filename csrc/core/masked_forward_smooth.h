@@ -1,5 +1,5 @@
-// exp, GELU and SiLU over a vector type, for the kernels of a masked forward. Internal linkage, as
-// in masked_forward_tile.h.
+// exp and the activations that do more than clamp over a vector type, for the kernels of a masked
+// forward. Internal linkage, as in masked_forward_tile.h.
 #pragma once
 
 #include "core/masked_forward_kernels.h"
@@ -77,18 +77,61 @@ struct Smooth {
     return x * share;
   }
 
-  // The smooth activations, in place, and their derivatives where `slopes` is given.
+  // relu6(x + 3) / 6. NaN passes through, as in torch.
+  static ONP_INLINE Vec ramp(Vec x) {
+    const Vec zero = Simd::splat(0.0f), six = Simd::splat(6.0f);
+    const Vec clamped = Simd::smaller(six, Simd::larger(zero, x + Simd::splat(3.0f)));
+    return clamped * Simd::splat(1.0f / 6);
+  }
+
+  // `inside` where the ramp rises, else what is before or behind it.
+  static ONP_INLINE Vec on_ramp(Vec x, Vec before, Vec inside, Vec behind) {
+    const Vec three = Simd::splat(3.0f);
+    return x <= -three ? before : x < three ? inside : behind;
+  }
+
+  static ONP_INLINE Vec hard_sigmoid(Vec x, Vec* slope) {
+    const Vec zero = Simd::splat(0.0f);
+    if (slope) *slope = on_ramp(x, zero, Simd::splat(1.0f / 6), zero);
+    return ramp(x);
+  }
+
+  static ONP_INLINE Vec hard_swish(Vec x, Vec* slope) {
+    const Vec inside = Simd::fma(x, Simd::splat(1.0f / 3), Simd::splat(0.5f));
+    if (slope) *slope = on_ramp(x, Simd::splat(0.0f), inside, Simd::splat(1.0f));
+    return x * ramp(x);
+  }
+
+  static ONP_INLINE Vec sigmoid(Vec x, Vec* slope) {
+    const Vec share = sigmoid(x);
+    if (slope) *slope = share - share * share;
+    return share;
+  }
+
+  // All of these, in place, and their derivatives where `slopes` is given.
   static __attribute__((noinline)) void activate(Vec* values, int count, Activation activation,
                                                  Vec* slopes) {
     for (int i = 0; i < count; ++i) {
       const Vec x = values[i];
       Vec* const slope = slopes ? slopes + i : nullptr;
-      if (activation == Activation::gelu) {
-        values[i] = gelu(x, slope);
-      } else if (activation == Activation::gelu_tanh) {
-        values[i] = gelu_tanh(x, slope);
-      } else {
-        values[i] = silu(x, slope);
+      switch (activation) {
+        case Activation::gelu:
+          values[i] = gelu(x, slope);
+          break;
+        case Activation::gelu_tanh:
+          values[i] = gelu_tanh(x, slope);
+          break;
+        case Activation::sigmoid:
+          values[i] = sigmoid(x, slope);
+          break;
+        case Activation::hard_sigmoid:
+          values[i] = hard_sigmoid(x, slope);
+          break;
+        case Activation::hard_swish:
+          values[i] = hard_swish(x, slope);
+          break;
+        default:
+          values[i] = silu(x, slope);
       }
     }
   }

@@ -1,5 +1,6 @@
 // The kernels of a masked forward that look at all channels of a pixel, or at all pixels of an
-// image: concatenation, layer norm and attention. Internal linkage, as in masked_forward_tile.h.
+// image: concatenation, product, layer norm and attention. Internal linkage, as in
+// masked_forward_tile.h.
 #pragma once
 
 #include "core/masked_forward_narrow.h"
@@ -56,6 +57,22 @@ struct TokenTile : Tile<Simd> {
           to += channels;
         }
         finish_row(step, image, pixel, row);
+      }
+    }
+  }
+
+  static void product(const StepArgs& step) {
+    const Operand& other = step.others[0];
+    for (Index image = 0; image < step.images; ++image) {
+      for (Index pixel = 0; pixel < step.pixels; ++pixel) {
+        const float* one = address(step.input, {image, pixel});
+        const float* two = address(other, {image, step.keys == 1 ? 0 : pixel});
+        typename Base::template Outputs<1> outputs{};
+        outputs.set(step, {{image, pixel}});
+        for (Index c = 0; c < step.channels; c += kLanes) {
+          Vec values[1][1] = {{load(one + c) * load(two + c)}};
+          Base::finish(step, outputs, c, values);
+        }
       }
     }
   }
@@ -296,7 +313,8 @@ constexpr Kernels kernel_table(const char* name) {
           Plain::template pool<true>,
           Tokens::concatenation,
           Tokens::layer_norm,
-          Tokens::attention};
+          Tokens::attention,
+          Tokens::product};
 }
 
 }  // namespace

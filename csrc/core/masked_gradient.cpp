@@ -278,6 +278,7 @@ struct MaskedGradientPlan::Run::Backward {
   void pool(std::size_t s, const Operand& operation);
   void pick(std::size_t s, const Operand& operation);
   void split(std::size_t s, const Operand& operation);
+  void product(std::size_t s, const Operand& operation);
   void layer_norm(std::size_t s, const Operand& operation);
   void attention(std::size_t s, const Operand& operation);
   void give_images() const;
@@ -349,6 +350,8 @@ void MaskedGradientPlan::Run::Backward::operation(std::size_t s, const Operand& 
       return pick(s, operation);
     case StepKind::concatenation:
       return split(s, operation);
+    case StepKind::product:
+      return product(s, operation);
     case StepKind::layer_norm:
       return layer_norm(s, operation);
     case StepKind::attention:
@@ -423,6 +426,25 @@ void MaskedGradientPlan::Run::Backward::split(std::size_t s, const Operand& oper
     }
     args.gradient.data += args.channels;
   }
+}
+
+void MaskedGradientPlan::Run::Backward::product(std::size_t s, const Operand& operation) {
+  const Step& step = program.steps[s];
+  const std::int64_t operands[] = {step.spec.input, step.spec.others[0]};
+  ProductPullArgs args{};
+  args.images = place.images;
+  args.pixels = pixels_of(program.reverse[s].gradient.shape);
+  args.channels = step.channels;
+  args.gradient = operation;
+  args.one_pixel = step.keys == 1;
+  for (int i = 0; i < 2; ++i) {
+    args.input[i] = at(operands[i]);
+    if (!wanted(operands[i])) continue;
+    args.to[i] = gradient(operands[i]);
+    args.add[i] = flows[operands[i]];
+    flows[operands[i]] = 1;  // of a square, the second adds to the first
+  }
+  kernels.product(args);
 }
 
 void MaskedGradientPlan::Run::Backward::layer_norm(std::size_t s, const Operand& operation) {

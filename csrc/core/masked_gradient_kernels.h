@@ -78,6 +78,18 @@ struct SplitArgs {
   bool add;
 };
 
+// A product backwards: to the first input gradient * the other, to the other gradient * the first,
+// each written or, where `add` says so, added; of what is absent, nothing. Where the other has one
+// pixel (`one_pixel`) it gets the sum over all pixels.
+struct ProductPullArgs {
+  std::int64_t images, pixels, channels;
+  Operand gradient;
+  Operand input[2];
+  Operand to[2];
+  bool add[2];
+  bool one_pixel;
+};
+
 // A layer norm backwards: to = the gradient of its input, or to +=.
 struct LayerNormPullArgs {
   std::int64_t images, pixels, channels;
@@ -115,6 +127,7 @@ struct GradientKernels {
   void (*max_pool)(const PoolPullArgs&);
   void (*average_pool)(const PoolPullArgs&);
   void (*split)(const SplitArgs&);
+  void (*product)(const ProductPullArgs&);
   void (*layer_norm)(const LayerNormPullArgs&);
   void (*attention)(const AttentionPullArgs&);
 };

@@ -239,7 +239,8 @@ GradientLayout GradientProgram::lay_out(GradientMode mode, bool keep) const {
     keeps(true, extra.first_slope);
     keeps(true, extra.second_slope);
     const bool again = spec.kind == StepKind::max_pool || spec.kind == StepKind::layer_norm ||
-                       spec.kind == StepKind::attention;  // reads its operands once more
+                       spec.kind == StepKind::attention ||
+                       spec.kind == StepKind::product;  // reads its operands once more
     for (const std::int64_t id : spec.operands()) keeps(again, id);
   }
   last_use[output] = steps.size();

@@ -205,6 +205,29 @@ struct GradientTile {
       }
     });
   }
+
+  static void product(const ProductPullArgs& args) {
+    for_each_block(args.images, args.channels, [&](Index n, Index c) {
+      const Plane gradient(args.gradient, n, c);
+      const Plane one(args.input[0], n, c), two(args.input[1], n, c);
+      const Plane to_one(args.to[0], n, c), to_two(args.to[1], n, c);
+      Block sum = splat(0.0f);
+      for (Index p = 0; p < args.pixels; ++p) {
+        const Index q = args.one_pixel ? 0 : p;
+        const Block d = load(gradient.at(p));
+        if (to_one) {
+          const Block pulled = multiply(d, load(two.at(q)));
+          store(to_one.at(p), args.add[0] ? add(pulled, load(to_one.at(p))) : pulled);
+        }
+        if (!to_two) continue;
+        sum = args.one_pixel ? fma(d, load(one.at(p)), sum) : multiply(d, load(one.at(p)));
+        if (!args.one_pixel) store(to_two.at(q), args.add[1] ? add(sum, load(to_two.at(q))) : sum);
+      }
+      if (to_two && args.one_pixel) {
+        store(to_two.at(0), args.add[1] ? add(sum, load(to_two.at(0))) : sum);
+      }
+    });
+  }
 };
 
 }  // namespace

@@ -164,6 +164,7 @@ constexpr GradientKernels gradient_table(const char* name) {
           Plain::template pool<false>,
           Plain::template pool<true>,
           Plain::split,
+          Plain::product,
           Tokens::layer_norm,
           Tokens::attention};
 }

@@ -107,9 +107,7 @@ def channel_lipschitz(trace: Trace, model: nn.Module) -> Tensor:
             if not bool(missing.any()):
                 break
             if producer not in filter_norms:
-                module = model.get_submodule(str(trace.ops[producer].module))
-                assert isinstance(module, nn.Conv2d | nn.Linear)
-                filter_norms[producer] = _filter_norms(module)
+                filter_norms[producer] = _filter_norms(trace.ops[producer].weights(model)[0])
             norms = filter_norms[producer]
             made = trace.channels.of_value[producer]
             if torch.equal(made, channels):
@@ -123,12 +121,12 @@ def channel_lipschitz(trace: Trace, model: nn.Module) -> Tensor:
     return bound * _norms(trace, model)[0].abs()
 
 
-def _filter_norms(module: nn.Conv2d | nn.Linear) -> Tensor:
+def _filter_norms(weight: Tensor) -> Tensor:
     """Largest singular value of each output's filter [inputs, kernel], float32 [O].
 
     All filters of a layer are taken in one batched call on the small Gram matrices.
     """
-    weight = module.weight.detach().float()
+    weight = weight.detach().float()
     if weight.ndim == 2:
         return weight.norm(dim=1).cpu()
     filters = weight.flatten(2)  # [O, I, K]

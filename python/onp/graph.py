@@ -24,6 +24,7 @@ from onp.ops.neuron_graph import (
     similarity_edges_of,
     strongest_edges_of,
 )
+from onp.suspect.operations import Op
 from onp.suspect.trace import SiteLayer, Trace
 
 
@@ -120,10 +121,7 @@ def _joins(trace: Trace, model: nn.Module) -> list[_Join]:
     """Of every convolution and linear layer that reads sites; on the device of the weights."""
     places = [(source, consumer) for source in trace.layers for consumer in source.consumers]
     modules = [model.get_submodule(str(trace.ops[consumer].module)) for _, consumer in places]
-    weights = [
-        _weight(module, source.channels)
-        for (source, _), module in zip(places, modules, strict=True)
-    ]
+    weights = [_weight(model, trace.ops[at], source.channels) for source, at in places]
     strengths = connection_strengths(_where_built(weights))
     joins = []
     for (source, consumer), module, strength in zip(places, modules, strengths, strict=True):
@@ -136,11 +134,10 @@ def _joins(trace: Trace, model: nn.Module) -> list[_Join]:
     return joins
 
 
-def _weight(module: nn.Module, channels: int) -> Tensor:
+def _weight(model: nn.Module, op: Op, channels: int) -> Tensor:
     """float32 [outputs, channels, *K]; of a grouped convolution the channels of a group."""
-    assert isinstance(module, nn.Conv2d | nn.Linear)
-    weight = module.weight.detach().float()
-    return weight.reshape(len(weight), channels, -1) if isinstance(module, nn.Linear) else weight
+    weight = op.weights(model)[0].detach().float()
+    return weight.reshape(len(weight), channels, -1) if op.kind == "linear" else weight
 
 
 def _where_built(weights: list[Tensor]) -> list[Tensor]:

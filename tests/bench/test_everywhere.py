@@ -17,7 +17,7 @@ from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.ledger import Ledger
 
-WIDTHS = {"mobilenetv2": 0.25, "vit": 16, "cct": 16, "densenet": 4}
+WIDTHS = {"mobilenetv2": 0.25, "mobilenetv3": 0.25, "vit": 16, "cct": 16, "densenet": 4}
 WITHOUT_BATCH_NORM = {"vgg11", "vit", "cct", "convnext"}
 NEEDS_BATCH_NORM = {"clp", "bnp", "onp-recalibrate"}
 

@@ -23,7 +23,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 class RandomNetwork(nn.Module):
     """Convolutions of every kind, norms, activations, residual sums, concatenations, pools, MLPs
-    with layer norms and attention, in a random order; one or two linear layers at the end."""
+    with layer norms, attention, products and shuffled channels, in a random order; one or two
+    linear layers at the end."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -36,9 +37,7 @@ class RandomNetwork(nn.Module):
         self._add("conv")
         for _ in range(self.random.randint(0, 5)):
             self._add(self.random.choice(list(BLOCKS)))
-        # Some tokens of several, flattened, are more than a trace understands.
-        whole = self.kinds[-1] != "attention"
-        self.flat = whole and self.side <= 4 and self.random.random() < 0.3
+        self.flat = self.side <= 4 and self.random.random() < 0.3
         width = self.channels * (self.side**2 if self.flat else 1)
         hidden = self.random.choice((None, 5, 9))
         self.hidden = None if hidden is None else nn.Linear(width, hidden)
@@ -85,7 +84,7 @@ class RandomNetwork(nn.Module):
         return self.head(x)
 
 
-SMOOTH = (nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU)
+SMOOTH = (nn.GELU, lambda: nn.GELU("tanh"), nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid)
 
 
 class MLP(nn.Module):
@@ -106,11 +105,13 @@ class MLP(nn.Module):
 
 
 class Attention(nn.Module):
-    """Between the pixels and a token of its own, with an embedding and a residual sum."""
+    """Between the pixels and a token of its own, with an embedding and a residual sum; as torch's
+    function or module, or spelled out."""
 
-    def __init__(self, width: int, heads: int, side: int) -> None:
+    def __init__(self, width: int, heads: int, side: int, how: str) -> None:
         super().__init__()
-        self.heads = heads
+        self.heads, self.how = heads, how
+        self.whole = nn.MultiheadAttention(width, heads, batch_first=True)
         self.token = nn.Parameter(torch.randn(1, 1, width))
         self.places = nn.Parameter(torch.randn(1, side * side + 1, width))
         self.read = nn.Linear(width, 3 * width)
@@ -120,11 +121,49 @@ class Attention(nn.Module):
         images, width, height, _ = x.shape
         tokens = torch.cat([self.token.expand(images, -1, -1), x.flatten(2).transpose(1, 2)], 1)
         tokens = tokens + self.places
+        if self.how == "module":
+            out, _ = self.whole(tokens, tokens, tokens, need_weights=False)
+            tokens = tokens + out
+            return tokens[:, 1:].transpose(1, 2).unflatten(2, (height, height))
         parts = self.read(tokens).unflatten(2, (3, self.heads, width // self.heads))
-        q, k, v = parts.permute(2, 0, 3, 1, 4).unbind(0)
-        out = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        tokens = tokens + self.write(out)
+        q, k, v = parts.permute(2, 0, 3, 1, 4)
+        if self.how == "function":
+            out = nn.functional.scaled_dot_product_attention(q, k, v)
+        else:
+            scores = (0.5 * q) @ k.transpose(-2, -1) / 0.7
+            out = nn.functional.dropout(scores.softmax(-1), training=self.training) @ v
+        tokens = tokens + self.write(out.transpose(1, 2).flatten(2))
         return tokens[:, 1:].transpose(1, 2).unflatten(2, (height, height))
+
+
+class Gate(nn.Module):
+    """Squeeze-and-excitation, or a map times a function of itself."""
+
+    def __init__(self, width: int, squeezed: bool, activation: nn.Module) -> None:
+        super().__init__()
+        self.down = nn.Conv2d(width, 5, 1) if squeezed else nn.Linear(width, 5)
+        self.up = nn.Conv2d(5, width, 1) if squeezed else nn.Linear(5, width)
+        self.squeezed, self.activation = squeezed, activation
+
+    def forward(self, x: Tensor) -> Tensor:
+        pixels = x.mean((2, 3), keepdim=True) if self.squeezed else x.permute(0, 2, 3, 1)
+        gate = self.activation(self.up(torch.relu(self.down(pixels))))
+        return gate * x if self.squeezed else x * gate.permute(0, 3, 1, 2)
+
+
+class Shuffle(nn.Module):
+    """Channels of two halves in turn, behind a convolution of one half."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width // 2, width // 2, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = x.chunk(2, dim=1)
+        x = torch.cat([left, self.conv(right)], 1)
+        images, width, height, _ = x.shape
+        x = x.view(images, 2, width // 2, height, height)
+        return x.transpose(1, 2).reshape(images, width, height, height)
 
 
 def norm(channels: int) -> nn.BatchNorm2d:
@@ -161,14 +200,26 @@ def mlp(net: RandomNetwork) -> nn.Module:
 
 def attention(net: RandomNetwork) -> nn.Module:
     heads = net.random.choice([h for h in (1, 2, 3, 4) if net.channels % h == 0])
-    return Attention(net.channels, heads, net.side)
+    how = net.random.choice(("function", "module", "spelled out"))
+    return Attention(net.channels, heads, net.side, how)
+
+
+def gate(net: RandomNetwork) -> nn.Module:
+    squeezed = net.random.random() < 0.7
+    return Gate(net.channels, squeezed, net.random.choice((nn.Sigmoid, nn.Hardsigmoid, nn.ReLU))())
+
+
+def shuffle(net: RandomNetwork) -> nn.Module:
+    return Shuffle(net.channels) if net.channels % 2 == 0 else nn.Identity()
 
 
 def pool(net: RandomNetwork) -> nn.Module:
     if net.side < 4:
         return nn.Identity()
-    made = net.random.choice((nn.MaxPool2d(2), nn.AvgPool2d(2), nn.MaxPool2d(3, 2, 1)))
-    net.side = (net.side + 2 - 3) // 2 + 1 if made.kernel_size == 3 else net.side // 2
+    up = net.random.random() < 0.3
+    pools = (nn.MaxPool2d(2, ceil_mode=up), nn.AvgPool2d(2, ceil_mode=up), nn.MaxPool2d(3, 2, 1))
+    made = net.random.choice(pools)
+    net.side = (net.side + (made.ceil_mode or made.kernel_size == 3)) // 2
     return made
 
 
@@ -182,6 +233,8 @@ BLOCKS: dict[str, Callable[[RandomNetwork], nn.Module]] = {
     "pool": pool,
     "mlp": mlp,
     "attention": attention,
+    "gate": gate,
+    "shuffle": shuffle,
 }
 
 
@@ -201,7 +254,8 @@ class Case:
     @property
     def convolutional(self) -> bool:
         """Whether the GPU's plan can run it."""
-        smooth = (nn.GELU, nn.SiLU, nn.LayerNorm, Attention)
+        smooth = (nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid)
+        smooth += (nn.LayerNorm, Attention, Gate)
         return not any(isinstance(module, smooth) for module in self.net.modules())
 
 

@@ -187,12 +187,16 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
         "norm: must read its channels last",
     ),
     "channels into positions": (
-        lambda net, x: F.relu(x.view(-1, 2, 2, 6, 6).transpose(1, 2).flatten(1, 2)).mean((2, 3)),
+        lambda net, x: F.relu(x.view(-1, 8, 18).transpose(1, 2)[:, :, :4]).mean(1),
         "takes channels apart or mixes them",
     ),
-    "product of two values": (
-        lambda net, x: (x * F.relu(x)).mean((2, 3)),
-        "mul of two image values",
+    "quotient of two values": (
+        lambda net, x: (x / F.relu(x)).mean((2, 3)),
+        "div of two image values",
+    ),
+    "a number for each position": (
+        lambda net, x: (x * x.sigmoid()[:, :1]).mean((2, 3)),
+        "mul must be of two values of one shape",
     ),
     "attention with a mask": (
         lambda net, x: F.scaled_dot_product_attention(
@@ -200,7 +204,28 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
         ).mean(1),
         "attention with is_causal",
     ),
-    "explicit softmax": (lambda net, x: x.softmax(1).mean((2, 3)), r"\.softmax\(\) is not handled"),
+    "softmax of no scores": (
+        lambda net, x: x.softmax(1).mean((2, 3)),
+        "a softmax must be of an attention's scores",
+    ),
+    "softmax over the queries": (
+        lambda net, x: (
+            (x.flatten(2).mT @ x.flatten(2)).softmax(1) @ x.flatten(2).transpose(1, 2)
+        ).mean(1),
+        "a softmax must be of an attention's scores",
+    ),
+    "scores without a softmax": (
+        lambda net, x: (x.flatten(2).mT @ x.flatten(2) @ x.flatten(2).transpose(1, 2)).mean(1),
+        "scores must go through a softmax",
+    ),
+    "another product of matrices": (
+        lambda net, x: (x @ x).mean((2, 3)),
+        "only products of an attention's queries and keys",
+    ),
+    "pixels chosen by the image": (
+        lambda net, x: x.flatten(2)[:, :, x.flatten(1).argmax(1) % 36].mean(2),
+        "argmax",
+    ),
     "constants for each image": (
         lambda net, x: x.mean((2, 3)) + net.table,
         "a constant must hold one number per channel or position",
@@ -217,10 +242,6 @@ REFUSED: dict[str, tuple[Callable[[nn.Module, Tensor], Tensor], str]] = {
     "split as a whole": (
         lambda net, x: torch.cat(x.chunk(2, 1), 1).mean((2, 3)),
         "cat: must list its tensors",
-    ),
-    "half of the channels": (
-        lambda net, x: torch.cat([F.relu(x[:, :2]), x[:, 2:]], 1).mean((2, 3)),
-        "takes channels apart",
     ),
 }
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from onp.data import Normalize
 from onp.errors import UntraceableModel
@@ -82,15 +84,90 @@ def test_functional_forms_are_traced() -> None:
         torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-5)
 
 
-class _Masked(nn.Module):
+class _Scaled(nn.Module):
     """A second input, though one with a default."""
 
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
 
-    def forward(self, x: Tensor, scale: float = 2.0) -> Tensor:
-        return self.head((self.conv(x) * scale).mean((2, 3)))  # type: ignore[no-any-return]
+    def forward(self, x: Tensor, scale: float = 2.0, mask: Tensor | None = None) -> Tensor:
+        x = self.conv(x) * scale
+        return self.head((x if mask is None else x * mask).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+class _Masked(_Scaled):
+    def forward(self, x: Tensor, mask: Tensor) -> Tensor:  # type: ignore[override]
+        return super().forward(x, mask=mask)
+
+
+def test_arguments_that_have_a_default_take_it() -> None:
+    torch.manual_seed(0)
+    model = _Scaled().eval()
+    images = torch.rand(3, 3, 8, 8)
+    with torch.no_grad():
+        got = FrozenNetwork(trace(model, (3, 8, 8)), model)(images)
+        torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-5)
+
+
+class _ByShape(nn.Module):
+    """Code that asks for shapes, types and lengths, and branches on what it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.small, self.large = nn.Conv2d(3, 6, 3), nn.Conv2d(3, 6, 5)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        images, _, height, width = x.shape
+        conv = self.small if height < 16 and x.dtype == torch.float32 else self.large
+        halves = conv(x).chunk(2, dim=1)
+        x = torch.cat([half.relu() for half in halves], dim=1)
+        assert x.ndim == len(x.size()) == 4, "maps"
+        area = x.size(2) * x.size(3)
+        pooled = x.flatten(2).mean(-1) if area > 1 else x.flatten(1)
+        return self.head(pooled.view(images, -1) * (width / 8))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("side", [8, 20])
+def test_branches_on_shapes_are_taken(side: int) -> None:
+    torch.manual_seed(0)
+    model = _ByShape().eval()
+    traced = trace(model, (3, side, side))
+    assert traced.ops[1].module == ("small" if side < 16 else "large")
+    images = torch.rand(3, 3, side, side)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            FrozenNetwork(traced, model)(images), model(images), rtol=1e-4, atol=1e-5
+        )
+
+
+@fx.wrap
+def _drop_path(x: Tensor, rate: float, training: bool) -> Tensor:
+    return x if not training or rate == 0 else x / (1 - rate)
+
+
+@fx.wrap
+def _doubled(x: Tensor) -> Tensor:
+    return x.mul_(2)
+
+
+class _Wrapped(nn.Module):
+    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.function = function
+        self.conv, self.head = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.function(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def test_a_call_that_does_nothing_is_nothing() -> None:
+    """Such as torchvision's stochastic depth; not one that writes into what it gives back."""
+    model = _Wrapped(lambda x: _drop_path(x, 0.2, False)).eval()
+    assert [op.kind for op in trace(model, (3, 8, 8)).ops[1:4]] == ["conv", "globalpool", "flatten"]
+    with pytest.raises(UntraceableModel, match="_doubled is not handled"):
+        trace(_Wrapped(lambda x: _doubled(x)).eval(), (3, 8, 8))
 
 
 class _Branching(nn.Module):
@@ -107,7 +184,7 @@ class _Branching(nn.Module):
     [
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.PixelShuffle(2)), "1: modules of type PixelShuffle"),
         (_Branching(), "_Branching"),
-        (_Masked(), "second input, scale"),
+        (_Masked(), "second input, mask"),
         (nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU()), "logits"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)), "no prunable channels"),
         (nn.Sequential(nn.Flatten(), nn.Linear(12, 5)), "does not accept images"),

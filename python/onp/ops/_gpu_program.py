@@ -105,16 +105,17 @@ class Pool:
     stride: Pair
     padding: Pair
     count_include_pad: bool
+    ceil_mode: bool
     wide: bool
 
     def forward(self, x: Tensor) -> Tensor:
         x = (x.float() if self.wide else x).permute(0, 3, 1, 2)
         if self.kind == MAX_POOL:
-            out = F.max_pool2d(x, self.kernel, self.stride, self.padding)
+            out = F.max_pool2d(x, self.kernel, self.stride, self.padding, ceil_mode=self.ceil_mode)
         else:
             out = F.avg_pool2d(
                 x, self.kernel, self.stride, self.padding,
-                count_include_pad=self.count_include_pad,
+                ceil_mode=self.ceil_mode, count_include_pad=self.count_include_pad,
             )  # fmt: skip
         return out.permute(0, 2, 3, 1).contiguous()
 
@@ -122,13 +123,13 @@ class Pool:
         given, pulled = x.permute(0, 3, 1, 2), gradient.permute(0, 3, 1, 2)
         size = (self.kernel, self.stride, self.padding)
         if self.kind == MAX_POOL:
-            _, where = torch.ops.aten.max_pool2d_with_indices(given, *size)
+            _, where = torch.ops.aten.max_pool2d_with_indices(given, *size, (1, 1), self.ceil_mode)
             out = torch.ops.aten.max_pool2d_with_indices_backward(
-                pulled, given, *size, (1, 1), False, where
+                pulled, given, *size, (1, 1), self.ceil_mode, where
             )
         else:
             out = torch.ops.aten.avg_pool2d_backward(
-                pulled, given, *size, False, self.count_include_pad, None
+                pulled, given, *size, self.ceil_mode, self.count_include_pad, None
             )
         return out.permute(0, 2, 3, 1)
 
@@ -345,7 +346,7 @@ class GpuProgram:
             return Same(), None
         pool = Pool(
             step.kind, step.kernel, step.stride, step.padding, step.count_include_pad,
-            step.final == self.program.output,
+            step.ceil_mode, step.final == self.program.output,
         )  # fmt: skip
         return pool, None
 

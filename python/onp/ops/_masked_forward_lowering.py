@@ -28,6 +28,7 @@ from onp.ops._masked_forward_steps import (
     NONE,
     PICK,
     PLAIN,
+    PRODUCT,
     RESIDUAL,
     Pair,
     Program,
@@ -41,8 +42,8 @@ if TYPE_CHECKING:
 Copy = tuple[int, int | None]
 """A value as its readers see it: op index, and the site layer that masks it (None: unmasked)."""
 
-_ELEMENTWISE = ("norm", "affine", "parameter", "relu", "relu6", "gelu", "silu", "add")
-_OF_PIXELS = ("pick", "extend", "layernorm", "attention")
+_ELEMENTWISE = ("norm", "affine", "parameter", *ACTIVATIONS, "gelu", "add")
+_OF_PIXELS = ("pick", "select", "extend", "layernorm", "attention")
 """Kinds that know channels from positions: a flattened map has not."""
 
 
@@ -93,7 +94,7 @@ class Lowering:
         """(C, H, W) of every value; a flattened one keeps the shape that it was flattened from."""
         shapes: list[tuple[int, int, int]] = []
         for op, shape in zip(self.trace.ops, self.trace.shapes, strict=True):
-            if op.kind in ("flatten", "output", "layernorm", *_ELEMENTWISE):
+            if op.kind in ("flatten", "output", "layernorm", "product", *_ELEMENTWISE):
                 shapes.append(shapes[op.inputs[0]])
             elif op.kind == "concat":
                 parts = [shapes[value] for value in op.inputs]
@@ -144,10 +145,14 @@ class Lowering:
             self._open_subsample(step, op)
         elif op.kind == "concat":
             self._open_concatenation(step, index, op)
+        elif op.kind == "product":
+            self._open_product(step, index, op)
         elif op.kind in _OF_PIXELS and not self._by_pixel(op):
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must read maps or tokens, not flattened ones"
             )
+        elif op.kind == "select":
+            self._open_select(step, index, op)
         elif op.kind in ("pick", "extend"):
             self._open_pick(step, index, op)
         elif op.kind == "layernorm":
@@ -184,37 +189,30 @@ class Lowering:
         step.bias = None if conv.bias is None else self._double(conv.bias)
 
     def _open_linear(self, step: Step, index: int, op: Op) -> None:
-        linear = self.modules[op.module or ""]
         channels, height, width = self.shapes[self._copy(index, 0)[0]]
         if len(self.trace.shapes[op.inputs[0]]) > 1:  # of every token or pixel
             height = width = 1
-        if not isinstance(linear, nn.Linear) or linear.in_features != channels * height * width:
+        weight, bias = op.weights(self.model)
+        if weight.shape[1:] != (channels * height * width,):
             raise UnsupportedOperation(
-                f"masked_forward: {op.name} must be a Linear over all features, got {linear}"
+                f"masked_forward: {op.name} must be a Linear over all features, got a weight of "
+                f"{tuple(weight.shape)}"
             )
         step.kind = CONVOLUTION
         step.kernel = (height, width)
-        step.weight = self._double(linear.weight).view(-1, channels, height, width)
-        step.bias = None if linear.bias is None else self._double(linear.bias)
+        step.weight = self._double(weight).view(-1, channels, height, width)
+        step.bias = None if bias is None else self._double(bias)
 
     def _open_pool(self, step: Step, index: int, op: Op) -> None:
-        size = self.shapes[self._copy(index, 0)[0]][1:]
         step.kind = MAX_POOL if op.kind == "maxpool" else AVERAGE_POOL
         if op.kind == "globalpool":
-            step.kernel = size
+            step.kernel = self.shapes[self._copy(index, 0)[0]][1:]
             return
         step.kernel = _pair(op.attrs["kernel"])
         step.stride = _pair(op.attrs["stride"])
         step.padding = _pair(op.attrs["padding"])
         step.count_include_pad = bool(op.attrs.get("count_include_pad", True))
-        floor = tuple(
-            (size[d] + 2 * step.padding[d] - step.kernel[d]) // step.stride[d] + 1 for d in (0, 1)
-        )
-        if self.shapes[index][1:] != floor:
-            raise UnsupportedOperation(
-                f"masked_forward: {op.name} must round its output size down to {floor}, "
-                f"got {self.shapes[index][1:]}"
-            )
+        step.ceil_mode = bool(op.attrs["ceil_mode"])
 
     def _open_subsample(self, step: Step, op: Op) -> None:
         """A strided 1x1 convolution that moves channel i to ``positions[i]``."""
@@ -225,6 +223,15 @@ class Lowering:
         weight[positions, torch.arange(len(positions))] = 1
         step.weight = weight.to(self.device)
 
+    def _open_select(self, step: Step, index: int, op: Op) -> None:
+        """A 1x1 convolution that moves channel ``channels[i]`` to i."""
+        step.kind = CONVOLUTION
+        channels = torch.as_tensor(op.attrs["channels"])
+        before = self.shapes[self._copy(index, 0)[0]][0]
+        weight = torch.zeros(len(channels), before, 1, 1, dtype=torch.float64)
+        weight[torch.arange(len(channels)), channels] = 1
+        step.weight = weight.to(self.device)
+
     def _open_concatenation(self, step: Step, index: int, op: Op) -> None:
         step.kind = CONCATENATION
         step.others = tuple(self._buffer(index, position) for position in range(1, len(op.inputs)))
@@ -232,6 +239,16 @@ class Lowering:
         if len(sizes) > 1:
             raise UnsupportedOperation(
                 f"masked_forward: {op.name} must concatenate maps of one size, got {sorted(sizes)}"
+            )
+
+    def _open_product(self, step: Step, index: int, op: Op) -> None:
+        step.kind = PRODUCT
+        step.others = (self._buffer(index, 1),)
+        (channels, *size), (others, *other) = (self.buffers[buffer] for buffer in step.operands)
+        if channels != others or other not in (size, [1, 1]):
+            raise UnsupportedOperation(
+                f"masked_forward: {op.name} must multiply maps of one shape, or one by a number a "
+                f"channel, got {[channels, *size]} and {[others, *other]}"
             )
 
     def _open_pick(self, step: Step, index: int, op: Op) -> None:

@@ -1,7 +1,8 @@
 """The program of a masked forward: steps over buffers.
 
-A step is one convolution (a linear layer is one too), pool, copy, concatenation, layer norm or
-attention, and as many of the elementwise operations behind it as its epilogue holds, in this order:
+A step is one convolution (a linear layer is one too), pool, copy, concatenation, layer norm,
+attention or product, and as many of the elementwise operations behind it as its epilogue holds, in
+this order:
 
     t = operation(input) + bias + residual;  t = first(t);               plain = t
     t = t * scale + shift;  t = second(t);  t = 0 at pruned channels;    final = t
@@ -20,8 +21,8 @@ from onp.errors import UnsupportedOperation
 Pair = tuple[int, int]
 
 NONE = -1
-CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION, LAYER_NORM, ATTENTION = range(7)
-ACTIVATIONS = {"relu": 1, "relu6": 2, "silu": 5}
+CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION, LAYER_NORM, ATTENTION, PRODUCT = range(8)
+ACTIVATIONS = {"relu": 1, "relu6": 2, "silu": 5, "sigmoid": 6, "hardsigmoid": 7, "hardswish": 8}
 GELU = {"none": 3, "tanh": 4}
 
 # How far a step's epilogue is filled: what was absorbed last.
@@ -38,7 +39,7 @@ class Step:
     input: int
     channels: int
     others: tuple[int, ...] = ()
-    """Further buffers read: of a concatenation, or an attention's keys and values."""
+    """Further buffers read: of a concatenation or product, or an attention's keys and values."""
     index: tuple[int, ...] = ()
     """Pixels picked, -1 for zeros; or channels [3, heads, D] of queries, keys and values."""
     heads: int = 0
@@ -49,6 +50,8 @@ class Step:
     padding: Pair = (0, 0)
     groups: int = 1
     count_include_pad: bool = True
+    ceil_mode: bool = False
+    """The buffers' sizes say it, too."""
     weight: Tensor | None = None
     bias: Tensor | None = None
     residual: int = NONE

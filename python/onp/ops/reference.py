@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 
 import torch
@@ -125,26 +126,32 @@ def masked_forward(
     """
 
     def logits(mask: Tensor) -> Tensor:
-        handles = []
+        masked = copy.deepcopy(model)
         for sites, consumers in layers:
             keep = (~mask[sites]).to(images.dtype)
             for name in consumers:
-
-                def zero(
-                    module: nn.Module, args: tuple[Tensor], keep: Tensor = keep
-                ) -> tuple[Tensor]:
-                    if isinstance(module, nn.Linear):
-                        pixels = args[0].shape[-1] // len(keep)
-                        return (args[0] * keep.repeat_interleave(pixels),)
-                    return (args[0] * keep.view(-1, 1, 1),)
-
-                handles.append(model.get_submodule(name).register_forward_pre_hook(zero))
-        try:
-            with torch.no_grad():
-                result: Tensor = model(images)
-        finally:
-            for handle in handles:
-                handle.remove()
+                _zero_input(masked, name, keep)
+        with torch.no_grad():
+            result: Tensor = masked(images)
         return result
 
     return torch.stack([logits(mask) for mask in pruned])
+
+
+def _zero_input(model: nn.Module, name: str, keep: Tensor) -> None:
+    """Multiply the channels of a module's input by ``keep``."""
+    module = model.get_submodule(name)
+    owner = model.get_submodule(name.rpartition(".")[0])
+    if isinstance(owner, nn.MultiheadAttention):  # which reads its layer's weights, and calls none
+        assert isinstance(module, nn.Linear)
+        with torch.no_grad():
+            module.weight *= keep
+        return
+
+    def zero(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        if isinstance(module, nn.Conv2d):
+            return (args[0] * keep.view(-1, 1, 1),)
+        pixels = args[0].shape[-1] // len(keep)
+        return tuple(one * keep.repeat_interleave(pixels) for one in args)  # of attention, three
+
+    module.register_forward_pre_hook(zero)

@@ -1,4 +1,4 @@
-"""Which channels of which values must be cut together: residual sums, depthwise convolutions; and
+"""Which channels of which values must be cut together: sums, products, depthwise convolutions; and
 which must not be cut: those that a layer norm or the code around them counts."""
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ class Channels:
     of_value: tuple[Tensor, ...]
     """int64 [C] (or [F] after flatten) for each op's output."""
     fixed: frozenset[int]
-    """Numbers that must not be cut: image channels, logits, inputs of grouped convolutions and of
-    layer norms, heads of an attention, channels that a tensor of the model is added to."""
+    """Numbers that must not be cut: image channels, logits, inputs of grouped convolutions, of
+    layer norms and of an nn.MultiheadAttention, heads of an attention, channels that code takes
+    apart or that a tensor of the model is added to."""
 
 
 _COUNTED = ("output", "affine", "parameter", "extend", "layernorm")
@@ -71,7 +72,9 @@ def couple(ops: Sequence[Op], shapes: Sequence[tuple[int, ...]], model: nn.Modul
             values.append(sets.fresh(shape[0]))
             if op.kind == "input":
                 fixed.extend(values[-1])
-        elif op.kind == "add":
+            elif isinstance(model.get_submodule(str(op.module)), nn.MultiheadAttention):
+                fixed.extend(before)
+        elif op.kind in ("add", "product"):
             for one, other in zip(before, values[op.inputs[1]], strict=True):
                 sets.join(one, other)
             values.append(before)
@@ -85,6 +88,9 @@ def couple(ops: Sequence[Op], shapes: Sequence[tuple[int, ...]], model: nn.Modul
             values.append(after)
         elif op.kind == "concat":
             values.append([channel for value in op.inputs for channel in values[value]])
+        elif op.kind == "select":  # the code counts channels
+            fixed.extend(before)
+            values.append([before[channel] for channel in op.attrs["channels"].tolist()])
         elif op.kind == "attention":  # the code splits its channels into heads
             for value in op.inputs:
                 fixed.extend(values[value])

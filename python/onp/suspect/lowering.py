@@ -6,7 +6,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from types import UnionType
 from typing import Any, NoReturn
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, fx, nn
 from onp.errors import UntraceableModel
 from onp.suspect import movement
 from onp.suspect.architectures.resnet import SubsamplePad
-from onp.suspect.movement import View
+from onp.suspect.movement import Scores, View
 from onp.suspect.operations import Op, tensor_of
 from onp.suspect.recording import Recording, record
 
@@ -44,6 +45,8 @@ def lower(model: nn.Module, image_shape: tuple[int, int, int]) -> Program:
 _FUNCTIONS: dict[Any, str] = {
     F.relu: "relu", torch.relu: "relu", "relu": "relu", "relu_": "relu", torch.relu_: "relu",
     F.relu6: "relu6", F.gelu: "gelu", torch._C._nn.gelu: "gelu", F.silu: "silu",
+    torch.sigmoid: "sigmoid", F.sigmoid: "sigmoid", "sigmoid": "sigmoid", "sigmoid_": "sigmoid",
+    F.hardsigmoid: "hardsigmoid", F.hardswish: "hardswish",
     operator.add: "add", operator.iadd: "add", torch.add: "add", "add": "add", "add_": "add",
     F.avg_pool2d: "avgpool", torch._C._nn.avg_pool2d: "avgpool",
     F.max_pool2d: "maxpool", torch.max_pool2d: "maxpool",
@@ -51,11 +54,23 @@ _FUNCTIONS: dict[Any, str] = {
     F.dropout: "dropout", "contiguous": "identity", "float": "identity",
     operator.sub: "sub", torch.sub: "sub", "sub": "sub",
     operator.truediv: "div", torch.div: "div", "div": "div",
-    operator.mul: "mul", torch.mul: "mul", "mul": "mul",
+    operator.mul: "mul", torch.mul: "mul", "mul": "mul", "mul_": "mul",
     torch.cat: "concat", torch.concat: "concat", F.layer_norm: "layer_norm",
-    F.scaled_dot_product_attention: "attention",
+    F.batch_norm: "batch_norm", F.linear: "function_linear",
+    F.scaled_dot_product_attention: "attention", F.softmax: "softmax", torch.softmax: "softmax",
+    "softmax": "softmax", torch.matmul: "matmul", operator.matmul: "matmul", "matmul": "matmul",
+    torch.bmm: "matmul", "bmm": "matmul",
 }  # fmt: skip
-_ELEMENTWISE = {nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu"}
+_ELEMENTWISE = {
+    nn.ReLU: "relu", nn.ReLU6: "relu6", nn.SiLU: "silu", nn.Sigmoid: "sigmoid",
+    nn.Hardsigmoid: "hardsigmoid", nn.Hardswish: "hardswish",
+}  # fmt: skip
+_POINTWISE = (
+    nn.CELU, nn.ELU, nn.Hardtanh, nn.LeakyReLU, nn.LogSigmoid, nn.Mish, nn.SELU, nn.Softplus,
+    nn.Softsign, nn.Tanh, nn.Tanhshrink,
+    F.celu, F.elu, F.hardtanh, F.leaky_relu, F.logsigmoid, F.mish, F.selu, F.softplus, F.softsign,
+    torch.clamp, torch.tanh, "clamp", "tanh",
+)  # fmt: skip
 _ARITHMETIC = ("add", "sub", "mul", "div")
 
 
@@ -66,15 +81,14 @@ class _Lowering:
         self.model = recording.model
         self.graph = recording.graph
         self.shapes = recording.shapes
-        self.sizes = recording.sizes
+        self.unchanged = recording.unchanged
         self.ops: list[Op] = []
         self.op_shapes: list[tuple[int, ...]] = []
-        self.views: dict[fx.Node, View | tuple[View, ...]] = {}
+        self.views: dict[fx.Node, View | Scores | tuple[View, ...]] = {}
 
     def run(self) -> None:
         for node in self.graph.nodes:
-            if node.op in ("placeholder", "output") or node not in self.sizes:
-                getattr(self, f"_{node.op}")(node)
+            getattr(self, f"_{node.op}")(node)
 
     # ---- values
 
@@ -114,21 +128,21 @@ class _Lowering:
             _refuse(node, f"reads {argument}, which is no image value")
         if view.moved is None:
             return view.source, view.last
-        found = movement.layout(view)
+        found = movement.layout(view) if view.factor == 1 else None
         if found is None:
             _refuse(node, f"reads {argument}, which takes channels apart or mixes them")
-        shape, positions = view.shape, found.positions
-        if positions is None and len(shape) == 1:
-            self.views[argument] = View(view.source, shape)
-        elif positions is None:
-            self._emit("flatten", argument, (view.source,), (math.prod(shape),))
-        elif positions.shape == shape[1:] and movement.in_order(positions):
-            self.views[argument] = View(view.source, shape, found.last)
-        else:
-            self._emit(
-                "pick", argument, (view.source,), (shape[0], *positions.shape),
-                found.last, attrs={"positions": positions},
-            )  # fmt: skip
+        source, shape, positions = view.source, view.shape, found.positions
+        if len(found.channels) != shape[0] or not movement.in_order(found.channels):
+            shape = (len(found.channels), *shape[1:])
+            attrs = {"channels": found.channels}
+            source = self._emit("select", argument, (source,), shape, attrs=attrs)
+        whole = positions.numel() == math.prod(shape[1:]) and movement.in_order(positions)
+        if not whole or (positions.shape != shape[1:] and not found.flat):
+            shape, attrs = (shape[0], *positions.shape), {"positions": positions}
+            source = self._emit("pick", argument, (source,), shape, found.last, attrs=attrs)
+        self.views[argument] = View(source, shape, found.last)
+        if found.flat:
+            self._emit("flatten", argument, (source,), (math.prod(shape),))
         return self._read(node, argument)
 
     def _read_first(self, node: fx.Node, argument: Any) -> int:
@@ -153,8 +167,6 @@ class _Lowering:
     # ---- kinds of nodes
 
     def _placeholder(self, node: fx.Node) -> None:
-        if self.ops:
-            raise UntraceableModel(f"the network takes a second input, {node.name}")
         self._emit("input", node, (), self.shapes[node])
 
     def _output(self, node: fx.Node) -> None:
@@ -186,6 +198,12 @@ class _Lowering:
             self._normalise(node, owner, module.normalized_shape, module.eps)
         elif type(module) in _ELEMENTWISE:
             self._elementwise(_ELEMENTWISE[type(module)], node)
+        elif isinstance(module, nn.MultiheadAttention):
+            self._multihead_attention(node, name, module)
+        elif type(module) in _POINTWISE:
+            self._elementwise("pointwise", node, {"function": module})
+        elif isinstance(module, nn.Softmax):
+            self._softmax_over(node, module.dim)
         elif isinstance(module, nn.GELU):
             self._elementwise("gelu", node, {"approximate": module.approximate})
         elif isinstance(module, nn.Flatten | nn.Unflatten):
@@ -218,7 +236,11 @@ class _Lowering:
 
     def _call(self, node: fx.Node, named: str, moves: bool) -> None:
         kind = "move" if moves else _FUNCTIONS.get(node.target)
-        if kind is None:
+        if node.target in _POINTWISE:
+            self._pointwise(node)
+        elif kind is None and node in self.unchanged:
+            self._identity(node)
+        elif kind is None:
             _refuse(node, f"{named} is not handled yet")
         elif kind in _ARITHMETIC:
             self._arithmetic(kind, node)
@@ -230,7 +252,9 @@ class _Lowering:
     # ---- moves, and what does nothing
 
     def _identity(self, node: fx.Node) -> None:
-        self.views[node] = self._view(node, _source(node))
+        source = _source(node)
+        held = self.views.get(source) if isinstance(source, fx.Node) else None
+        self.views[node] = held if isinstance(held, Scores) else self._view(node, source)
 
     def _dropout(self, node: fx.Node) -> None:
         if _argument(node, 2, "training", True) is not False:
@@ -247,11 +271,10 @@ class _Lowering:
                 _refuse(node, "parts of a split value must be read one by one")
             self.views[node] = parts[part]
             return
-        numbers = self.sizes.__getitem__
-        arguments = fx.node.map_arg(tuple(a for a in node.args if a is not source), numbers)
-        keywords = fx.node.map_arg(
-            {key: value for key, value in node.kwargs.items() if value is not source}, numbers
-        )
+        arguments = [a for a in node.args if a is not source]
+        keywords = {key: value for key, value in node.kwargs.items() if value is not source}
+        if any(one is not source for one in node.all_input_nodes):
+            _refuse(node, "a tensor that says how to move a value is not handled")
 
         def move(places: Tensor) -> Any:
             run = getattr(Tensor, target) if isinstance(target, str) else target
@@ -265,6 +288,17 @@ class _Lowering:
         value, last = self._read(node, _source(node))
         self._emit(kind, node, (value,), self.op_shapes[value], last, attrs=attrs)
 
+    def _pointwise(self, node: fx.Node) -> None:
+        target, arguments, keywords = node.target, node.args[1:], node.kwargs
+        if node.all_input_nodes != [_source(node)]:
+            _refuse(node, "a function of several values is not handled")
+
+        def function(x: Tensor) -> Any:
+            run = getattr(Tensor, target) if isinstance(target, str) else target
+            return run(x, *arguments, **keywords)
+
+        self._elementwise("pointwise", node, {"function": function})
+
     def _gelu(self, node: fx.Node) -> None:
         approximate = _argument(node, 1, "approximate", "none")
         self._elementwise("gelu", node, {"approximate": approximate})
@@ -273,16 +307,38 @@ class _Lowering:
         if len(node.args) != 2 or node.kwargs not in ({}, {"alpha": 1}):
             _refuse(node, f"{kind} with keywords is not handled")
         left, right = node.args
+        if (scaled := self._scaled(kind, left, right)) is not None:
+            self.views[node] = scaled
+            return
         if not (self._is_value(left) and self._is_value(right)):
             self._with_constant(kind, node, left, right)
             return
-        if kind != "add":
+        if kind not in ("add", "mul"):
             _refuse(node, f"{kind} of two image values is not handled yet")
         (one, last), (other, other_last) = self._read(node, left), self._read(node, right)
-        shape = self.op_shapes[one]
-        if shape != self.op_shapes[other] or (last != other_last and len(shape) > 1):
-            _refuse(node, "a sum must add two values of one shape")
-        self._emit("add", node, (one, other), shape, last)
+        shape, other_shape = self.op_shapes[one], self.op_shapes[other]
+        if kind == "mul" and math.prod(shape) < math.prod(other_shape):
+            one, other, shape, other_shape = other, one, other_shape, shape
+        factors = (*shape[:1], *(1 for _ in shape[1:]))  # one number a channel
+        fits = other_shape == shape or (kind == "mul" and other_shape == factors)
+        if not fits or (last != other_last and len(shape) > 1):
+            _refuse(node, f"{kind} must be of two values of one shape, got {shape}, {other_shape}")
+        self._emit("product" if kind == "mul" else "add", node, (one, other), shape, last)
+
+    def _scaled(self, how: str, left: Any, right: Any) -> View | Scores | None:
+        """What a number makes of an attention's scores, or of its queries or keys; else None."""
+        if how == "mul" and isinstance(left, int | float):
+            left, right = right, left
+        held = self.views.get(left) if isinstance(left, fx.Node) else None
+        if how not in ("mul", "div") or not isinstance(right, int | float):
+            return None
+        factor = right if how == "mul" else 1 / right
+        if isinstance(held, Scores) and not held.softmaxed:
+            return replace(held, scale=held.scale * factor)
+        heads = isinstance(held, View) and isinstance(held.source, int) and held.moved is not None
+        if heads and isinstance(held, View) and movement.layout(held) is None:
+            return replace(held, factor=held.factor * factor)
+        return None
 
     def _with_constant(self, how: str, node: fx.Node, left: Any, right: Any) -> None:
         """x + a, x - a, x * a, x / a with a number or a tensor of the model."""
@@ -343,13 +399,14 @@ class _Lowering:
         self, kind: str, node: fx.Node, kernel: Any, stride: Any, padding: Any,
         ceil_mode: bool, include: bool, dilation: Any, divisor: Any,
     ) -> None:  # fmt: skip
-        if ceil_mode or _pair(dilation) != (1, 1) or divisor is not None:
-            _refuse(node, "ceil_mode, dilation and divisors are not handled")
+        if _pair(dilation) != (1, 1) or divisor is not None:
+            _refuse(node, "dilation and divisors are not handled")
         if _pair(kernel) == (1, 1) and _pair(stride) == (1, 1):
             self._identity(node)
             return
         window = {"kernel": _pair(kernel), "stride": _pair(stride), "padding": _pair(padding)}
-        self._on_map(kind, node, None, window | {"count_include_pad": include})
+        attrs = window | {"count_include_pad": include, "ceil_mode": ceil_mode}
+        self._on_map(kind, node, None, attrs)
 
     def _adaptive_pool(self, node: fx.Node) -> None:
         before = self.op_shapes[self._read_first(node, _source(node))]
@@ -361,6 +418,11 @@ class _Lowering:
         elif before[1] % after[1] == 0 and before[2] % after[2] == 0:
             size = (before[1] // after[1], before[2] // after[2])
             self._pool("avgpool", node, size, size, 0, False, True, 1, None)
+        elif after[1] % before[1] == 0 and after[2] % before[2] == 0:  # each pixel several times
+            rows = torch.arange(after[1]) // (after[1] // before[1])
+            columns = torch.arange(after[2]) // (after[2] // before[2])
+            positions = rows[:, None] * before[2] + columns
+            self._on_map("pick", node, None, {"positions": positions})
         else:
             _refuse(node, f"adaptive pooling from {before[1:]} to {after[1:]} is not handled")
 
@@ -370,22 +432,46 @@ class _Lowering:
         value, last = self._read_last(node, _source(node))
         self._emit("linear", node, (value,), self._by_channel(node, last), last, name)
 
-    def _layer_norm(self, node: fx.Node) -> None:
-        """F.layer_norm; its weights must be those of an nn.LayerNorm."""
-        weights = {"weight": _argument(node, 2, "weight"), "bias": _argument(node, 3, "bias")}
+    def _function_linear(self, node: fx.Node) -> None:
+        """F.linear; its tensors must be those of an nn.Linear."""
+        owned = self._owner(node, {"weight": 1, "bias": 2}, nn.Linear)
+        assert owned is not None
+        self._linear(node, owned[0])
+
+    def _owner(
+        self, node: fx.Node, tensors: dict[str, int], kinds: type | UnionType
+    ) -> tuple[str, nn.Module] | None:
+        """The module, of one of ``kinds``, whose own tensors a function takes; None if it takes
+        none. tensors: their names and the positions of the arguments."""
         names = {
             key: str(self._view(node, argument).source)
-            for key, argument in weights.items()
-            if argument is not None
+            for key, position in tensors.items()
+            if (argument := _argument(node, position, key)) is not None
         }
-        owner = names["weight"].rpartition(".")[0] if "weight" in names else None
-        if owner is not None:
-            module = self.model.get_submodule(owner)
-            own = {key: f"{owner}.{key}" for key, _ in module.named_parameters(recurse=False)}
-            if not isinstance(module, nn.LayerNorm) or own != names:
-                _refuse(node, "layer norm must use the weights of one nn.LayerNorm")
-        elif names:
-            _refuse(node, "a layer norm with a bias alone is not handled")
+        if not names:
+            return None
+        owner = next(iter(names.values())).rpartition(".")[0]
+        module = self.model.get_submodule(owner)
+        own = {key: f"{owner}.{key}" for key in tensors if getattr(module, key, None) is not None}
+        if not isinstance(module, kinds) or own != names:
+            _refuse(node, f"must take the tensors of one module, got {', '.join(names.values())}")
+        return owner, module
+
+    def _batch_norm(self, node: fx.Node) -> None:
+        """F.batch_norm; its tensors must be those of an nn.BatchNorm."""
+        tensors = {"running_mean": 1, "running_var": 2, "weight": 3, "bias": 4}
+        owned = self._owner(node, tensors, nn.BatchNorm2d | nn.BatchNorm1d)
+        if _argument(node, 5, "training", False) or owned is None:
+            _refuse(node, "must take its statistics from the module, not from the images")
+        name, module = owned
+        if module.eps != _argument(node, 7, "eps", 1e-5):
+            _refuse(node, f"must have the epsilon of {name}")
+        self._on_map("norm", node, name)
+
+    def _layer_norm(self, node: fx.Node) -> None:
+        """F.layer_norm; its weights must be those of an nn.LayerNorm."""
+        owned = self._owner(node, {"weight": 2, "bias": 3}, nn.LayerNorm)
+        owner = None if owned is None else owned[0]
         shape = tuple(_argument(node, 1, "normalized_shape"))
         self._normalise(node, owner, shape, _argument(node, 4, "eps", 1e-5))
 
@@ -452,18 +538,49 @@ class _Lowering:
                 _refuse(node, f"attention with {name} is not handled")
         scale = _argument(node, 6, "scale")
         if isinstance(scale, fx.Node):
-            if scale not in self.sizes:
-                _refuse(node, "attention's scale must be a number")
-            scale = self.sizes[scale]
+            _refuse(node, "attention's scale must be a number")
+        names = ("query", "key", "value")
+        query, key, value = (self._view(node, _argument(node, *at)) for at in enumerate(names))
+        scale = query.places().shape[-1] ** -0.5 if scale is None else scale
+        self._attend(node, query, key, value, scale * query.factor * key.factor)
+
+    def _matmul(self, node: fx.Node) -> None:
+        """Queries times keys, or what a softmax made of them times values."""
+        left, right = node.args
+        weights = self.views.get(left) if isinstance(left, fx.Node) else None
+        if isinstance(weights, Scores):
+            if not weights.softmaxed:
+                _refuse(node, "an attention's scores must go through a softmax")
+            self._attend(node, weights.query, weights.key, self._view(node, right), weights.scale)
+            return
+        found = movement.scores(self._view(node, left), self._view(node, right))
+        if found is None:
+            _refuse(node, "only products of an attention's queries and keys are handled")
+        self.views[node] = found
+
+    def _softmax(self, node: fx.Node) -> None:
+        self._softmax_over(node, _argument(node, 1, "dim"))
+
+    def _softmax_over(self, node: fx.Node, dim: int | None) -> None:
+        held = self.views.get(_source(node))
+        if not isinstance(held, Scores) or dim not in (-1, len(self.shapes[node])):
+            _refuse(node, "a softmax must be of an attention's scores, over the keys")
+        self.views[node] = replace(held, softmaxed=True)
+
+    def _attend(self, node: fx.Node, query: View, key: View, value: View, scale: float) -> None:
         attrs: dict[str, Any] = {"scale": scale}
         inputs = []
-        for position, (key, name) in enumerate((("q", "query"), ("k", "key"), ("v", "value"))):
-            view = self._view(node, _argument(node, position, name))
+        for letter, view in (("q", query), ("k", key), ("v", value)):
             channels = movement.head_channels(view)
             if channels is None or not isinstance(view.source, int):
-                _refuse(node, f"attention must read its {name} as [N, heads, tokens, channels]")
-            attrs[key] = channels
+                _refuse(
+                    node,
+                    "attention must read queries, keys and values as [N, heads, tokens, channels]",
+                )
+            attrs[letter] = channels
             inputs.append(view.source)
+        if value.factor != 1:
+            _refuse(node, "attention must not scale its values")
         if len({len(attrs[key]) for key in "qkv"}) > 1:
             _refuse(node, "attention must have as many heads of keys and values as of queries")
         heads, width = attrs["v"].shape
@@ -472,6 +589,26 @@ class _Lowering:
         split = (movement.IMAGES, *((heads,) if len(self.shapes[node]) == 3 else ()), width, tokens)
         view = self._view(node, node)
         self.views[node] = view.after(lambda places: places.view(split).transpose(-1, -2))
+
+    def _multihead_attention(self, node: fx.Node, name: str, module: nn.MultiheadAttention) -> None:
+        """Of one value with itself: a linear layer, attention and another linear layer."""
+        query = _argument(node, 0, "query")
+        alone = all(_argument(node, at, key) is query for at, key in ((1, "key"), (2, "value")))
+        masks = (_argument(node, 3, "key_padding_mask"), _argument(node, 5, "attn_mask"))
+        plain = module.in_proj_weight is not None and module.bias_k is None
+        if not alone or masks != (None, None) or not plain or module.add_zero_attn:
+            _refuse(node, "attention must be of one value with itself, without masks or added keys")
+        if not module.batch_first:
+            _refuse(node, "attention must have batch_first=True, [N, tokens, features]")
+        value, last = self._read_last(node, query)
+        channels, tokens = self.op_shapes[value]
+        made = self._emit("linear", node, (value,), (3 * channels, tokens), last, name)
+        split = torch.arange(3 * channels).view(3, module.num_heads, module.head_dim)
+        heads = dict(zip("qkv", split, strict=True))
+        shape = (channels, tokens)
+        attended = self._emit("attention", node, (made,) * 3, shape, attrs=heads | {"scale": None})
+        self._emit("linear", node, (attended,), shape, True, f"{name}.out_proj")
+        self.views[node] = (self._view(node, node),)  # the weights, second, are not handled
 
 
 def _refuse(node: fx.Node, reason: str) -> NoReturn:

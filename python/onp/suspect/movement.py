@@ -27,8 +27,8 @@ METHODS = frozenset(
 )  # fmt: skip
 FUNCTIONS = frozenset(
     {
-        operator.getitem, torch.chunk, torch.flatten, torch.movedim, torch.permute, torch.reshape,
-        torch.split, torch.squeeze, torch.swapaxes, torch.transpose, torch.unbind,
+        getattr, operator.getitem, torch.chunk, torch.flatten, torch.movedim, torch.permute,
+        torch.reshape, torch.split, torch.squeeze, torch.swapaxes, torch.transpose, torch.unbind,
         torch.unflatten, torch.unsqueeze,
     }
 )  # fmt: skip
@@ -48,6 +48,8 @@ class View:
     moved: Tensor | None = None
     """int64, once code has moved the numbers: the place of each in the flattened source. A value
     counts its ``IMAGES`` images."""
+    factor: float = 1.0
+    """What code has multiplied them by while a value's channels were apart, as heads are."""
 
     def places(self) -> Tensor:
         """int64, of the tensor's shape: the place of each number in the flattened source."""
@@ -72,25 +74,34 @@ class Layout:
 
     last: bool
     """Channels are the last dimension, not the first behind the images."""
-    positions: Tensor | None
-    """int64 [*space]: the positions of the value's flattened space that it holds; None where
-    channels and positions are flattened to features, channels first."""
+    channels: Tensor
+    """int64 [C']: the value's channels that it holds."""
+    positions: Tensor
+    """int64 [*space]: the positions of the value's flattened space that it holds of each."""
+    flat: bool
+    """Channels and positions are flattened to features, channels first."""
 
 
 def layout(view: View) -> Layout | None:
-    """How the tensor holds its value, [N, C, *space], [N, *space, C] or [N, F]; None: otherwise."""
+    """How the tensor holds its value: as [N, C', *space], [N, *space, C'] or [N, F], the same
+    positions of each channel; None: otherwise."""
     at = _of_each_image(view)
-    channels = view.shape[0]
     if at is None or at.ndim == 0:
         return None
-    if torch.equal(at, torch.arange(math.prod(view.shape))):
-        return Layout(False, None)
-    positions = math.prod(view.shape[1:])
-    for last in (False, True):
+    size = math.prod(view.shape[1:])
+    flat = at.ndim == 1 and size > 1 and len(at) > 1 and bool(at[0] // size == at[1] // size)
+    if flat:
+        held = int((at // size == at[0] // size).cumprod(0).sum())  # positions of a channel
+        if len(at) % held:
+            return None
+        at = at.view(-1, held)
+    for last in (False,) if flat else (False, True):
         by_channel = at.movedim(-1, 0) if last else at
-        starts = torch.arange(channels).view(-1, *(1,) * (at.ndim - 1)) * positions
-        if by_channel.shape[0] == channels and torch.equal(by_channel, by_channel[:1] + starts):
-            return Layout(last, by_channel[0])
+        channels = by_channel.flatten(1)[:, 0] // size if at.ndim > 1 else at // size
+        positions = by_channel[0] - channels[0] * size
+        starts = channels.view(-1, *(1,) * (at.ndim - 1)) * size
+        if bool((positions < size).all()) and torch.equal(by_channel, starts + positions):
+            return Layout(last, channels, positions, flat)
     return None
 
 
@@ -110,6 +121,27 @@ def head_channels(view: View) -> Tensor | None:
     channels = at[:, 0] // positions
     expected = channels[:, None] * positions + torch.arange(positions)[:, None]
     return channels if torch.equal(at, expected) else None
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What queries times keys gives in code that spells an attention out, [N, heads, T, T']."""
+
+    query: View
+    key: View
+    """As [N, heads, T', D]."""
+    scale: float
+    """Of the scores so far."""
+    softmaxed: bool = False
+
+
+def scores(query: View, key: View) -> Scores | None:
+    """The product of [N, heads, T, D] and [N, heads, D, T']; None if they hold something else."""
+    turned = key.after(lambda places: places.transpose(-1, -2))
+    assert isinstance(turned, View)
+    if head_channels(query) is None or head_channels(turned) is None:
+        return None
+    return Scores(query, turned, query.factor * key.factor)
 
 
 def constant_layout(view: View, shape: tuple[int, ...], last: bool) -> Tensor | None:

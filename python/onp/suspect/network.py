@@ -109,12 +109,12 @@ class FrozenNetwork:
         self._alias: dict[int, int] = {}  # folded norms: their value is their input's
         self._convs: dict[int, nn.Conv2d] = {}
         self._picks: dict[int, list[_Pick]] = {}
-        self._places: dict[int, Tensor] = {}  # where a shortcut's channels go
+        self._places: dict[int, Tensor] = {}  # channels: where a shortcut's go, which are selected
         self._constants: dict[int, Tensor] = {}  # the model's own tensors, [C] or [C, *space]
         with torch.no_grad():
             for index, op in enumerate(trace.ops):
                 if op.kind in ("conv", "linear"):
-                    self._read_weights(index, model.get_submodule(str(op.module)))
+                    self._read_weights(index, model)
                 elif op.kind == "norm":
                     module = model.get_submodule(str(op.module))
                     assert isinstance(module, nn.BatchNorm2d | nn.BatchNorm1d)
@@ -134,7 +134,9 @@ class FrozenNetwork:
                         op.attrs["scale"].to(self.device), op.attrs["shift"].to(self.device)
                     )
                 elif op.kind == "layernorm" and op.module is not None:
-                    self._read_weights(index, model.get_submodule(op.module))
+                    self._read_weights(index, model)
+                elif op.kind == "select":
+                    self._places[index] = op.attrs["channels"].to(self.device)
                 elif op.kind == "subsample_pad":
                     self._places[index] = torch.as_tensor(op.attrs["positions"]).to(self.device)
                 elif op.kind in ("pick", "attention"):
@@ -145,13 +147,14 @@ class FrozenNetwork:
                     place = op.attrs["index"].to(tensor.device)
                     self._constants[index] = tensor[place].to(self.device)
 
-    def _read_weights(self, index: int, module: nn.Module) -> None:
-        assert isinstance(module, nn.Conv2d | nn.Linear | nn.LayerNorm)
-        weight = module.weight.detach().to(self.device, torch.float32, copy=True)
+    def _read_weights(self, index: int, model: nn.Module) -> None:
+        op = self.trace.ops[index]
+        weight, bias = op.weights(model)
+        weight = weight.detach().to(self.device, torch.float32, copy=True)
+        module = model.get_submodule(str(op.module))
         if isinstance(module, nn.Conv2d):
             weight = weight.contiguous(memory_format=torch.channels_last)
             self._convs[index] = module
-        bias = module.bias
         self._weights[index] = (
             weight,
             None if bias is None else bias.detach().to(self.device, torch.float32, copy=True),
@@ -319,10 +322,15 @@ class FrozenNetwork:
             return function(x, _like(self._constants[index], x))
         if kind in _ELEMENTWISE:
             return _ELEMENTWISE[kind](x)
+        if kind == "pointwise":
+            pointwise: Tensor = attrs["function"](x.clone())  # it may work in place
+            return pointwise
         if kind == "gelu":
             return F.gelu(x, approximate=attrs["approximate"])
         if kind == "add":
             return x + inputs[1]
+        if kind == "product":
+            return x * inputs[1]
         if kind == "concat":
             return torch.cat(inputs, 1)
         if kind == "attention":
@@ -331,11 +339,13 @@ class FrozenNetwork:
             parts = [self._constants[index].T.expand(len(x), -1, -1), x.transpose(1, 2)]
             return torch.cat(parts if attrs["front"] else parts[::-1], 1).transpose(1, 2)
         if kind == "maxpool":
-            return F.max_pool2d(x, attrs["kernel"], attrs["stride"], attrs["padding"])
+            return F.max_pool2d(
+                x, attrs["kernel"], attrs["stride"], attrs["padding"], ceil_mode=attrs["ceil_mode"]
+            )
         if kind == "avgpool":
             return F.avg_pool2d(
                 x, attrs["kernel"], attrs["stride"], attrs["padding"],
-                count_include_pad=attrs["count_include_pad"],
+                ceil_mode=attrs["ceil_mode"], count_include_pad=attrs["count_include_pad"],
             )  # fmt: skip
         if kind == "globalpool":
             return x.mean(tuple(range(2, x.ndim)), keepdim=True)
@@ -344,6 +354,8 @@ class FrozenNetwork:
             out = x.new_zeros(x.shape[0], attrs["channels"], *x[:, :, ::s, ::s].shape[2:])
             out[:, self._places[index]] = x[:, :, ::s, ::s]
             return out
+        if kind == "select":
+            return x.index_select(1, self._places[index])
         if kind == "pick":
             (pick,) = self._picks[index]
             return pick(x.flatten(2)).reshape(*x.shape[:2], *pick.shape)
@@ -356,6 +368,9 @@ _ELEMENTWISE: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "relu6": F.relu6,
     "silu": F.silu,
+    "sigmoid": torch.sigmoid,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
 }
 
 

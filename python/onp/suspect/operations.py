@@ -10,7 +10,10 @@ from torch import Tensor, nn
 WEIGHTED = ("conv", "linear")
 TRANSPARENT = ("maxpool", "avgpool", "globalpool", "flatten", "pick")
 """Kinds that map zero channels to zero channels and hold no weights."""
-ACTIVATIONS = ("relu", "relu6", "gelu", "silu")
+KEEP_ZERO = ("relu", "relu6", "gelu", "silu", "hardswish")
+"""Activations that leave a zero a zero,"""
+ACTIVATIONS = (*KEEP_ZERO, "sigmoid", "hardsigmoid", "pointwise")
+"""and all."""
 NORMS = ("norm", "layernorm")
 
 
@@ -23,8 +26,9 @@ class Op:
 
     kind: one of
       input                     the images, [N, C, H, W]
-      conv, linear              ``module`` is the nn.Conv2d / nn.Linear's qualified name; a linear
-                                layer reads features, or the channels of every token or pixel
+      conv, linear              ``module`` is the nn.Conv2d / nn.Linear's qualified name, or that of
+                                the nn.MultiheadAttention whose queries, keys and values it makes; a
+                                linear layer reads features, or the channels of every token or pixel
       norm                      ``module`` is a BatchNorm2d/1d in eval mode (per-channel affine)
       layernorm                 over the channels of each token or pixel; ``module`` is the
                                 nn.LayerNorm, None without weights; attrs["eps"]
@@ -34,17 +38,24 @@ class Op:
                                 attrs["name"]'s elements attrs["index"], int64 [C] or [C, *space]
       extend                    tokens of the model's own (class token), attrs["name"]'s elements
                                 attrs["index"] int64 [C, T'], before (attrs["front"]) or behind x's
-      relu, relu6, silu         no attrs
+      relu, relu6, silu,        no attrs
+      sigmoid, hardsigmoid,
+      hardswish
       gelu                      attrs["approximate"]
+      pointwise                 another function of each number, attrs["function"]
       add                       two inputs of the same shape
+      product                   two inputs of the same shape, or the second with one position: a
+                                number by which the image multiplies a channel
       concat                    the inputs' channels, one input behind the other
       attention                 softmax attention of inputs q, k, v (often one value): attrs["q"],
                                 ["k"], ["v"] int64 [heads, D] are the channels that it reads,
                                 attrs["scale"] or None; channel h * D + d comes from head h
-      maxpool, avgpool          attrs: kernel, stride, padding (int pairs), count_include_pad
+      maxpool, avgpool          attrs: kernel, stride, padding (int pairs), count_include_pad,
+                                ceil_mode (its size is rounded up)
       globalpool                mean over all positions, keeps [N, C, 1, 1] (tokens: [N, C, 1])
       subsample_pad             option-A shortcut: x[:, :, ::s, ::s] with its channels written to
                                 attrs["positions"] (of attrs["channels"]); attrs["stride"]
+      select                    some of the channels, in any order: attrs["channels"] int64 [C']
       pick                      positions of the flattened space, attrs["positions"] int64 of the
                                 new space's shape: [N, C, H, W] to tokens, one token to features
       flatten                   [N, C, *space] -> [N, C * positions]
@@ -57,6 +68,18 @@ class Op:
     inputs: tuple[int, ...]
     module: str | None = None
     attrs: dict[str, Any] = field(default_factory=dict)
+
+    def weights(self, model: nn.Module) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of the module: of an nn.MultiheadAttention those that make queries, keys
+        and values, [3 C, C] and [3 C]."""
+        module = model.get_submodule(str(self.module))
+        if isinstance(module, nn.MultiheadAttention):
+            weight, bias = module.in_proj_weight, module.in_proj_bias
+        else:
+            weight, bias = module.weight, module.bias  # type: ignore[assignment]
+        assert isinstance(weight, Tensor)
+        assert bias is None or isinstance(bias, Tensor)
+        return weight, bias
 
 
 def tensor_of(model: nn.Module, name: str) -> Tensor:

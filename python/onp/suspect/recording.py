@@ -1,28 +1,37 @@
-"""Run a module once under ``torch.fx`` and keep what it did."""
+"""Run a module once under ``torch.fx``, on a sample of images, and keep what it did.
+
+Every tensor of the sample is a proxy that also holds what it is, so the code's questions about
+shapes and types are answered with numbers, and its branches on them are taken.
+"""
 
 from __future__ import annotations
 
+import operator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
 
 from onp.errors import UntraceableModel
 from onp.suspect.architectures.resnet import SubsamplePad
 from onp.suspect.movement import IMAGES
+from onp.suspect.operations import tensor_of
 
 
 @dataclass(frozen=True)
 class Recording:
-    """The graph of a module, and what its nodes gave on a sample of ``IMAGES`` images."""
+    """The graph of a module, of the nodes that hold tensors, and what they gave on a sample of
+    ``IMAGES`` images. What holds none (a size, say) is a number where it is used."""
 
     model: nn.Module
     graph: fx.Graph
     shapes: dict[fx.Node, tuple[int, ...]] = field(default_factory=dict)
     """Of every tensor, without its first dimension (the images)."""
-    sizes: dict[fx.Node, Any] = field(default_factory=dict)
-    """Results that hold no tensor: sizes, and what the code computes from them."""
+    unchanged: set[fx.Node] = field(default_factory=set)
+    """Calls that gave back the very tensor that they were given, as it was."""
 
 
 def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
@@ -30,40 +39,140 @@ def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
 
     Raises UntraceableModel, naming what fx cannot follow.
     """
-    try:
-        recording = Recording(model, _Tracer().trace(model))
-    except UntraceableModel:
-        raise
-    except Exception as error:  # fx raises many kinds for data-dependent control flow
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise UntraceableModel(f"cannot trace {type(model).__name__}: {reason}") from error
     parameter = next(model.parameters(), torch.zeros(()))
-    sample = torch.zeros(IMAGES, *image_shape, dtype=parameter.dtype, device=parameter.device)
+    size = (IMAGES, *image_shape)
+    sample = torch.rand(size, generator=torch.Generator().manual_seed(0))
+    tracer = _Tracer(sample.to(parameter.device, parameter.dtype))
     try:
         with torch.no_grad():
-            _Recorder(recording).run(sample)
-    except Exception as error:  # shapes can fail in many ways
-        reason = (str(error) or type(error).__name__).splitlines()[0]
+            graph = tracer.trace(model)
+    except (UntraceableModel, _DoesNotFit, AssertionError) as error:
+        if isinstance(error, UntraceableModel):
+            raise
         raise UntraceableModel(
-            f"{type(model).__name__} does not accept images of shape {image_shape}: {reason}"
+            f"{type(model).__name__} does not accept images of shape {image_shape}: "
+            f"{_first_line(error)}"
         ) from error
-    return recording
+    except Exception as error:  # fx raises many kinds for data-dependent control flow
+        raise UntraceableModel(
+            f"cannot trace {type(model).__name__}: {_first_line(error)}"
+        ) from error
+    return Recording(model, graph, tracer.shapes, tracer.unchanged)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+class _DoesNotFit(Exception):
+    """An operation failed on the sample."""
+
+
+class _Known(fx.Proxy):
+    """A tensor of the network, or several, and what it is on the sample."""
+
+    sample: Any
+
+    def __getattr__(self, name: str) -> Any:
+        if isinstance(self.sample, Tensor):
+            found = getattr(self.sample, name)
+            if isinstance(found, Tensor):  # such as .T
+                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+            if not callable(found):
+                return found
+        return super().__getattr__(name)
+
+    def __len__(self) -> int:
+        return len(self.sample)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter([operator.getitem(self, index) for index in range(len(self.sample))])
 
 
 class _Tracer(fx.Tracer):
+    def __init__(self, images: Tensor) -> None:
+        super().__init__()
+        self.images = images
+        self.shapes: dict[fx.Node, tuple[int, ...]] = {}
+        self.unchanged: set[fx.Node] = set()
+        self.running = False  # an operation's own code calls modules, too
+
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return isinstance(m, SubsamplePad) or super().is_leaf_module(m, qualified_name)
 
+    def call_module(
+        self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
+    ) -> Any:
+        return (
+            forward(*args, **kwargs)
+            if self.running
+            else super().call_module(m, forward, args, kwargs)
+        )
 
-class _Recorder(fx.Interpreter):
-    def __init__(self, recording: Recording) -> None:
-        super().__init__(recording.model, graph=recording.graph)
-        self.recording = recording
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
+        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if isinstance(value, Tensor):
-            self.recording.shapes[n] = tuple(value.shape[1:])
-        elif not (isinstance(value, list | tuple) and any(isinstance(v, Tensor) for v in value)):
-            self.recording.sizes[n] = value
-        return value
+    def create_proxy(
+        self,
+        kind: str,
+        target: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *options: Any,
+        **named: Any,
+    ) -> Any:
+        """As fx, the proxy of a new node; of one without tensors, which goes, what it holds."""
+        proxy = super().create_proxy(kind, target, args, kwargs, *options, **named)
+        before = next((one for one in args if isinstance(one, _Known)), None)
+        version = _version(before)
+        sample = self._on_sample(kind, target, args, kwargs)
+        if not _holds_tensors(sample):
+            self.graph.erase_node(proxy.node)
+            return sample
+        if isinstance(sample, Tensor):
+            self.shapes[proxy.node] = tuple(sample.shape[1:])
+            if before is not None and sample is before.sample and _version(before) == version:
+                self.unchanged.add(proxy.node)
+        known = _Known(proxy.node, self)
+        known.sample = sample
+        return known
+
+    def _on_sample(
+        self, kind: str, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        if kind == "placeholder":
+            if not self.shapes:
+                return self.images
+            if not args:
+                raise UntraceableModel(f"the network takes a second input, {target}")
+            return args[0]  # what the code takes where nothing is given
+        args, kwargs = map_aggregate((args, kwargs), _sample_of)
+        self.running = True
+        try:
+            if kind == "get_attr":
+                return tensor_of(self.root, target)
+            if kind == "call_function":
+                return target(*args, **kwargs)
+            if kind == "call_method":
+                return getattr(args[0], target)(*args[1:], **kwargs)
+            return self.root.get_submodule(target)(*args, **kwargs)
+        except Exception as error:  # shapes can fail in many ways
+            raise _DoesNotFit(_first_line(error)) from error
+        finally:
+            self.running = False
+
+
+def _sample_of(value: Any) -> Any:
+    return value.sample if isinstance(value, _Known) else value
+
+
+def _version(known: _Known | None) -> int | None:
+    """How often its tensor was written."""
+    sample = None if known is None else known.sample
+    return sample._version if isinstance(sample, Tensor) else None
+
+
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(isinstance(one, Tensor) for one in value)
+    return isinstance(value, Tensor)

@@ -47,8 +47,7 @@ def _zero_columns(
     model: nn.Module, trace: Trace, layer: SiteLayer, consumer: int, cut: Tensor
 ) -> None:
     module = model.get_submodule(str(trace.ops[consumer].module))
-    assert isinstance(module, nn.Conv2d | nn.Linear)
-    weight = module.weight
+    weight, _ = trace.ops[consumer].weights(model)
     columns = cut.repeat_interleave(trace.consumer_span(layer, consumer)).to(weight.device)
     if isinstance(module, nn.Conv2d) and module.groups > 1:
         # weight is [O, I / groups, ...]: output o reads the inputs of its own group

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from onp.errors import UntraceableModel
 from onp.suspect.channels import Channels, couple
 from onp.suspect.lowering import lower
-from onp.suspect.operations import ACTIVATIONS, NORMS, TRANSPARENT, WEIGHTED, Op
+from onp.suspect.operations import ACTIVATIONS, KEEP_ZERO, NORMS, TRANSPARENT, WEIGHTED, Op
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class SiteLayer:
     readers (a residual add, say) read it unmasked."""
     norm: int | None
     """Op index of the norm whose scale and shift can be zeroed to apply a mask: set only if
-    everything between the norm and the masked readers is elementwise and read by nothing else."""
+    everything between the norm and the masked readers keeps zeros and is read by nothing else."""
     producers: tuple[int, ...]
     """Op indices of the conv/linear whose output channels reach this value without passing another
     conv/linear, nearest first: several for a residual stream or a concatenation. Channel for
@@ -60,7 +60,7 @@ class Trace:
     """Output shape of each op without the batch dimension: (C, H, W), tokens (C, T) or (F,)."""
     layers: tuple[SiteLayer, ...]
     channels: Channels
-    """Which channels of which values are coupled (residual sums, depthwise convolutions)."""
+    """Which channels of which values are coupled (sums, products, depthwise convolutions)."""
     group_of_site: Tensor
     """int64 [S]: sites with the same number are one coupled channel (a group)."""
     num_classes: int
@@ -129,7 +129,7 @@ def _site_layers(
     layers: list[SiteLayer] = []
     start = 0
     for root in sorted(consumers):
-        producers = _producers(ops, root)
+        producers = _producers(ops, shapes, root)
         if not producers:
             continue  # the image's own channels
         all_masked = all(edge in edges[root] for edge in readers[root])
@@ -163,7 +163,9 @@ def _readable(ops: Sequence[Op], root: int, producers: tuple[int, ...]) -> str:
     return f"{ops[producers[0]].module}:out"
 
 
-def _producers(ops: Sequence[Op], root: int) -> tuple[int, ...]:
+def _producers(
+    ops: Sequence[Op], shapes: tuple[tuple[int, ...], ...], root: int
+) -> tuple[int, ...]:
     found: set[int] = set()
     stack, seen = [root], set()
     while stack:
@@ -175,6 +177,9 @@ def _producers(ops: Sequence[Op], root: int) -> tuple[int, ...]:
             found.add(value)
         elif ops[value].kind == "attention":  # queries and keys only weigh the values' tokens
             stack.append(ops[value].inputs[2])
+        elif ops[value].kind == "product":  # a number a channel only weighs the map
+            map_, factor = ops[value].inputs
+            stack.extend([map_] if shapes[map_] != shapes[factor] else [map_, factor])
         else:
             stack.extend(ops[value].inputs)
     return tuple(sorted(found, reverse=True))
@@ -182,7 +187,7 @@ def _producers(ops: Sequence[Op], root: int) -> tuple[int, ...]:
 
 def _owned_norm(ops: Sequence[Op], readers: list[list[tuple[int, int]]], root: int) -> int | None:
     value = root
-    while ops[value].kind in ACTIVATIONS:
+    while ops[value].kind in KEEP_ZERO:
         value = ops[value].inputs[0]
         if len(readers[value]) != 1:
             return None
