@@ -27,6 +27,10 @@ Value activate(Value value, onp::Activation activation) {
   if (activation == onp::Activation::gelu) y = x / 2 * std::erfc(-x / std::sqrt(2));
   if (activation == onp::Activation::gelu_tanh) y = x / 2 * (1 + std::tanh(bent));
   if (activation == onp::Activation::silu) y = x / (1 + std::exp(-x));
+  const double ramp = std::min(std::max(x + 3, 0.0), 6.0) / 6;
+  if (activation == onp::Activation::sigmoid) y = 1 / (1 + std::exp(-x));
+  if (activation == onp::Activation::hard_sigmoid) y = ramp;
+  if (activation == onp::Activation::hard_swish) y = x * ramp;
   return static_cast<Value>(y);
 }
 
@@ -80,6 +84,11 @@ Value operate_pixels(const onp::StepSpec& step, const std::vector<onp::BufferSha
       buffer = other;
     }
     return static_cast<Value>(at(buffer, o, p));
+  }
+  if (step.kind == onp::StepKind::product) {
+    const onp::BufferShape other = buffers[step.others[0]];
+    const bool one = other.height * other.width == 1;
+    return static_cast<Value>(at(step.input, o, p) * at(step.others[0], o, one ? 0 : p));
   }
   if (step.kind == onp::StepKind::layer_norm) {
     double mean = 0, variance = 0;

@@ -1,4 +1,5 @@
-// A small transformer with a concatenation: a constant token in front, sizes off the vector widths.
+// A small transformer with a concatenation and two products: a constant token in front, sizes off
+// the vector widths.
 #pragma once
 
 #include <cstdint>
@@ -16,8 +17,9 @@ Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
     return arrays.back().data();
   };
   Network network;
-  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1}, {60, 31, 1},
-                     {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},   {20, 31, 1}};
+  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1},
+                     {60, 31, 1}, {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},
+                     {20, 31, 1}, {60, 1, 1},  {60, 31, 1}, {60, 31, 1}, {60, 1, 1}};
   network.constants = {{3, values(20 * 31)}};
   onp::StepSpec patches;  // 0 -> 1
   patches.kind = onp::StepKind::convolution;
@@ -65,19 +67,40 @@ Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
   together.scale = values(60);
   together.shift = values(60);
   together.second = onp::Activation::silu;
-  together.site_start = 40;
   together.final = 7;
   onp::StepSpec mean;  // 7 -> 8
   mean.kind = onp::StepKind::average_pool;
   mean.input = 7;
   mean.kernel_height = 31;
   mean.final = 8;
-  onp::StepSpec head = linear;  // 8 -> 9
-  head.input = 8;
+  onp::StepSpec gate = linear;  // 8 -> 11
+  gate.input = 8;
+  gate.weight = values(60 * 60);
+  gate.first = onp::Activation::sigmoid;
+  gate.final = 11;
+  onp::StepSpec gated;  // 7 times the one pixel of 11 -> 12
+  gated.kind = onp::StepKind::product;
+  gated.input = 7;
+  gated.others = {11};
+  gated.first = onp::Activation::hard_swish;
+  gated.site_start = 40;
+  gated.final = 12;
+  onp::StepSpec both;  // 12 times 7 -> 13
+  both.kind = onp::StepKind::product;
+  both.input = 12;
+  both.others = {7};
+  both.second = onp::Activation::hard_sigmoid;
+  both.final = 13;
+  onp::StepSpec again = mean;  // 13 -> 14
+  again.input = 13;
+  again.final = 14;
+  onp::StepSpec head = linear;  // 14 -> 9
+  head.input = 14;
   head.weight = values(5 * 60);
   head.bias = nullptr;
   head.final = 9;
-  network.steps = {patches, tokens, norm, linear, attention, together, mean, head};
+  network.steps = {patches, tokens, norm,  linear, attention, together,
+                   mean,    gate,   gated, both,   again,     head};
   network.output = 9;
   network.sites = 100;
   return network;

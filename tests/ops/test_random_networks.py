@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from onp import masks
 from onp.errors import UnsupportedOperation
-from onp.ops import masked_forward, masked_forward_gpu, masked_gradient, reference
+from onp.ops import masked_forward, masked_forward_gpu, masked_gradient
 from onp.suspect.network import FrozenNetwork
+from onp.suspect.surgery import apply_mask, remove_mask
 from onp.suspect.trace import Trace, trace
+from tests.networks import hooked_logits
 
 NETWORKS, PART = 500, 50
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -264,11 +266,7 @@ def case(seed: int) -> Case:
     traced = trace(net, (3, net.size, net.size))
     images = torch.rand(3, 3, net.size, net.size)
     pruned = torch.rand(3, traced.sites) < 0.3
-    layers = [
-        (layer.sites, [str(traced.ops[c].module) for c in layer.consumers])
-        for layer in traced.layers
-    ]
-    want = reference.masked_forward(net, layers, pruned, images)
+    want = torch.stack([hooked_logits(net, traced, mask, images) for mask in pruned])
     return Case(net, traced, pruned, images, want)
 
 
@@ -301,3 +299,22 @@ def test_random_networks(first: int) -> None:
         expected = torch.autograd.grad(plain(*leaves), leaves, pull, allow_unused=True)
         for one, other in zip(got, expected, strict=True):
             close(one, torch.zeros_like(one) if other is None else other, f"gradient, {what}")
+
+
+def test_random_surgery() -> None:
+    """Masks of scattered sites and whole groups: as weights, and as a smaller network."""
+    smaller_ones = 0
+    for seed in range(100):
+        one = case(seed)
+        random = torch.Generator().manual_seed(seed)
+        groups = torch.rand(int(one.traced.group_of_site.max()) + 1, generator=random) < 0.3
+        pruned = one.pruned[0] | groups[one.traced.group_of_site]
+        want = hooked_logits(one.net, one.traced, pruned, one.images)
+        what = f"seed {seed}, {one.net.kinds}"
+        smaller, _ = remove_mask(one.net, one.traced, pruned)
+        with torch.no_grad():
+            close(apply_mask(one.net, one.traced, pruned)(one.images), want, f"applied, {what}")
+            close(smaller(one.images), want, f"removed, {what}")
+        sizes = [sum(p.numel() for p in net.parameters()) for net in (smaller, one.net)]
+        smaller_ones += sizes[0] < sizes[1]
+    assert smaller_ones > 80

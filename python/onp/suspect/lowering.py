@@ -269,11 +269,16 @@ class _Lowering:
             part = node.args[1] if target is operator.getitem else None
             if not isinstance(part, int):
                 _refuse(node, "parts of a split value must be read one by one")
+            if not -len(parts) <= part < len(parts):
+                _refuse(node, f"part {part} of {source} is not handled")
             self.views[node] = parts[part]
             return
-        arguments = [a for a in node.args if a is not source]
+        arguments: list[Any] = [a for a in node.args if a is not source]
         keywords = {key: value for key, value in node.kwargs.items() if value is not source}
-        if any(one is not source for one in node.all_input_nodes):
+        if isinstance(target, str) and target.endswith("_as"):  # as large as another
+            target = target.removesuffix("_as")
+            arguments = [(movement.IMAGES, *self.shapes[one]) for one in arguments]
+        elif any(one is not source for one in node.all_input_nodes):
             _refuse(node, "a tensor that says how to move a value is not handled")
 
         def move(places: Tensor) -> Any:

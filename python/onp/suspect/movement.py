@@ -22,7 +22,8 @@ IMAGES = 2
 METHODS = frozenset(
     {
         "chunk", "expand", "expand_as", "flatten", "movedim", "permute", "repeat", "reshape",
-        "split", "squeeze", "swapaxes", "transpose", "unbind", "unflatten", "unsqueeze", "view",
+        "reshape_as", "split", "squeeze", "swapaxes", "transpose", "unbind", "unflatten",
+        "unsqueeze", "view", "view_as",
     }
 )  # fmt: skip
 FUNCTIONS = frozenset(

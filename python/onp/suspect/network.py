@@ -358,7 +358,7 @@ class FrozenNetwork:
             return x.index_select(1, self._places[index])
         if kind == "pick":
             (pick,) = self._picks[index]
-            return pick(x.flatten(2)).reshape(*x.shape[:2], *pick.shape)
+            return pick(x.reshape(*x.shape[:2], -1)).reshape(*x.shape[:2], *pick.shape)
         if kind == "flatten":
             return x.contiguous().flatten(1)
         return x  # output
