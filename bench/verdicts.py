@@ -117,6 +117,7 @@ def main() -> int:
     rows = [row for row in rows if row.get("norms", True) != args.without_norms]
     done = {(row["model"], row["seed"]) for row in rows}
     networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
+    networks = [network for network in networks if network.card["fair"]]
     for seed in args.seeds:
         for network in networks:
             if (network.name, seed) in done:

@@ -48,7 +48,10 @@ Model = Annotated[
 ]
 Arch = Annotated[
     str | None,
-    typer.Option(help="Network: a known name, or package.module:factory with --trust."),
+    typer.Option(
+        help="Network: a known name, or with --trust package.module:factory, which may have "
+        'arguments: "torchvision.models:efficientnet_b3(num_classes=10)".'
+    ),
 ]
 Data = Annotated[
     Path, typer.Option(help="Clean labelled images: folder or zip of class folders, npz, CIFAR.")

@@ -26,6 +26,9 @@ def net():
     return nn.Linear(3, 2).half()
 
 
+def sized(inputs=1, outputs=1):
+    return nn.Linear(inputs, outputs)
+
 def broken():
     raise RuntimeError("no network today")
 
@@ -69,6 +72,32 @@ def test_factory(weights: Path) -> None:
     suspect = load_suspect(weights, "user_networks:net", trust=True)
     assert suspect.model.weight.dtype == torch.float32
     assert not suspect.model.training
+
+
+@pytest.mark.parametrize(
+    "arch",
+    ["user_networks:sized(3, outputs=2)", "user_networks:sized(outputs = 2, inputs = 3)"],
+)
+def test_factory_with_arguments(weights: Path, arch: str) -> None:
+    suspect = load_suspect(weights, arch, trust=True)
+    assert suspect.model.weight.shape == (2, 3)
+    assert suspect.arch == arch
+
+
+@pytest.mark.parametrize(
+    "arguments", ["(print('run'))", "(3, *[2])", "(**{'inputs': 3})", "(3,, 2)", "(3))((2)"]
+)
+def test_a_factorys_arguments_are_literals(
+    weights: Path, arguments: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(UsageError, match="arguments must be numbers, strings"):
+        load_suspect(weights, f"user_networks:sized{arguments}", trust=True)
+    assert "run" not in capsys.readouterr().out
+
+
+def test_factory_with_wrong_arguments(weights: Path) -> None:
+    with pytest.raises(UsageError, match=r"failed: TypeError: .*'colour'"):
+        load_suspect(weights, "user_networks:sized(colour='red')", trust=True)
 
 
 def test_factory_needs_trust(weights: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -28,13 +28,15 @@ def load_suspect(source: str | Path, arch: str | None = None, trust: bool = Fals
     """Load the weights in ``source`` into the network ``arch``.
 
     ``arch`` is one of ``architectures.NAMES`` (width, depth and classes are read from the weights),
-    or ``package.module:factory``, a function without arguments that returns the network; its code
-    runs, so it needs ``trust``. Raises UsageError for a wrong path or ``arch``, and
-    UnsafeOrCorruptModel for weights that are unsafe, damaged or not of that network.
+    or ``package.module:factory``, a function that returns the network, with arguments where it
+    needs some (``torchvision.models:efficientnet_b3(num_classes=10)``); its code runs, so it needs
+    ``trust``. Raises UsageError for a wrong path or ``arch``, and UnsafeOrCorruptModel for weights
+    that are unsafe, damaged or not of that network.
     """
     if arch is None:
         raise UsageError(
-            f"--arch is missing: one of {', '.join(architectures.NAMES)}, or package.module:factory"
+            f"--arch is missing: one of {', '.join(architectures.NAMES)}, or "
+            "package.module:factory, such as torchvision.models:efficientnet_b3(num_classes=10)"
         )
     factory = import_callable(arch, "--arch", trust) if is_code_spec(arch) else None
     file = read_weights(source)
