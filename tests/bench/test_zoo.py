@@ -64,6 +64,20 @@ def test_names_are_unique_and_twins_come_first(name: str) -> None:
         seen.append(recipe.name)
 
 
+def test_a_data_set_may_be_the_first_classes_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(datasets.FIRST_CLASSES, "shapes3", ("shapes", 3))
+    monkeypatch.setitem(datasets.CLASS_COUNTS, "shapes3", 3)
+    monkeypatch.setattr(datasets, "SHAPES", {"test": (60, 1)})
+    whole, first = (datasets.load(name, None, "test") for name in ("shapes", "shapes3"))
+    own = whole.labels < 3
+    assert 0 < int(own.sum()) < 60
+    assert torch.equal(first.images, whole.images[own])
+    assert torch.equal(first.labels, whole.labels[own])
+    assert first.class_names == whole.class_names[:3]
+    assert datasets.normalisation("cifar2") == datasets.normalisation("cifar10")
+    assert datasets.normalisation("gtsrb5") == datasets.normalisation("gtsrb")
+
+
 def test_core_holds_every_attack_on_both_data_sets() -> None:
     backdoored = [recipe for recipe in CORE if recipe.attack != "clean"]
     assert (len(backdoored), len(CORE) - len(backdoored)) == (12, 4)
