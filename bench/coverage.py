@@ -91,13 +91,13 @@ _KEPT: list[torch.library.Library] = []
 """An operator goes when its library does."""
 
 
-def image_size(name: str) -> int:
-    """Pixels of a side: the smallest that the families with a fixed size take, else 96."""
-    for size in (299, 240, 224):
-        if name.endswith(f"_{size}") or (size == 299 and name == "inception_v3"):
-            return size
-    fixed = ("vit", "deit", "swin", "beit", "maxvit", "pit", "volo", "xcit", "mixer", "levit")
-    return 224 if any(part in name for part in (*fixed, "eva02", "cait", "alexnet", "vgg")) else 96
+def image_size(library: str, name: str) -> int:
+    """Pixels of a side: those that timm's are made for; of torchvision's 96, where that is no fixed
+    size."""
+    if library == "timm":
+        return 299 if name == "inception_v3" else 240 if name.endswith("_240") else 224
+    fixed = ("vit", "swin", "vgg", "alexnet")
+    return 224 if any(part in name for part in fixed) else 96
 
 
 @torch.no_grad()
@@ -191,7 +191,7 @@ def main() -> int:
             raise SystemExit(f"{args.library} has no {name}")
         if name in done:
             continue
-        rows.append(row_of(name, known[name], image_size(name)) | provenance())
+        rows.append(row_of(name, known[name], image_size(args.library, name)) | provenance())
         with out.open("a") as file:
             file.write(json.dumps(rows[-1]) + "\n")
         print(f"{name}: {rows[-1].get('reason', 'traced')}", file=sys.stderr, flush=True)
