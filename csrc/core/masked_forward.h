@@ -23,6 +23,7 @@ enum class StepKind : int {
   layer_norm = 5,     // each pixel's channels at mean 0 and variance 1; `value` is the epsilon
   attention = 6,      // softmax(value * queries keys^T) values between pixels, per head
   product = 7,        // `input` times the other one, which may have one pixel for all of its own
+  group_norm = 8,     // each group's channels, over all pixels, at mean 0 and variance 1
 };
 
 // The shape of one value of one image. Buffer 0 holds the images.
@@ -48,7 +49,7 @@ struct StepSpec {
   std::vector<std::int64_t> others;  // buffers; attention: keys and values, `input` has the queries
   std::vector<std::int64_t> index;   // pick: pixels; attention: [3, heads, D], the channels that
                                      // each head reads of queries, keys and values
-  std::int64_t heads = 0;            // output channel h * D + d comes from head h
+  std::int64_t heads = 0;  // output channel h * D + d comes from head h; group norm: groups
   float value = 0;
   const float* weight = nullptr;  // [out channels, in channels / groups, kernel height, width]
   const float* bias = nullptr;    // [out channels]

@@ -90,6 +90,8 @@ void check_pixels(const StepSpec& spec, const std::vector<BufferShape>& buffers,
   ONP_CHECK(channels == to.channels, "masked_forward: final must have ", channels,
             " channels, got ", to.channels);
   if (spec.kind == StepKind::product) check_product(spec, buffers, to);
+  ONP_CHECK(spec.kind != StepKind::group_norm || (spec.heads > 0 && channels % spec.heads == 0),
+            "masked_forward: groups must divide the channels, got ", spec.heads);
   if (spec.kind != StepKind::pick) {
     ONP_CHECK(from.height == to.height && from.width == to.width, "masked_forward: final must be [",
               from.height, ", ", from.width, "] pixels, got [", to.height, ", ", to.width, "]");
@@ -134,7 +136,7 @@ void check_step(const StepSpec& spec, const std::vector<BufferShape>& buffers) {
   }
   ONP_CHECK(spec.plain < 0 || spec.plain != spec.final,
             "masked_forward: plain and final must differ, got ", spec.plain);
-  ONP_CHECK(spec.kind >= StepKind::convolution && spec.kind <= StepKind::product,
+  ONP_CHECK(spec.kind >= StepKind::convolution && spec.kind <= StepKind::group_norm,
             "masked_forward: unknown kind of step, got ", static_cast<int>(spec.kind));
   for (const Activation activation : {spec.first, spec.second}) {
     ONP_CHECK(activation >= Activation::none && activation <= Activation::hard_swish,

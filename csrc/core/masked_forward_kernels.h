@@ -37,6 +37,11 @@ constexpr std::int64_t attention_scratch(std::int64_t queries, std::int64_t keys
          queries * whole(outputs);
 }
 
+// Group norm: floats of scratch for sums of `rows` kinds per channel.
+constexpr std::int64_t group_scratch(std::int64_t rows, std::int64_t channels) {
+  return rows * ((channels + kChannelBlock - 1) / kChannelBlock * kChannelBlock);
+}
+
 // Those up to relu6 clamp; of the others a gradient keeps the slopes.
 enum class Activation : int {
   none = 0,
@@ -153,7 +158,7 @@ struct StepArgs {
   // Winograd: output pixels of a row.
   std::int64_t width;
 
-  // Winograd, concatenation, attention.
+  // Winograd, concatenation, attention, group norm.
   float* scratch;
 
   // Concatenation: the inputs behind the first, and the channels of each, the first's too.
@@ -163,10 +168,10 @@ struct StepArgs {
   const Operand* others;
   std::int64_t other_count;
   const std::int32_t* index;
-  std::int64_t heads;
+  std::int64_t heads;  // group norm: groups
   std::int64_t keys;
 
-  float value;  // layer norm: epsilon; attention: factor of the scores
+  float value;  // norms: epsilon; attention: factor of the scores
 
   const float* bias;  // null: none
   Operand residual;
@@ -196,6 +201,7 @@ struct Kernels {
   void (*layer_norm)(const StepArgs&);
   void (*attention)(const StepArgs&);
   void (*product)(const StepArgs&);
+  void (*group_norm)(const StepArgs&);
 };
 
 extern const Kernels kGenericKernels;

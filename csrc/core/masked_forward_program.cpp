@@ -275,6 +275,8 @@ auto kernel_of(StepKind kind) -> void (*Kernels::*)(const StepArgs&) {
       return &Kernels::attention;
     case StepKind::product:
       return &Kernels::product;
+    case StepKind::group_norm:
+      return &Kernels::group_norm;
     default:
       return &Kernels::max_pool;
   }
@@ -396,6 +398,7 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
 std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
                         std::int64_t keys) {
   if (spec.kind == StepKind::concatenation) return round_up(to.channels, kChannelBlock);
+  if (spec.kind == StepKind::group_norm) return group_scratch(2, to.channels);
   if (spec.kind == StepKind::attention) {
     return attention_scratch(pixels_of(to), keys, to.channels / spec.heads, to.channels);
   }

@@ -1,5 +1,5 @@
 // The kernels of a masked forward that look at all channels of a pixel, or at all pixels of an
-// image: concatenation, product, layer norm and attention. Internal linkage, as in
+// image: concatenation, product, norms and attention. Internal linkage, as in
 // masked_forward_tile.h.
 #pragma once
 
@@ -124,6 +124,58 @@ struct TokenTile : Tile<Simd> {
         for (Index c = 0; c < step.channels; c += kLanes) {
           Vec sums[1][1] = {{normal(load(row + c))}};
           Base::finish(step, outputs, c, sums);
+        }
+      }
+    }
+  }
+
+  // Every channel's sum becomes its group's, times `share`; 0 in lanes past the last channel.
+  static ONP_INLINE void sum_groups(float* sums, Index channels, Index groups, float share) {
+    clear_padding(sums, channels);
+    const Index size = channels / groups;
+    for (Index first = 0; first < channels; first += size) {
+      float total = 0;
+      for (Index c = first; c < first + size; ++c) total += sums[c];
+      for (Index c = first; c < first + size; ++c) sums[c] = total * share;
+    }
+  }
+
+  // (value - means[c]) * scales[c] is at mean 0 and variance 1 over a group's channels and pixels.
+  static void group_moments(const Operand& from, Index image, Index pixels, Index channels,
+                            Index groups, float epsilon, float* means, float* scales) {
+    const float share = static_cast<float>(groups) / static_cast<float>(pixels * channels);
+    for (Index c = 0; c < channels; c += kLanes) {
+      Vec total = Simd::splat(0.0f);
+      for (Index p = 0; p < pixels; ++p) total += load(address(from, {image, p}) + c);
+      store(means + c, total);
+    }
+    sum_groups(means, channels, groups, share);
+    for (Index c = 0; c < channels; c += kLanes) {
+      const Vec mean = load(means + c);
+      Vec squares = Simd::splat(0.0f);
+      for (Index p = 0; p < pixels; ++p) {
+        const Vec away = load(address(from, {image, p}) + c) - mean;
+        squares = Simd::fma(away, away, squares);
+      }
+      store(scales + c, squares);
+    }
+    sum_groups(scales, channels, groups, share);
+    for (Index c = 0; c < channels; ++c) scales[c] = 1.0f / __builtin_sqrtf(scales[c] + epsilon);
+  }
+
+  static void group_norm(const StepArgs& step) {
+    float* const means = step.scratch;
+    float* const scales = means + whole(step.channels);
+    for (Index image = 0; image < step.images; ++image) {
+      group_moments(step.input, image, step.pixels, step.channels, step.heads, step.value, means,
+                    scales);
+      for (Index pixel = 0; pixel < step.pixels; ++pixel) {
+        const float* row = address(step.input, {image, pixel});
+        typename Base::template Outputs<1> outputs{};
+        outputs.set(step, {{image, pixel}});
+        for (Index c = 0; c < step.channels; c += kLanes) {
+          Vec values[1][1] = {{(load(row + c) - load(means + c)) * load(scales + c)}};
+          Base::finish(step, outputs, c, values);
         }
       }
     }
@@ -314,7 +366,8 @@ constexpr Kernels kernel_table(const char* name) {
           Tokens::concatenation,
           Tokens::layer_norm,
           Tokens::attention,
-          Tokens::product};
+          Tokens::product,
+          Tokens::group_norm};
 }
 
 }  // namespace

@@ -280,6 +280,7 @@ struct MaskedGradientPlan::Run::Backward {
   void split(std::size_t s, const Operand& operation);
   void product(std::size_t s, const Operand& operation);
   void layer_norm(std::size_t s, const Operand& operation);
+  void group_norm(std::size_t s, const Operand& operation);
   void attention(std::size_t s, const Operand& operation);
   void give_images() const;
 };
@@ -354,6 +355,8 @@ void MaskedGradientPlan::Run::Backward::operation(std::size_t s, const Operand& 
       return product(s, operation);
     case StepKind::layer_norm:
       return layer_norm(s, operation);
+    case StepKind::group_norm:
+      return group_norm(s, operation);
     case StepKind::attention:
       return attention(s, operation);
     default:
@@ -459,6 +462,23 @@ void MaskedGradientPlan::Run::Backward::layer_norm(std::size_t s, const Operand&
   args.to = gradient(step.spec.input);
   args.add = flows[step.spec.input];
   kernels.layer_norm(args);
+  flows[step.spec.input] = 1;
+}
+
+void MaskedGradientPlan::Run::Backward::group_norm(std::size_t s, const Operand& operation) {
+  const Step& step = program.steps[s];
+  GroupNormPullArgs args{};
+  args.images = place.images;
+  args.pixels = pixels_of(program.reverse[s].gradient.shape);
+  args.channels = step.channels;
+  args.groups = step.spec.heads;
+  args.gradient = operation;
+  args.input = at(step.spec.input);
+  args.epsilon = step.spec.value;
+  args.to = gradient(step.spec.input);
+  args.add = flows[step.spec.input];
+  args.scratch = place.scratch;
+  kernels.group_norm(args);
   flows[step.spec.input] = 1;
 }
 

@@ -100,6 +100,17 @@ struct LayerNormPullArgs {
   bool add;
 };
 
+// A group norm backwards, likewise.
+struct GroupNormPullArgs {
+  std::int64_t images, pixels, channels, groups;
+  Operand gradient;
+  Operand input;
+  float epsilon;
+  Operand to;
+  bool add;
+  float* scratch;  // group_scratch(4, channels)
+};
+
 // Attention backwards: adds to the gradients of queries, keys and values, of which several may be
 // one buffer; of what is absent, nothing.
 struct AttentionPullArgs {
@@ -129,6 +140,7 @@ struct GradientKernels {
   void (*split)(const SplitArgs&);
   void (*product)(const ProductPullArgs&);
   void (*layer_norm)(const LayerNormPullArgs&);
+  void (*group_norm)(const GroupNormPullArgs&);
   void (*attention)(const AttentionPullArgs&);
 };
 

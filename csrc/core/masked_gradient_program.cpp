@@ -136,6 +136,8 @@ void GradientProgram::plan_reverse(const StepSpec& spec, const Step& step) {
       back.gradient_offset.push_back(input_gradient.interior[from]);
       back.picked.push_back(back.gradient.interior[pixel]);
     }
+  } else if (spec.kind == StepKind::group_norm) {
+    backward_scratch_floats = std::max(backward_scratch_floats, group_scratch(4, step.channels));
   } else if (spec.kind == StepKind::attention) {
     const std::int64_t floats = attention_pull_scratch(pixels_of(back.gradient.shape), step.keys,
                                                        step.channels / spec.heads);
@@ -239,8 +241,8 @@ GradientLayout GradientProgram::lay_out(GradientMode mode, bool keep) const {
     keeps(true, extra.first_slope);
     keeps(true, extra.second_slope);
     const bool again = spec.kind == StepKind::max_pool || spec.kind == StepKind::layer_norm ||
-                       spec.kind == StepKind::attention ||
-                       spec.kind == StepKind::product;  // reads its operands once more
+                       spec.kind == StepKind::attention || spec.kind == StepKind::product ||
+                       spec.kind == StepKind::group_norm;  // reads its operands once more
     for (const std::int64_t id : spec.operands()) keeps(again, id);
   }
   last_use[output] = steps.size();

@@ -1,5 +1,5 @@
-// The kernels of a masked gradient that look at whole pixels: layer norm and attention; and the
-// table of all. Internal linkage, as in masked_forward_tile.h.
+// The kernels of a masked gradient that look at whole pixels: norms and attention; and the table of
+// all. Internal linkage, as in masked_forward_tile.h.
 #pragma once
 
 #include "core/masked_forward_tokens.h"
@@ -42,6 +42,47 @@ struct TokenGradientTile : TokenTile<Simd> {
           const Vec away = load(gradient + c) - mean - normal(load(row + c)) * along;
           const Vec before = args.add ? load(to + c) : Simd::splat(0.0f);
           store(to + c, Simd::fma(away, normal.scale, before));
+        }
+      }
+    }
+  }
+
+  // The same with means over each group's channels and all pixels.
+  static void group_norm(const GroupNormPullArgs& args) {
+    const Index width = whole(args.channels);
+    float* const means = args.scratch;
+    float* const scales = means + width;
+    float* const sums = scales + width;  // of gradients
+    float* const along = sums + width;   // of gradients times normal values
+    const float share =
+        static_cast<float>(args.groups) / static_cast<float>(args.pixels * args.channels);
+    for (Index image = 0; image < args.images; ++image) {
+      Base::group_moments(args.input, image, args.pixels, args.channels, args.groups, args.epsilon,
+                          means, scales);
+      for (Index c = 0; c < args.channels; c += kLanes) {
+        const Vec mean = load(means + c), scale = load(scales + c);
+        Vec total = Simd::splat(0.0f), matching = Simd::splat(0.0f);
+        for (Index p = 0; p < args.pixels; ++p) {
+          const Vec gradient = load(address(args.gradient, {image, p}) + c);
+          const Vec normal = (load(address(args.input, {image, p}) + c) - mean) * scale;
+          total += gradient;
+          matching = Simd::fma(gradient, normal, matching);
+        }
+        store(sums + c, total);
+        store(along + c, matching);
+      }
+      Base::sum_groups(sums, args.channels, args.groups, share);
+      Base::sum_groups(along, args.channels, args.groups, share);
+      for (Index p = 0; p < args.pixels; ++p) {
+        const float* row = address(args.input, {image, p});
+        const float* gradient = address(args.gradient, {image, p});
+        float* to = address(args.to, {image, p});
+        for (Index c = 0; c < args.channels; c += kLanes) {
+          const Vec scale = load(scales + c);
+          const Vec normal = (load(row + c) - load(means + c)) * scale;
+          const Vec away = load(gradient + c) - load(sums + c) - normal * load(along + c);
+          const Vec before = args.add ? load(to + c) : Simd::splat(0.0f);
+          store(to + c, Simd::fma(away, scale, before));
         }
       }
     }
@@ -166,6 +207,7 @@ constexpr GradientKernels gradient_table(const char* name) {
           Plain::split,
           Plain::product,
           Tokens::layer_norm,
+          Tokens::group_norm,
           Tokens::attention};
 }
 

@@ -74,14 +74,14 @@ def node_features(
 
 
 def _norms(trace: Trace, model: nn.Module) -> tuple[Tensor, Tensor]:
-    """Scale and shift of each site's own norm (a layer norm's after it standardised); (1, 0) where
-    it has none."""
+    """Scale and shift of each site's own norm (a layer or group norm's after it standardised);
+    (1, 0) where it has none."""
     scale, shift = torch.ones(trace.sites), torch.zeros(trace.sites)
     for layer in trace.layers:
         if layer.norm is None:
             continue
         module = model.get_submodule(str(trace.ops[layer.norm].module))
-        if isinstance(module, nn.LayerNorm):
+        if isinstance(module, nn.LayerNorm | nn.GroupNorm | nn.InstanceNorm2d):
             scale[layer.sites] = module.weight.detach().float().cpu()
             if module.bias is not None:
                 shift[layer.sites] = module.bias.detach().float().cpu()

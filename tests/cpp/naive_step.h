@@ -90,6 +90,20 @@ Value operate_pixels(const onp::StepSpec& step, const std::vector<onp::BufferSha
     const bool one = other.height * other.width == 1;
     return static_cast<Value>(at(step.input, o, p) * at(step.others[0], o, one ? 0 : p));
   }
+  if (step.kind == onp::StepKind::group_norm) {
+    const std::int64_t size = channels / step.heads, begin = o / size * size;
+    const std::int64_t pixels = buffers[step.input].height * buffers[step.input].width;
+    double mean = 0, variance = 0;
+    const auto over_group = [&](auto add) {
+      for (std::int64_t c = begin; c < begin + size; ++c) {
+        for (std::int64_t i = 0; i < pixels; ++i) add(at(step.input, c, i));
+      }
+    };
+    over_group([&](double x) { mean += x / static_cast<double>(size * pixels); });
+    over_group(
+        [&](double x) { variance += std::pow(x - mean, 2) / static_cast<double>(size * pixels); });
+    return static_cast<Value>((at(step.input, o, p) - mean) / std::sqrt(variance + step.value));
+  }
   if (step.kind == onp::StepKind::layer_norm) {
     double mean = 0, variance = 0;
     for (std::int64_t c = 0; c < channels; ++c) mean += at(step.input, c, p) / channels;

@@ -519,9 +519,11 @@ void test_refuses_tokens() {
   refuses([](Network& n) { n.steps[8].others = {4}; });      // of other channels
   refuses([](Network& n) { n.steps[8].others = {11, 7}; });
   refuses([](Network& n) { n.buffers[11] = {60, 2, 1}; });
+  refuses([](Network& n) { n.steps[10].heads = 7; });
+  refuses([](Network& n) { n.steps[10].heads = 0; });
   refuses([](Network& n) { n.constants[0].buffer = 2; });
   refuses([](Network& n) { n.constants[0].buffer = 0; });
-  refuses([](Network& n) { n.steps[0].kind = static_cast<StepKind>(8); });
+  refuses([](Network& n) { n.steps[0].kind = static_cast<StepKind>(9); });
   refuses([](Network& n) { n.steps[0].first = static_cast<Activation>(9); });
   refuses([](Network& n) { n.constants[0].values = nullptr; });
   refuses([](Network& n) { n.steps[2].input = n.steps[2].residual = 3; });

@@ -17,9 +17,9 @@ Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
     return arrays.back().data();
   };
   Network network;
-  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1},
-                     {60, 31, 1}, {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},
-                     {20, 31, 1}, {60, 1, 1},  {60, 31, 1}, {60, 31, 1}, {60, 1, 1}};
+  network.buffers = {{3, 11, 13}, {20, 5, 6},  {20, 31, 1}, {20, 31, 1}, {20, 31, 1}, {60, 31, 1},
+                     {20, 31, 1}, {60, 31, 1}, {60, 1, 1},  {5, 1, 1},   {20, 31, 1}, {60, 1, 1},
+                     {60, 31, 1}, {60, 31, 1}, {60, 1, 1},  {60, 31, 1}};
   network.constants = {{3, values(20 * 31)}};
   onp::StepSpec patches;  // 0 -> 1
   patches.kind = onp::StepKind::convolution;
@@ -91,16 +91,22 @@ Network token_steps(std::vector<Values>& arrays, std::mt19937& random) {
   both.others = {7};
   both.second = onp::Activation::hard_sigmoid;
   both.final = 13;
-  onp::StepSpec again = mean;  // 13 -> 14
-  again.input = 13;
+  onp::StepSpec groups;  // 13 -> 15
+  groups.kind = onp::StepKind::group_norm;
+  groups.input = 13;
+  groups.heads = 4;
+  groups.value = 1e-2f;
+  groups.final = 15;
+  onp::StepSpec again = mean;  // 15 -> 14
+  again.input = 15;
   again.final = 14;
   onp::StepSpec head = linear;  // 14 -> 9
   head.input = 14;
   head.weight = values(5 * 60);
   head.bias = nullptr;
   head.final = 9;
-  network.steps = {patches, tokens, norm,  linear, attention, together,
-                   mean,    gate,   gated, both,   again,     head};
+  network.steps = {patches, tokens, norm, linear, attention, together, mean,
+                   gate,    gated,  both, groups, again,     head};
   network.output = 9;
   network.sites = 100;
   return network;

@@ -153,6 +153,19 @@ class Gate(nn.Module):
         return gate * x if self.squeezed else x * gate.permute(0, 3, 1, 2)
 
 
+class Normed(nn.Module):
+    """A convolution of the padded map less the map, behind a norm over groups."""
+
+    def __init__(self, width: int, norm: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3), norm
+        for parameter in norm.parameters():
+            nn.init.uniform_(parameter, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.conv(nn.functional.pad(x, (2, 0, 1, 1))) - x))
+
+
 class Shuffle(nn.Module):
     """Channels of two halves in turn, behind a convolution of one half."""
 
@@ -211,6 +224,13 @@ def gate(net: RandomNetwork) -> nn.Module:
     return Gate(net.channels, squeezed, net.random.choice((nn.Sigmoid, nn.Hardsigmoid, nn.ReLU))())
 
 
+def normed(net: RandomNetwork) -> nn.Module:
+    width = net.channels
+    groups = net.random.choice([g for g in (1, 2, 3, 4) if width % g == 0])
+    norms = (nn.GroupNorm(groups, width), nn.GroupNorm(width, width, affine=False))
+    return Normed(width, net.random.choice((*norms, nn.InstanceNorm2d(width, affine=True))))
+
+
 def shuffle(net: RandomNetwork) -> nn.Module:
     return Shuffle(net.channels) if net.channels % 2 == 0 else nn.Identity()
 
@@ -237,6 +257,7 @@ BLOCKS: dict[str, Callable[[RandomNetwork], nn.Module]] = {
     "attention": attention,
     "gate": gate,
     "shuffle": shuffle,
+    "normed": normed,
 }
 
 
@@ -257,7 +278,7 @@ class Case:
     def convolutional(self) -> bool:
         """Whether the GPU's plan can run it."""
         smooth = (nn.GELU, nn.SiLU, nn.Sigmoid, nn.Hardswish, nn.Hardsigmoid)
-        smooth += (nn.LayerNorm, Attention, Gate)
+        smooth += (nn.LayerNorm, Attention, Gate, Normed)
         return not any(isinstance(module, smooth) for module in self.net.modules())
 
 

@@ -28,6 +28,8 @@ class _Network(nn.Module):
         self.norm = nn.BatchNorm2d(8)
         self.linear, self.mixed = nn.Linear(8, 8), nn.Linear(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.groups = nn.GroupNorm(4, 8, eps=1e-3)
+        self.plain = nn.Sequential(nn.ZeroPad2d(1), nn.InstanceNorm2d(8), nn.AvgPool2d(3, 1))
         self.act = nn.LeakyReLU(0.2, inplace=True)
         self.head = nn.Linear(6, 5)
         for tensor in (self.norm.running_mean, self.norm.bias):
@@ -102,6 +104,16 @@ def _rounded_up(_: _Network, x: Tensor) -> Tensor:
     return F.avg_pool2d(pooled, 2, 2, padding=1, ceil_mode=True, count_include_pad=True)
 
 
+def _grouped(net: _Network, x: Tensor) -> Tensor:
+    own = net.groups
+    x = F.group_norm(x, 4, own.weight, own.bias, own.eps)
+    return F.relu(x - net.plain(x))
+
+
+def _padded(_: _Network, x: Tensor) -> Tensor:
+    return F.pad(F.pad(x, (1, 2)), (-1, 0, 0, 3))
+
+
 def _leaky(net: _Network, x: Tensor) -> Tensor:
     return net.act(net.norm(x)).clamp(-0.4, 0.6) + F.elu(x, 0.5)
 
@@ -131,6 +143,8 @@ UNDERSTOOD: dict[str, tuple[Middle, int]] = {
     "enlarged by pooling": (_enlarged, 8),
     "pools that round up": (_rounded_up, 8),
     "functions of each number": (_leaky, 8),
+    "group norms": (_grouped, 8),
+    "zeros around a map": (_padded, 8),
     "nn.MultiheadAttention": (_multihead, 8),
     "attention spelled out": (_spelled_out, 8),
 }
@@ -226,6 +240,11 @@ def _another_epsilon(net: _Network, x: Tensor) -> Tensor:
 
 
 REFUSED: dict[str, tuple[Middle, str]] = {
+    "reflected padding": (lambda _, x: F.pad(x, (1, 1, 1, 1), "reflect"), "padding with zeros"),
+    "padded channels": (
+        lambda _, x: F.pad(x, (0, 0, 0, 0, 0, 2))[:, :8],
+        "only the rows and columns",
+    ),
     "attention with a mask": (_attends(None, False, torch.zeros(36, 36)), "without masks"),
     "attention between two values": (_attends_to_another, "of one value with itself"),
     "attention's weights": (_reads_its_weights, "part 1 of attention is not handled"),

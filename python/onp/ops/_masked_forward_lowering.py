@@ -23,6 +23,7 @@ from onp.ops._masked_forward_steps import (
     CONCATENATION,
     CONVOLUTION,
     GELU,
+    GROUP_NORM,
     LAYER_NORM,
     MAX_POOL,
     NONE,
@@ -43,7 +44,7 @@ Copy = tuple[int, int | None]
 """A value as its readers see it: op index, and the site layer that masks it (None: unmasked)."""
 
 _ELEMENTWISE = ("norm", "affine", "parameter", *ACTIVATIONS, "gelu", "add")
-_OF_PIXELS = ("pick", "select", "extend", "layernorm", "attention")
+_OF_PIXELS = ("pick", "select", "extend", "layernorm", "groupnorm", "attention")
 """Kinds that know channels from positions: a flattened map has not."""
 
 
@@ -94,7 +95,7 @@ class Lowering:
         """(C, H, W) of every value; a flattened one keeps the shape that it was flattened from."""
         shapes: list[tuple[int, int, int]] = []
         for op, shape in zip(self.trace.ops, self.trace.shapes, strict=True):
-            if op.kind in ("flatten", "output", "layernorm", "product", *_ELEMENTWISE):
+            if op.kind in ("flatten", "output", "layernorm", "groupnorm", "product", *_ELEMENTWISE):
                 shapes.append(shapes[op.inputs[0]])
             elif op.kind == "concat":
                 parts = [shapes[value] for value in op.inputs]
@@ -156,7 +157,10 @@ class Lowering:
         elif op.kind in ("pick", "extend"):
             self._open_pick(step, index, op)
         elif op.kind == "layernorm":
-            self._open_layer_norm(step, index, op)
+            self._open_norm(step, op)
+        elif op.kind == "groupnorm":
+            self._open_norm(step, op)
+            step.kind, step.heads = GROUP_NORM, int(op.attrs["groups"])
         elif op.kind == "attention":
             self._open_attention(step, index, op)
         elif op.kind not in _ELEMENTWISE or not self._absorb(step, index, index):
@@ -269,13 +273,13 @@ class Lowering:
         values[:, begin : begin + own, 0] = self._parameter(op)
         step.absorb_residual(self._constant(values))
 
-    def _open_layer_norm(self, step: Step, index: int, op: Op) -> None:
+    def _open_norm(self, step: Step, op: Op) -> None:
         step.kind = LAYER_NORM
         step.value = float(op.attrs["eps"])
         if op.module is None:
             return
         norm = self.modules[op.module]
-        assert isinstance(norm, nn.LayerNorm)
+        assert isinstance(norm, nn.LayerNorm | nn.GroupNorm | nn.InstanceNorm2d)
         ones = torch.ones(step.channels, dtype=torch.float64, device=self.device)
         scale = ones if norm.weight is None else self._double(norm.weight)
         shift = 0 * ones if norm.bias is None else self._double(norm.bias)

@@ -1,6 +1,6 @@
 """The program of a masked forward: steps over buffers.
 
-A step is one convolution (a linear layer is one too), pool, copy, concatenation, layer norm,
+A step is one convolution (a linear layer is one too), pool, copy, concatenation, norm,
 attention or product, and as many of the elementwise operations behind it as its epilogue holds, in
 this order:
 
@@ -21,7 +21,8 @@ from onp.errors import UnsupportedOperation
 Pair = tuple[int, int]
 
 NONE = -1
-CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION, LAYER_NORM, ATTENTION, PRODUCT = range(8)
+CONVOLUTION, MAX_POOL, AVERAGE_POOL, PICK, CONCATENATION = range(5)
+LAYER_NORM, ATTENTION, PRODUCT, GROUP_NORM = range(5, 9)
 ACTIVATIONS = {"relu": 1, "relu6": 2, "silu": 5, "sigmoid": 6, "hardsigmoid": 7, "hardswish": 8}
 GELU = {"none": 3, "tanh": 4}
 
@@ -43,8 +44,9 @@ class Step:
     index: tuple[int, ...] = ()
     """Pixels picked, -1 for zeros; or channels [3, heads, D] of queries, keys and values."""
     heads: int = 0
+    """Of an attention; or a group norm's groups."""
     value: float = 0.0
-    """A layer norm's epsilon, or the factor of an attention's scores."""
+    """A norm's epsilon, or the factor of an attention's scores."""
     kernel: Pair = (1, 1)
     stride: Pair = (1, 1)
     padding: Pair = (0, 0)

@@ -20,11 +20,11 @@ class Channels:
     """int64 [C] (or [F] after flatten) for each op's output."""
     fixed: frozenset[int]
     """Numbers that must not be cut: image channels, logits, inputs of grouped convolutions, of
-    layer norms and of an nn.MultiheadAttention, heads of an attention, channels that code takes
-    apart or that a tensor of the model is added to."""
+    layer and group norms and of an nn.MultiheadAttention, heads of an attention, channels that code
+    takes apart or that a tensor of the model is added to."""
 
 
-_COUNTED = ("output", "affine", "parameter", "extend", "layernorm")
+_COUNTED = ("output", "affine", "parameter", "extend", "layernorm", "groupnorm")
 """Kinds that hold a number for every channel, or average over all of them, and that surgery leaves
 as they are."""
 

@@ -56,7 +56,8 @@ _FUNCTIONS: dict[Any, str] = {
     operator.truediv: "div", torch.div: "div", "div": "div",
     operator.mul: "mul", torch.mul: "mul", "mul": "mul", "mul_": "mul",
     torch.cat: "concat", torch.concat: "concat", F.layer_norm: "layer_norm",
-    F.batch_norm: "batch_norm", F.linear: "function_linear",
+    F.batch_norm: "batch_norm", F.group_norm: "group_norm", F.linear: "function_linear",
+    F.pad: "pad",
     F.scaled_dot_product_attention: "attention", F.softmax: "softmax", torch.softmax: "softmax",
     "softmax": "softmax", torch.matmul: "matmul", operator.matmul: "matmul", "matmul": "matmul",
     torch.bmm: "matmul", "bmm": "matmul",
@@ -193,6 +194,18 @@ class _Lowering:
             if module.running_mean is None:
                 raise UntraceableModel(f"{name}: a batch norm without running statistics")
             self._on_map("norm", node, name)
+        elif isinstance(module, nn.GroupNorm):
+            owner = None if module.weight is None else name
+            attrs = {"groups": module.num_groups, "eps": module.eps}
+            self._elementwise("groupnorm", node, attrs, owner)
+        elif isinstance(module, nn.InstanceNorm2d):
+            if module.track_running_stats:
+                raise UntraceableModel(f"{name}: an instance norm with statistics is not handled")
+            owner = None if module.weight is None else name
+            attrs = {"groups": module.num_features, "eps": module.eps}
+            self._elementwise("groupnorm", node, attrs, owner)
+        elif isinstance(module, nn.ZeroPad2d):
+            self._padded(node, module.padding)
         elif isinstance(module, nn.LayerNorm):
             owner = None if module.weight is None else name
             self._normalise(node, owner, module.normalized_shape, module.eps)
@@ -289,9 +302,15 @@ class _Lowering:
 
     # ---- channel for channel
 
-    def _elementwise(self, kind: str, node: fx.Node, attrs: dict[str, Any] | None = None) -> None:
+    def _elementwise(
+        self,
+        kind: str,
+        node: fx.Node,
+        attrs: dict[str, Any] | None = None,
+        module: str | None = None,
+    ) -> None:
         value, last = self._read(node, _source(node))
-        self._emit(kind, node, (value,), self.op_shapes[value], last, attrs=attrs)
+        self._emit(kind, node, (value,), self.op_shapes[value], last, module, attrs)
 
     def _pointwise(self, node: fx.Node) -> None:
         target, arguments, keywords = node.target, node.args[1:], node.kwargs
@@ -318,8 +337,8 @@ class _Lowering:
         if not (self._is_value(left) and self._is_value(right)):
             self._with_constant(kind, node, left, right)
             return
-        if kind not in ("add", "mul"):
-            _refuse(node, f"{kind} of two image values is not handled yet")
+        if kind == "div":
+            _refuse(node, "div of two image values is not handled yet")
         (one, last), (other, other_last) = self._read(node, left), self._read(node, right)
         shape, other_shape = self.op_shapes[one], self.op_shapes[other]
         if kind == "mul" and math.prod(shape) < math.prod(other_shape):
@@ -328,6 +347,11 @@ class _Lowering:
         fits = other_shape == shape or (kind == "mul" and other_shape == factors)
         if not fits or (last != other_last and len(shape) > 1):
             _refuse(node, f"{kind} must be of two values of one shape, got {shape}, {other_shape}")
+        if kind == "sub":  # one and the other's negative
+            scale, shift = -torch.ones(shape[0]), torch.zeros(shape[0])
+            other = self._emit(
+                "affine", node, (other,), shape, last, attrs={"scale": scale, "shift": shift}
+            )
         self._emit("product" if kind == "mul" else "add", node, (one, other), shape, last)
 
     def _scaled(self, how: str, left: Any, right: Any) -> View | Scores | None:
@@ -382,6 +406,27 @@ class _Lowering:
     ) -> None:
         value = self._read_first(node, _source(node))
         self._emit(kind, node, (value,), self.shapes[node], module=module, attrs=attrs)
+
+    def _pad(self, node: fx.Node) -> None:
+        mode, value = _argument(node, 2, "mode", "constant"), _argument(node, 3, "value", 0)
+        if mode != "constant" or value != 0:
+            _refuse(node, "only padding with zeros is handled")
+        self._padded(node, _argument(node, 1, "pad"))
+
+    def _padded(self, node: fx.Node, pad: Sequence[int]) -> None:
+        """Zeros around a map; negative: a part of it."""
+        shape = self.op_shapes[self._read_first(node, _source(node))]
+        if len(shape) != 3 or len(pad) > 4:
+            _refuse(node, "only the rows and columns of a map are padded")
+        places = torch.arange(math.prod(shape[1:])).view(shape[1:])
+        positions = F.pad(places, list(pad), value=-1)
+        self._on_map("pick", node, None, {"positions": positions})
+
+    def _group_norm(self, node: fx.Node) -> None:
+        """F.group_norm; its weights must be those of an nn.GroupNorm."""
+        owned = self._owner(node, {"weight": 2, "bias": 3}, nn.GroupNorm)
+        attrs = {"groups": node.args[1], "eps": _argument(node, 4, "eps", 1e-5)}
+        self._elementwise("groupnorm", node, attrs, None if owned is None else owned[0])
 
     def _maxpool(self, node: fx.Node) -> None:
         kernel = _argument(node, 1, "kernel_size")

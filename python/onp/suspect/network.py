@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
@@ -133,7 +134,7 @@ class FrozenNetwork:
                     self._affines[index] = _Affine(
                         op.attrs["scale"].to(self.device), op.attrs["shift"].to(self.device)
                     )
-                elif op.kind == "layernorm" and op.module is not None:
+                elif op.kind in ("layernorm", "groupnorm") and op.module is not None:
                     self._read_weights(index, model)
                 elif op.kind == "select":
                     self._places[index] = op.attrs["channels"].to(self.device)
@@ -141,7 +142,8 @@ class FrozenNetwork:
                     self._places[index] = torch.as_tensor(op.attrs["positions"]).to(self.device)
                 elif op.kind in ("pick", "attention"):
                     names = ("positions",) if op.kind == "pick" else ("q", "k", "v")
-                    self._picks[index] = [_Pick.of(op.attrs[n], self.device) for n in names]
+                    behind = math.prod(trace.shapes[op.inputs[0]][1:])
+                    self._picks[index] = [_Pick.of(op.attrs[n], behind, self.device) for n in names]
                 elif op.kind in ("parameter", "extend"):
                     tensor = tensor_of(model, op.attrs["name"]).detach().float().flatten()
                     place = op.attrs["index"].to(tensor.device)
@@ -317,6 +319,9 @@ class FrozenNetwork:
             scale, shift = self._weights.get(index, (None, None))
             x = x.movedim(1, -1)
             return F.layer_norm(x, x.shape[-1:], scale, shift, attrs["eps"]).movedim(-1, 1)
+        if kind == "groupnorm":
+            scale, shift = self._weights.get(index, (None, None))
+            return F.group_norm(x, attrs["groups"], scale, shift, attrs["eps"])
         if kind == "parameter":
             function: Callable[[Tensor, Tensor], Tensor] = getattr(torch, attrs["how"])
             return function(x, _like(self._constants[index], x))
@@ -388,17 +393,24 @@ class _Pick:
     """Of the places, flattened or not."""
     first: int | None
     """Where the places only count up: nothing need be copied."""
+    zeros: bool
+    """Some are -1."""
 
     @classmethod
-    def of(cls, places: Tensor, device: torch.device) -> _Pick:
+    def of(cls, places: Tensor, behind: int, device: torch.device) -> _Pick:
+        """behind: how many places there are to pick from."""
         index = places.flatten()
-        first = int(index[0])
-        return cls(index.to(device), places.shape, first if in_order(index - first) else None)
+        first, zeros = int(index[0]), bool((index < 0).any())
+        counts_up = in_order(index - first) and not zeros
+        index = torch.where(index < 0, behind, index)
+        return cls(index.to(device), places.shape, first if counts_up else None, zeros)
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [N, C, T] to [N, C, places]."""
+        """x [N, C, T] to [N, C, places]; zeros for -1."""
         if self.first is not None:
             return x[:, :, self.first : self.first + len(self.index)]
+        if self.zeros:
+            return F.pad(x, (0, 1)).index_select(2, self.index)  # the last place is zero
         return x.index_select(2, self.index)
 
 

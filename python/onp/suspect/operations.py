@@ -14,7 +14,7 @@ KEEP_ZERO = ("relu", "relu6", "gelu", "silu", "hardswish")
 """Activations that leave a zero a zero,"""
 ACTIVATIONS = (*KEEP_ZERO, "sigmoid", "hardsigmoid", "pointwise")
 """and all."""
-NORMS = ("norm", "layernorm")
+NORMS = ("norm", "layernorm", "groupnorm")
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,9 @@ class Op:
       norm                      ``module`` is a BatchNorm2d/1d in eval mode (per-channel affine)
       layernorm                 over the channels of each token or pixel; ``module`` is the
                                 nn.LayerNorm, None without weights; attrs["eps"]
+      groupnorm                 over each group's channels and all positions; ``module`` is the
+                                nn.GroupNorm, or nn.InstanceNorm2d, None without weights;
+                                attrs["groups"], attrs["eps"]
       affine                    per-channel scale and shift: attrs["scale"], attrs["shift"] [C]
       parameter                 x + p, x - p, x * p or x / p with a tensor p of the model (position
                                 embedding, layer scale): attrs["how"] is add, sub, mul or div, p is
@@ -56,8 +59,9 @@ class Op:
       subsample_pad             option-A shortcut: x[:, :, ::s, ::s] with its channels written to
                                 attrs["positions"] (of attrs["channels"]); attrs["stride"]
       select                    some of the channels, in any order: attrs["channels"] int64 [C']
-      pick                      positions of the flattened space, attrs["positions"] int64 of the
-                                new space's shape: [N, C, H, W] to tokens, one token to features
+      pick                      positions of the flattened space, -1 for zeros: attrs["positions"]
+                                int64 of the new space's shape; [N, C, H, W] to tokens, one token to
+                                features, a map with zeros around it
       flatten                   [N, C, *space] -> [N, C * positions]
       output                    reads the logits
     Identity and (eval-mode) dropout are elided.

@@ -30,11 +30,14 @@ def apply_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> nn.Module:
     return repaired
 
 
+_AVERAGING = nn.LayerNorm | nn.GroupNorm | nn.InstanceNorm2d
+
+
 def _zero_norm(model: nn.Module, trace: Trace, layer: SiteLayer, cut: Tensor) -> bool:
     assert layer.norm is not None
     norm = model.get_submodule(str(trace.ops[layer.norm].module))
-    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d | nn.LayerNorm)
-    if not (isinstance(norm, nn.LayerNorm) or norm.affine):
+    assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d | _AVERAGING)
+    if getattr(norm, "weight", None) is None:
         return False
     cut = cut.to(norm.weight.device)
     norm.weight[cut] = 0
