@@ -45,8 +45,9 @@ TIMM = (
     "mobilenetv4_conv_small", "mobilevit_s", "nfnet_f0", "pit_ti_224", "poolformer_s12",
     "regnetx_002", "regnety_002", "repvgg_a0", "res2net50_26w_4s", "resmlp_12_224", "resnest14d",
     "resnet18", "resnet50", "resnetaa50", "resnetv2_50", "resnext50_32x4d", "rexnet_100",
-    "semnasnet_100", "seresnet50", "skresnet18", "swin_tiny_patch4_window7_224", "tinynet_a",
-    "vgg16_bn", "visformer_tiny", "vit_base_patch16_224", "vit_tiny_patch16_224", "volo_d1_224",
+    "semnasnet_100", "seresnet50", "skresnet18", "swin_tiny_patch4_window7_224",
+    "tf_efficientnet_b0", "tf_mobilenetv3_small_100", "tinynet_a", "vgg16_bn",
+    "visformer_tiny", "vit_base_patch16_224", "vit_tiny_patch16_224", "volo_d1_224",
     "wide_resnet50_2", "xception65", "xcit_nano_12_p16_224",
 )  # fmt: skip
 """One or two of each family of timm's; torchvision's are all taken."""

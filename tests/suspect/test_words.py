@@ -25,6 +25,7 @@ class _Network(nn.Module):
         super().__init__()
         self.middle = middle
         self.stem, self.next = nn.Conv2d(3, 8, 3), nn.Conv2d(width, 6, 1)
+        self.inner = nn.Conv2d(8, 8, 3, 2, groups=4)
         self.norm = nn.BatchNorm2d(8)
         self.linear, self.mixed = nn.Linear(8, 8), nn.Linear(8, 8)
         self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
@@ -60,6 +61,15 @@ def _functional_norm(net: _Network, x: Tensor) -> Tensor:
     return F.relu(
         F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0, 1e-5)
     )
+
+
+def _functional_convolution(net: _Network, x: Tensor) -> Tensor:
+    inner = F.conv2d(F.pad(x, (1, 1, 1, 1)), net.inner.weight, net.inner.bias, 2, groups=4)
+    return F.relu(inner)
+
+
+def _another_stride(net: _Network, x: Tensor) -> Tensor:
+    return F.conv2d(x, net.inner.weight, net.inner.bias, groups=4)
 
 
 def _functional_linear(net: _Network, x: Tensor) -> Tensor:
@@ -133,6 +143,7 @@ def _spelled_out(net: _Network, x: Tensor) -> Tensor:
 
 UNDERSTOOD: dict[str, tuple[Middle, int]] = {
     "functional norm": (_functional_norm, 8),
+    "functional convolution": (_functional_convolution, 8),
     "functional linear layer": (_functional_linear, 8),
     "squeezed": (_squeezed, 8),
     "squeezed, expanded": (_expanded, 8),
@@ -156,7 +167,7 @@ def test_it_is_understood(case: str) -> None:
     model, found = traced(*UNDERSTOOD[case])
     images = torch.rand(3, 3, 8, 8)
     pruned = torch.rand(found.sites, generator=torch.Generator().manual_seed(1)) < 0.5
-    hooked = case != "functional linear layer"  # a function calls no hooks
+    hooked = case not in ("functional linear layer", "functional convolution")  # which call none
     with torch.no_grad():
         plain = model(images)
         expected = (
@@ -250,6 +261,7 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     "attention's weights": (_reads_its_weights, "part 1 of attention is not handled"),
     "norm of the images": (_norm_of_the_images, "must take the tensors of one module"),
     "norm of two modules": (_norm_of_two, "must take the tensors of one module"),
+    "convolution with another stride": (_another_stride, r"the stride of inner, \(2, 2\), got 1"),
     "norm with another epsilon": (_another_epsilon, "must have the epsilon of norm"),
     "function of two values": (lambda _, x: torch.clamp(x, max=F.relu(x)), "several values"),
     "product by position": (lambda _, x: x * x.mean(1, keepdim=True), "mean over all positions"),

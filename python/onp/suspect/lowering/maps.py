@@ -14,12 +14,30 @@ from onp.errors import UntraceableModel
 from onp.suspect.architectures.resnet import SubsamplePad
 
 from .walk import FunctionHandler, ModuleHandler, Walk, argument_of, refuse, source_of
+from .weights import owner_of
 
 
 def _convolution(walk: Walk, node: fx.Node, name: str, module: nn.Conv2d) -> None:
     if module.padding_mode != "zeros" or isinstance(module.padding, str):
         raise UntraceableModel(f"{name}: only explicit zero padding is handled")
     walk.emit_on_map("conv", node, name)
+
+
+def _convolution_function(walk: Walk, node: fx.Node) -> None:
+    """F.conv2d; its tensors and numbers must be those of an nn.Conv2d."""
+    owned = owner_of(walk, node, {"weight": 1, "bias": 2}, nn.Conv2d)
+    assert owned is not None  # it has a weight
+    name, module = owned
+    assert isinstance(module, nn.Conv2d)
+    for position, (key, default) in enumerate(_OF_CONV2D.items(), 3):
+        given = argument_of(node, position, key, default)
+        pair = not isinstance(given, str) and key != "groups"
+        if (_pair(given) if pair else given) != getattr(module, key):
+            refuse(node, f"must have the {key} of {name}, {getattr(module, key)}, got {given}")
+    _convolution(walk, node, name, module)
+
+
+_OF_CONV2D = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 def _pool_module(walk: Walk, node: fx.Node, _: str, module: nn.MaxPool2d | nn.AvgPool2d) -> None:
@@ -122,6 +140,7 @@ MODULES: dict[type[nn.Module], ModuleHandler] = {
     SubsamplePad: _subsample_pad,
 }
 FUNCTIONS: dict[Any, FunctionHandler] = {
+    F.conv2d: _convolution_function,
     **dict.fromkeys((F.max_pool2d, torch.max_pool2d), _max_pool),
     **dict.fromkeys((F.avg_pool2d, torch._C._nn.avg_pool2d), _average_pool),
     F.adaptive_avg_pool2d: _adaptive_pool,
