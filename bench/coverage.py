@@ -93,10 +93,12 @@ _KEPT: list[torch.library.Library] = []
 
 
 def image_size(library: str, name: str) -> int:
-    """Pixels of a side: those that timm's are made for; of torchvision's 96, where that is no fixed
-    size."""
+    """Pixels of a side: those that timm's are made for; of torchvision's 96, where that is enough
+    and no fixed size."""
+    if name == "inception_v3":
+        return 299
     if library == "timm":
-        return 299 if name == "inception_v3" else 240 if name.endswith("_240") else 224
+        return 240 if name.endswith("_240") else 224
     fixed = ("vit", "swin", "vgg", "alexnet")
     return 224 if any(part in name for part in fixed) else 96
 

@@ -112,7 +112,8 @@ class _Join(NamedTuple):
 
     source: SiteLayer
     sink: SiteLayer | None
-    """The first layer that its outputs reach; None for the logits."""
+    """The first layer that its outputs reach; None for the logits, and for what only weighs another
+    value's channels."""
     strength: Tensor
     """float32 [sink channels (for the logits classes), source channels], of mean 1."""
 
@@ -162,9 +163,7 @@ def _by_sink_channel(trace: Trace, consumer: int, sink: SiteLayer, strength: Ten
     outputs, channels = trace.channels.of_value[consumer], trace.channels.of_value[sink.value]
     if torch.equal(outputs, channels):
         return strength
-    place = {int(channel): index for index, channel in enumerate(channels)}
-    moves = [(row, place[c]) for row, c in enumerate(outputs.tolist()) if c in place]
-    rows, to = torch.tensor(moves, dtype=torch.int64).view(-1, 2).T.to(strength.device)
+    rows, to = (outputs[:, None] == channels).nonzero().T.to(strength.device)
     return strength.new_zeros(sink.channels, strength.shape[1]).index_add_(0, to, strength[rows])
 
 

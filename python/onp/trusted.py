@@ -58,11 +58,13 @@ def _arguments(spec: str, option: str, call: str) -> tuple[list[Any], dict[str, 
     """What stands in the parentheses. Nothing there is run."""
     try:
         node = ast.parse(f"f{call}", mode="eval").body
-        if not isinstance(node, ast.Call) or any(one.arg is None for one in node.keywords):
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
             raise ValueError
-        named = {str(one.arg): ast.literal_eval(one.value) for one in node.keywords}
-        return [ast.literal_eval(one) for one in node.args], named
-    except (SyntaxError, ValueError) as error:
+        named = {one.arg: ast.literal_eval(one.value) for one in node.keywords}
+        if None in named or len(named) < len(node.keywords):
+            raise ValueError
+        return [ast.literal_eval(one) for one in node.args], named  # type: ignore[return-value]
+    except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise UsageError(
             f"{option} {spec}: arguments must be numbers, strings, True, False, None, or lists or "
             "tuples of them"

@@ -14,19 +14,19 @@ from onp.__main__ import main
 from onp.demo.images import draw
 from onp.errors import UnsafeOrCorruptModel
 from onp.suspect import architectures
-from onp.suspect.architectures import convnext, densenet, vit
+from onp.suspect.architectures import convnext, densenet, mobilenetv3, vit
 from onp.suspect.files import save_weights
 from onp.suspect.load import load_suspect
 from onp.suspect.surgery import remove_mask
 from onp.suspect.trace import trace
 from tests.networks import network
 
-NAMES = ("mobilenetv2", "densenet", "vit", "vit-mean", "convnext")
+NAMES = ("mobilenetv2", "mobilenetv3", "densenet", "vit", "vit-mean", "convnext")
 
 
 def arch_of(name: str) -> str:
     """The ``--arch`` of a network of the tests."""
-    return name.removesuffix("-mean")
+    return {"vit-mean": "vit", "mobilenetv3": "mobilenetv3_cifar"}.get(name, name)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -53,7 +53,7 @@ def test_a_smaller_network_finds_itself_again(name: str) -> None:
         torch.testing.assert_close(again(images), smaller(images))
 
 
-@pytest.mark.parametrize("name", ["densenet", "vit", "convnext"])
+@pytest.mark.parametrize("name", ["densenet", "vit", "convnext", "mobilenetv3"])
 def test_the_command_line_takes_its_name(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -61,7 +61,7 @@ def test_the_command_line_takes_its_name(
     save_weights(weights, network(name).state_dict())
     drawn = draw(20, seed=0)
     np.savez(data, images=drawn.images.numpy(), labels=drawn.labels.numpy())
-    code = main(["evaluate", str(weights), "--arch", name, "--data", str(data), "--json"])
+    code = main(["evaluate", str(weights), "--arch", arch_of(name), "--data", str(data), "--json"])
     captured = capsys.readouterr()
     assert (code, captured.err) == (0, "")
     assert json.loads(captured.out)["images"] == 20
@@ -74,8 +74,9 @@ def test_the_command_line_takes_its_name(
         (vit.of_width(64, 10), 0.31),
         (vit.of_width(96, 10), 0.68),
         (convnext.of_width(32, 10), 0.37),
+        (mobilenetv3.of_width(0.5, 43), 0.42),
     ],
-    ids=["densenet", "vit-64", "vit-96", "convnext"],
+    ids=["densenet", "vit-64", "vit-96", "convnext", "mobilenetv3"],
 )
 def test_the_sizes_that_are_stated(model: nn.Module, millions: float) -> None:
     count = sum(p.numel() for p in model.parameters())

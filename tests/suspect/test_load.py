@@ -85,7 +85,18 @@ def test_factory_with_arguments(weights: Path, arch: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", ["(print('run'))", "(3, *[2])", "(**{'inputs': 3})", "(3,, 2)", "(3))((2)"]
+    "arguments",
+    [
+        "(print('run'))",
+        "(3, *[2])",
+        "(**{'inputs': 3})",
+        "(3,, 2)",
+        "(3))((2)",
+        "(3)(2)",
+        "(3).x(2)",
+        "({[1]: 2})",
+        "(inputs=1, inputs=2)",
+    ],
 )
 def test_a_factorys_arguments_are_literals(
     weights: Path, arguments: str, capsys: pytest.CaptureFixture[str]

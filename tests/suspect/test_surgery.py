@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.surgery import apply_mask, remove_mask
@@ -57,6 +57,38 @@ def test_removing_everything_keeps_a_channel_per_layer(name: str) -> None:
             smaller(images), apply_mask(model, traced, torch.ones(traced.sites).bool())(images)
         )
     assert stayed > 0
+
+
+class _Counts(nn.Module):
+    """Code that counts the channels of a convolution, or asks for their number."""
+
+    def __init__(self, asks: bool) -> None:
+        super().__init__()
+        self.asks = asks
+        self.conv, self.next, self.head = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1), nn.Linear(4, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(x)
+        channels = x.shape[1] if self.asks else 8
+        x = self.next(x.view(-1, channels, 36).unflatten(2, (6, 6)))
+        return self.head(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("asks", [True, False])
+def test_channels_that_the_code_counts_are_only_zeroed(asks: bool) -> None:
+    torch.manual_seed(0)
+    model = _Counts(asks).eval()
+    traced = trace(model, (3, 8, 8))
+    pruned = torch.zeros(traced.sites, dtype=torch.bool)
+    pruned[:3] = True  # of the convolution's eight
+    smaller, stayed = remove_mask(model, traced, pruned)
+    assert stayed == (0 if asks else 3)
+    assert smaller.get_submodule("conv").weight.shape[0] == (5 if asks else 8)  # type: ignore[union-attr]
+    images = torch.rand(4, 3, 8, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            smaller(images), hooked_logits(model, traced, pruned, images), rtol=1e-4, atol=1e-5
+        )
 
 
 def test_an_empty_mask_changes_nothing() -> None:

@@ -162,6 +162,37 @@ class _Wrapped(nn.Module):
         return self.head(self.function(self.conv(x)).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+class _Counting(nn.Module):
+    """A buffer that counts the calls, and a norm that learns from the batch."""
+
+    def __init__(self, training: bool) -> None:
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.conv, self.norm, self.head = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, 2)
+        self.learns = training
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls.add_(1)
+        norm = self.norm
+        x = F.batch_norm(
+            self.conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, self.learns
+        )
+        return self.head(x.mean(axis=(2, 3), keepdims=False))  # type: ignore[no-any-return, call-overload]
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_tracing_leaves_buffers_as_they_were(training: bool) -> None:
+    model = _Counting(training).eval()
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    if training:
+        with pytest.raises(UntraceableModel):
+            trace(model, (3, 8, 8))
+    else:
+        trace(model, (3, 8, 8))
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, before[key]), key
+
+
 def test_a_call_that_does_nothing_is_nothing() -> None:
     """Such as torchvision's stochastic depth; not one that writes into what it gives back."""
     model = _Wrapped(lambda x: _drop_path(x, 0.2, False)).eval()
@@ -209,14 +240,19 @@ class _InPlace(nn.Module):
         return self.head((x + self.two(self.act(x))).mean((2, 3)))  # type: ignore[no-any-return]
 
 
+def test_what_was_written_into_since_is_refused() -> None:
+    with pytest.raises(UntraceableModel, match="add: reads one, which was written into since"):
+        trace(_InPlace().eval(), (3, 8, 8))
+
+
 def test_a_trace_that_computes_something_else_is_refused() -> None:
     import onp
 
     torch.manual_seed(0)
-    model = _InPlace().eval()
-    with torch.no_grad():
-        model.one.bias -= 1.0  # type: ignore[operator]
-        model.head.weight *= 20
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 3)
+    ).eval()
+    model[0].register_forward_hook(lambda module, inputs, output: 20 * output)  # no part of a graph
     images = torch.rand(30, 3, 8, 8)
     with torch.no_grad():
         labels = model(images).argmax(1)

@@ -133,6 +133,11 @@ def _multihead(net: _Network, x: Tensor) -> Tensor:
     return _map(tokens + net.attention(tokens, tokens, tokens)[0])
 
 
+def _unused_weights(net: _Network, x: Tensor) -> Tensor:
+    out, _weights = net.attention(_tokens(x), _tokens(x), _tokens(x))
+    return _map(out)
+
+
 def _spelled_out(net: _Network, x: Tensor) -> Tensor:
     tokens = _tokens(x)
     q, k = (layer(tokens).unflatten(2, (2, 4)).transpose(1, 2) for layer in (net.linear, net.mixed))
@@ -157,6 +162,7 @@ UNDERSTOOD: dict[str, tuple[Middle, int]] = {
     "group norms": (_grouped, 8),
     "zeros around a map": (_padded, 8),
     "nn.MultiheadAttention": (_multihead, 8),
+    "its weights unused": (_unused_weights, 8),
     "attention spelled out": (_spelled_out, 8),
 }
 
@@ -170,11 +176,9 @@ def test_it_is_understood(case: str) -> None:
     hooked = case not in ("functional linear layer", "functional convolution")  # which call none
     with torch.no_grad():
         plain = model(images)
-        expected = (
-            hooked_logits(model, found, pruned, images)
-            if hooked
-            else apply_mask(model, found, pruned)(images)
-        )
+        expected = FrozenNetwork(found, model, native=False)(images, (~pruned).float())
+        if hooked:
+            expected = hooked_logits(model, found, pruned, images)
         for native in (False, True):
             frozen = FrozenNetwork(found, model, native=native)
             torch.testing.assert_close(frozen(images), plain, rtol=1e-4, atol=1e-5)
@@ -183,6 +187,13 @@ def test_it_is_understood(case: str) -> None:
         for repaired in (apply_mask(model, found, pruned), remove_mask(model, found, pruned)[0]):
             torch.testing.assert_close(repaired(images), expected, rtol=1e-4, atol=1e-5)
     assert (expected - plain).abs().max() > 1e-3
+    leaf = images.requires_grad_(True)
+    pull = torch.randn(3, 5)
+    wanted, got = (
+        torch.autograd.grad(one(leaf), leaf, pull)[0]
+        for one in (model, FrozenNetwork(found, model))
+    )
+    torch.testing.assert_close(got, wanted, rtol=1e-3, atol=1e-5)
 
 
 def test_a_number_for_a_channel_makes_none_of_it() -> None:
@@ -241,6 +252,33 @@ def _norm_of_the_images(net: _Network, x: Tensor) -> Tensor:
     return F.batch_norm(x, None, None, net.norm.weight, net.norm.bias, True)
 
 
+def _norm_of_the_batch(net: _Network, x: Tensor) -> Tensor:
+    norm = net.norm
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True)
+
+
+def _turned_weights(net: _Network, x: Tensor) -> Tensor:
+    return F.linear(x.movedim(1, -1), net.linear.weight.T, net.linear.bias).movedim(-1, 1)
+
+
+def _written_as_a_statement(net: _Network, x: Tensor) -> Tensor:
+    y = net.norm(x)
+    F.relu_(y)
+    return y
+
+
+def _added_to_another_name(net: _Network, x: Tensor) -> Tensor:
+    y = z = net.norm(x)
+    y += 1.0
+    return y * z
+
+
+def _written_in_part(net: _Network, x: Tensor) -> Tensor:
+    y = net.norm(x)
+    y[:, :4].relu_()
+    return y
+
+
 def _norm_of_two(net: _Network, x: Tensor) -> Tensor:
     return F.batch_norm(x, net.norm.running_mean, net.norm.running_var, net.linear.bias, None)
 
@@ -258,8 +296,27 @@ REFUSED: dict[str, tuple[Middle, str]] = {
     ),
     "attention with a mask": (_attends(None, False, torch.zeros(36, 36)), "without masks"),
     "attention between two values": (_attends_to_another, "of one value with itself"),
-    "attention's weights": (_reads_its_weights, "part 1 of attention is not handled"),
+    "attention's weights": (_reads_its_weights, "reads getitem.*, which is no image value"),
     "norm of the images": (_norm_of_the_images, "must take the tensors of one module"),
+    "norm of the batch": (_norm_of_the_batch, "statistics from the module"),
+    "turned weights": (_turned_weights, "of one module as they are"),
+    "written as a statement": (_written_as_a_statement, "reads norm, which was written into"),
+    "written under another name": (_added_to_another_name, "reads norm, which was written into"),
+    "written in part": (_written_in_part, "reads norm, which was written into"),
+    "a pixel's value": (lambda _, x: x * x[0, 0, 0, 0].item(), r"depend on the image.*item\(\)"),
+    "a branch on values": (
+        lambda _, x: x * 2 if torch.allclose(x, F.relu(x)) else x,
+        r"depend on the image.*allclose\(\)",
+    ),
+    "indices of a pool": (
+        lambda _, x: F.max_pool2d(x, 2, return_indices=True)[0],
+        "max_pool2d_with_indices",
+    ),
+    "pool of tokens": (
+        lambda _, x: F.avg_pool2d(x.flatten(2), (2, 1)).repeat(1, 2, 1).unflatten(2, (6, 6)),
+        "must read a map",
+    ),
+    "a part of a maximum": (lambda _, x: x.max(dim=2, keepdim=True).values, "max"),
     "norm of two modules": (_norm_of_two, "must take the tensors of one module"),
     "convolution with another stride": (_another_stride, r"the stride of inner, \(2, 2\), got 1"),
     "norm with another epsilon": (_another_epsilon, "must have the epsilon of norm"),

@@ -3,7 +3,7 @@ which must not be cut: those that a layer norm or the code around them counts.""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,9 @@ class Channels:
     """Numbers that must not be cut: image channels, logits, inputs of grouped convolutions, of
     layer and group norms and of an nn.MultiheadAttention, heads of an attention, channels that code
     takes apart or that a tensor of the model is added to."""
+    counted: frozenset[int]
+    """Numbers of channels that the code may count, in a reshape: where it asks for their number
+    itself they may be cut all the same."""
 
 
 _COUNTED = ("output", "affine", "parameter", "extend", "layernorm", "groupnorm")
@@ -49,8 +52,14 @@ class _UnionFind:
         self.parent[max(one, other)] = min(one, other)
 
 
-def couple(ops: Sequence[Op], shapes: Sequence[tuple[int, ...]], model: nn.Module) -> Channels:
-    """Follow every channel through the network; ``shapes`` are the ops' output shapes."""
+def couple(
+    ops: Sequence[Op],
+    shapes: Sequence[tuple[int, ...]],
+    model: nn.Module,
+    counted: Iterable[int] = (),
+) -> Channels:
+    """Follow every channel through the network; ``shapes`` are the ops' output shapes, ``counted``
+    those whose channels the code may count."""
     sets = _UnionFind()
     values: list[list[int]] = []
     fixed: list[int] = []
@@ -102,4 +111,5 @@ def couple(ops: Sequence[Op], shapes: Sequence[tuple[int, ...]], model: nn.Modul
     return Channels(
         tuple(torch.tensor([sets.find(c) for c in value], dtype=torch.int64) for value in values),
         frozenset(sets.find(channel) for channel in fixed),
+        frozenset(sets.find(channel) for op in counted for channel in values[op]),
     )

@@ -1,7 +1,9 @@
 """Run a module once under ``torch.fx``, on a sample of images, and keep what it did.
 
 Every tensor of the sample is a proxy that also holds what it is, so the code's questions about
-shapes and types are answered with numbers, and its branches on them are taken.
+shapes and types are answered with numbers, and its branches on them are taken. Questions about the
+numbers in a tensor are refused, and so is what reads a tensor that was written into since: a graph
+of values cannot tell.
 """
 
 from __future__ import annotations
@@ -43,6 +45,7 @@ def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
     size = (IMAGES, *image_shape)
     sample = torch.rand(size, generator=torch.Generator().manual_seed(0))
     tracer = _Tracer(sample.to(parameter.device, parameter.dtype))
+    buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
         with torch.no_grad():
             graph = tracer.trace(model)
@@ -57,6 +60,10 @@ def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
         raise UntraceableModel(
             f"cannot trace {type(model).__name__}: {_first_line(error)}"
         ) from error
+    finally:
+        for buffer, before in buffers:  # norms write into theirs without counting it
+            if not torch.equal(buffer, before):
+                buffer.copy_(before)
     return Recording(model, graph, tracer.shapes, tracer.unchanged)
 
 
@@ -72,15 +79,26 @@ class _Known(fx.Proxy):
     """A tensor of the network, or several, and what it is on the sample."""
 
     sample: Any
+    version: int | None
+    """How often the tensor had been written into when the code got it; None for several."""
 
     def __getattr__(self, name: str) -> Any:
-        if isinstance(self.sample, Tensor):
-            found = getattr(self.sample, name)
-            if isinstance(found, Tensor):  # such as .T
-                return self.tracer.create_proxy("call_function", getattr, (self, name), {})
-            if not callable(found):
-                return found
-        return super().__getattr__(name)
+        found = getattr(self.sample, name)
+        if isinstance(found, Tensor):  # such as .T
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return super().__getattr__(name) if callable(found) else found
+
+    def __iadd__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.iadd, (self, other), {})
+
+    def __isub__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.isub, (self, other), {})
+
+    def __imul__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.imul, (self, other), {})
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self.tracer.create_proxy("call_function", operator.itruediv, (self, other), {})
 
     def __len__(self) -> int:
         return len(self.sample)
@@ -123,18 +141,28 @@ class _Tracer(fx.Tracer):
     ) -> Any:
         """As fx, the proxy of a new node; of one without tensors, which goes, what it holds."""
         proxy = super().create_proxy(kind, target, args, kwargs, *options, **named)
-        before = next((one for one in args if isinstance(one, _Known)), None)
-        version = _version(before)
+        read = _known_in((args, kwargs))
+        for one in read:
+            if one.version != _version(one.sample):
+                raise UntraceableModel(
+                    f"{proxy.node.name}: reads {one.node.name}, which was written into since: "
+                    "operations in place cannot be traced there"
+                )
         sample = self._on_sample(kind, target, args, kwargs)
         if not _holds_tensors(sample):
+            if read and sample is not None and _name_of(target) not in _QUESTIONS:
+                raise UntraceableModel(
+                    f"{proxy.node.name}: what the code does must not depend on the image, as it "
+                    f"may by {_name_of(target)}()"
+                )
             self.graph.erase_node(proxy.node)
             return sample
         if isinstance(sample, Tensor):
             self.shapes[proxy.node] = tuple(sample.shape[1:])
-            if before is not None and sample is before.sample and _version(before) == version:
+            if read and sample is read[0].sample and _version(sample) == read[0].version:
                 self.unchanged.add(proxy.node)
         known = _Known(proxy.node, self)
-        known.sample = sample
+        known.sample, known.version = sample, _version(sample)
         return known
 
     def _on_sample(
@@ -162,13 +190,38 @@ class _Tracer(fx.Tracer):
             self.running = False
 
 
+_QUESTIONS = frozenset(
+    {
+        "dim", "element_size", "get_device", "getattr", "getitem", "is_complex", "is_contiguous",
+        "is_floating_point", "is_tensor", "ndimension", "nelement", "numel", "size",
+        "storage_offset", "stride", "type",
+    }
+)  # fmt: skip
+"""Functions and methods whose answers are the same for every image."""
+
+
+def _name_of(target: Any) -> str:
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def _known_in(values: Any) -> list[_Known]:
+    found: list[_Known] = []
+
+    def note(value: Any) -> Any:
+        if isinstance(value, _Known):
+            found.append(value)
+        return value
+
+    map_aggregate(values, note)
+    return found
+
+
 def _sample_of(value: Any) -> Any:
     return value.sample if isinstance(value, _Known) else value
 
 
-def _version(known: _Known | None) -> int | None:
-    """How often its tensor was written."""
-    sample = None if known is None else known.sample
+def _version(sample: Any) -> int | None:
+    """How often a tensor was written into."""
     return sample._version if isinstance(sample, Tensor) else None
 
 

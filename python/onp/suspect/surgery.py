@@ -66,10 +66,34 @@ def remove_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> tuple[nn.Modu
     """A smaller network with the same logits as ``apply_mask``, and how many sites stayed.
 
     A channel can be cut out when every site of its group is pruned; a lone site on a residual
-    stream stays as zeroed weights and is counted. Every layer keeps at least one channel.
+    stream stays as zeroed weights and is counted, and so do channels that the model's code counts.
+    Every layer keeps at least one channel.
     """
-    cut = _cuttable(trace, pruned)
-    smaller = apply_mask(model, trace, pruned)
+    applied = apply_mask(model, trace, pruned)
+    smaller, stayed = _removed(applied, trace, pruned, trace.channels.fixed)
+    if trace.channels.counted and not _same(smaller, applied, trace.shapes[0]):
+        counted = trace.channels.fixed | trace.channels.counted
+        smaller, stayed = _removed(applied, trace, pruned, counted)
+    return smaller, stayed
+
+
+def _same(smaller: nn.Module, applied: nn.Module, image_shape: tuple[int, ...]) -> bool:
+    """Whether both give the same logits, of drawn images."""
+    parameter = next(applied.parameters())
+    images = torch.rand(2, *image_shape, generator=torch.Generator().manual_seed(0))
+    images = images.to(parameter.device, parameter.dtype)
+    try:
+        got, expected = smaller(images), applied(images)
+    except Exception:  # the code counts channels in some way of its own
+        return False
+    return bool((got - expected).abs().max() <= 1e-2 * expected.abs().max().clamp_min(1.0))
+
+
+def _removed(
+    applied: nn.Module, trace: Trace, pruned: Tensor, fixed: frozenset[int]
+) -> tuple[nn.Module, int]:
+    cut = _cuttable(trace, pruned, fixed)
+    smaller = copy.deepcopy(applied)
     for index, op in enumerate(trace.ops):
         if op.kind not in ("conv", "linear", "norm", "subsample_pad"):
             continue
@@ -89,10 +113,10 @@ def remove_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> tuple[nn.Modu
     return smaller, stayed
 
 
-def _cuttable(trace: Trace, pruned: Tensor) -> Tensor:
+def _cuttable(trace: Trace, pruned: Tensor, fixed: frozenset[int]) -> Tensor:
     """Channel numbers (see Channels) that no unpruned site reads and that may go."""
     sites = torch.cat([trace.channels.of_value[layer.value] for layer in trace.layers])
-    alive = set(sites[~pruned].tolist()) | trace.channels.fixed
+    alive = set(sites[~pruned].tolist()) | fixed
     cut = {channel for channel in sites[pruned].tolist() if channel not in alive}
     for value in trace.channels.of_value:
         if cut.issuperset(value.tolist()):

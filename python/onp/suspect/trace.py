@@ -79,12 +79,13 @@ class Trace:
 def trace(model: nn.Module, image_shape: tuple[int, int, int]) -> Trace:
     """Trace ``model`` on images of ``image_shape`` (C, H, W).
 
-    The model must be in eval mode; it is not changed. Raises UntraceableModel, naming the module
-    or function that cannot be handled.
+    The model must be in eval mode; what it computes is not changed (a tensor that its code makes
+    of its own becomes an attribute, ``_tensor_constant0`` and so on). Raises UntraceableModel,
+    naming the module or function that cannot be handled.
     """
     program = lower(model, image_shape)
     ops, shapes = program.ops, program.shapes
-    channels = couple(ops, shapes, model)
+    channels = couple(ops, shapes, model, program.counted)
     layers = _site_layers(ops, shapes, _readers(ops))
     if not layers:
         raise UntraceableModel(f"{type(model).__name__} has no prunable channels")

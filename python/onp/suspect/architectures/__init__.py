@@ -22,6 +22,7 @@ _BUILDERS: dict[str, Callable[[Shapes], nn.Module]] = {
     "vgg16_bn": vgg.from_shapes,
     "mobilenetv2": mobilenetv2.from_shapes,
     "mobilenetv3": mobilenetv3.from_shapes,
+    "mobilenetv3_cifar": mobilenetv3.cifar_from_shapes,
     "densenet": densenet.from_shapes,
     "vit": vit.from_shapes,
     "convnext": convnext.from_shapes,

@@ -1,4 +1,5 @@
-"""MobileNetV3 (Howard et al., arXiv 1905.02244) with torchvision's key names.
+"""MobileNetV3 (Howard et al., arXiv 1905.02244) with torchvision's key names: the large and the
+small one, and the same for images of 32 pixels, which differ in strides alone.
 
 Its blocks' last step before the projection is a squeeze-and-excitation (Hu et al., arXiv
 1709.01507): every channel times a number that the image decides.
@@ -26,18 +27,39 @@ class Row:
     kernel: int
     squeeze: int
     """Channels inside its squeeze-and-excitation; 0: it has none."""
-    stride: int
-    swish: bool
+    expands: bool
+    """It begins with a convolution from ``inputs`` to ``middle`` channels."""
+    stride: int = 1
+    residual: bool = False
+    swish: bool = False
     """Hardswish, not ReLU."""
 
 
-_LARGE_STRIDES = (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1)
-_SMALL_STRIDES = (2, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1)
-_OF_SMALL_IMAGES = (1, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1)
-_FIRST_SWISH = {len(_LARGE_STRIDES): 6, len(_SMALL_STRIDES): 3}
-"""Blocks of the networks, and the first whose activation is hardswish."""
+@dataclass(frozen=True)
+class Places:
+    """What a block's place in its network decides, which no weight's shape tells."""
 
-_SMALL = (
+    strides: tuple[int, ...]
+    residual: frozenset[int]
+    first_swish: int
+
+    def __call__(self, rows: Sequence[Row]) -> list[Row]:
+        """The rows with what their places decide."""
+        return [
+            replace(row, stride=stride, residual=at in self.residual, swish=at >= self.first_swish)
+            for at, (row, stride) in enumerate(zip(rows, self.strides, strict=True))
+        ]
+
+
+_LARGE = Places(
+    (1, 2, 1, 2, 1, 1, 2, 1, 1, 1, 1, 1, 2, 1, 1),
+    frozenset({0, 2, 4, 5, 7, 8, 9, 11, 13, 14}), 6,
+)  # fmt: skip
+_SMALL = Places((2, 2, 1, 2, 1, 1, 1, 1, 2, 1, 1), frozenset({2, 4, 5, 7, 9, 10}), 3)
+_SMALL_CIFAR = replace(_SMALL, strides=(1, *_SMALL.strides[1:]), residual=_SMALL.residual | {0})
+_BY_BLOCKS = {len(places.strides): places for places in (_LARGE, _SMALL)}
+
+_SMALL_WIDTHS = (
     (16, 16, 3, True), (72, 24, 3, False), (88, 24, 3, False), (96, 40, 5, True),
     (240, 40, 5, True), (240, 40, 5, True), (120, 48, 5, True), (144, 48, 5, True),
     (288, 96, 5, True), (576, 96, 5, True), (576, 96, 5, True),
@@ -72,7 +94,7 @@ class InvertedResidual(nn.Module):
         super().__init__()
         act = nn.Hardswish if row.swish else nn.ReLU
         layers: list[nn.Module] = []
-        if row.middle != row.inputs:
+        if row.expands:
             layers.append(_convolution(row.inputs, row.middle, 1, 1, 1, act()))
         layers.append(
             _convolution(row.middle, row.middle, row.kernel, row.stride, row.middle, act())
@@ -81,7 +103,7 @@ class InvertedResidual(nn.Module):
             layers.append(SqueezeExcitation(row.middle, row.squeeze))
         layers.append(_convolution(row.middle, row.outputs, 1, 1, 1, None))
         self.block = nn.Sequential(*layers)
-        self.residual = row.stride == 1 and row.inputs == row.outputs
+        self.residual = row.residual
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.block(x)
@@ -109,7 +131,7 @@ class MobileNetV3(nn.Module):
         return self.classifier(self.avgpool(self.features(x)).flatten(1))
 
 
-def from_shapes(shapes: Shapes) -> nn.Module:
+def from_shapes(shapes: Shapes, of_small_images: bool = False) -> nn.Module:
     """The MobileNetV3 that weights of these shapes belong to: the large or the small one, by the
     number of its blocks, of any width."""
     stem = shapes.of("features.0.0.weight", 4)[0]
@@ -119,7 +141,8 @@ def from_shapes(shapes: Shapes) -> nn.Module:
         prefix = f"features.{len(rows) + 1}.block"
         names = iter(range(4))
         at = next(names)
-        if shapes.of(f"{prefix}.{at}.0.weight", 4)[1] > 1:  # not depthwise: it expands
+        expands = shapes.of(f"{prefix}.{at}.0.weight", 4)[1] > 1  # else it is depthwise
+        if expands:
             at = next(names)
         middle, _, kernel, _ = shapes.of(f"{prefix}.{at}.0.weight", 4)
         at = next(names)
@@ -128,41 +151,38 @@ def from_shapes(shapes: Shapes) -> nn.Module:
             squeeze = shapes.of(f"{prefix}.{at}.fc1.weight", 4)[0]
             at = next(names)
         outputs = shapes.of(f"{prefix}.{at}.0.weight", 4)[0]
-        rows.append(Row(inputs, middle, outputs, kernel, squeeze, 1, False))
+        rows.append(Row(inputs, middle, outputs, kernel, squeeze, expands))
         inputs = outputs
-    known = {len(strides): strides for strides in (_LARGE_STRIDES, _SMALL_STRIDES)}
-    if len(rows) not in known:
+    if len(rows) not in _BY_BLOCKS:
         raise UnsafeOrCorruptModel(
-            f"not a {shapes.arch}: {len(rows)} blocks, expected {' or '.join(map(str, known))}"
+            f"not a {shapes.arch}: {len(rows)} blocks, expected {' or '.join(map(str, _BY_BLOCKS))}"
         )
+    places = _BY_BLOCKS[len(rows)]
+    if of_small_images:
+        places = _SMALL_CIFAR if places is _SMALL else places
     last = shapes.of(f"features.{len(rows) + 1}.0.weight", 4)[0]
     hidden = shapes.of("classifier.0.weight", 2)[0]
     classes = shapes.of("classifier.3.weight", 2)[0]
-    return MobileNetV3(_placed(rows, known[len(rows)]), last, hidden, classes)
+    return MobileNetV3(places(rows), last, hidden, classes, 1 if of_small_images else 2)
+
+
+def cifar_from_shapes(shapes: Shapes) -> nn.Module:
+    """The same for images of 32 pixels: the stem, and the small one's first block, keep their size
+    (of the large one, the first block does so anyway)."""
+    return from_shapes(shapes, of_small_images=True)
 
 
 def of_width(multiplier: float, classes: int) -> nn.Module:
-    """A fresh small MobileNetV3 for images of 32 pixels (its stem and first block keep their
-    size), whose widths are the paper's times ``multiplier``. Half as wide it has 0.42 million
-    parameters."""
+    """A fresh small MobileNetV3 for images of 32 pixels (``cifar_from_shapes``), whose widths are
+    the paper's times ``multiplier``. Half as wide it has 0.42 million parameters."""
 
     def wide(channels: float) -> int:
         return max(8, 8 * round(channels * multiplier / 8))
 
     rows: list[Row] = []
     inputs = wide(16)
-    for middle, outputs, kernel, squeezed in _SMALL:
+    for at, (middle, outputs, kernel, squeezed) in enumerate(_SMALL_WIDTHS):
         squeeze = wide(middle / 4) if squeezed else 0
-        rows.append(Row(inputs, wide(middle), wide(outputs), kernel, squeeze, 1, False))
+        rows.append(Row(inputs, wide(middle), wide(outputs), kernel, squeeze, expands=at > 0))
         inputs = wide(outputs)
-    return MobileNetV3(
-        _placed(rows, _OF_SMALL_IMAGES), wide(576), wide(1024), classes, stem_stride=1
-    )
-
-
-def _placed(rows: Sequence[Row], strides: Sequence[int]) -> list[Row]:
-    """The rows with what their place decides."""
-    return [
-        replace(row, stride=stride, swish=at >= _FIRST_SWISH[len(rows)])
-        for at, (row, stride) in enumerate(zip(rows, strides, strict=True))
-    ]
+    return MobileNetV3(_SMALL_CIFAR(rows), wide(576), wide(1024), classes, stem_stride=1)

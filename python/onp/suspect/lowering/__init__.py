@@ -33,6 +33,8 @@ class Program:
     ops: tuple[Op, ...]
     shapes: tuple[tuple[int, ...], ...]
     """Output shape of each op without the images: (C, H, W), (C, T) or (F,)."""
+    counted: frozenset[int]
+    """Ops whose channels the code counts."""
 
 
 def lower(model: nn.Module, image_shape: tuple[int, int, int]) -> Program:
@@ -43,7 +45,7 @@ def lower(model: nn.Module, image_shape: tuple[int, int, int]) -> Program:
     walk = Walk(record(model, image_shape), _HANDLERS)
     walk.run()
     _refuse_shared_weights(walk.ops)
-    return Program(tuple(walk.ops), tuple(walk.op_shapes))
+    return Program(tuple(walk.ops), tuple(walk.op_shapes), frozenset(walk.counted))
 
 
 def _refuse_shared_weights(ops: Sequence[Op]) -> None:

@@ -53,7 +53,7 @@ def _scaled(walk: Walk, how: str, left: Any, right: Any) -> View | Scores | None
     if how == "mul" and isinstance(left, int | float):
         left, right = right, left
     held = walk.views.get(left) if isinstance(left, fx.Node) else None
-    if how not in ("mul", "div") or not isinstance(right, int | float):
+    if how not in ("mul", "div") or not isinstance(right, int | float) or right == 0:
         return None
     factor = right if how == "mul" else 1 / right
     if isinstance(held, Scores) and not held.softmaxed:
@@ -97,9 +97,9 @@ def _with_constant(walk: Walk, node: fx.Node, how: str, left: Any, right: Any) -
 
 _TARGETS: dict[str, list[Any]] = {
     "add": [operator.add, operator.iadd, torch.add, "add", "add_"],
-    "sub": [operator.sub, torch.sub, "sub"],
-    "mul": [operator.mul, torch.mul, "mul", "mul_"],
-    "div": [operator.truediv, torch.div, "div"],
+    "sub": [operator.sub, operator.isub, torch.sub, "sub", "sub_"],
+    "mul": [operator.mul, operator.imul, torch.mul, "mul", "mul_"],
+    "div": [operator.truediv, operator.itruediv, torch.div, "div", "div_"],
 }
 
 MODULES: dict[type[nn.Module], ModuleHandler] = {}

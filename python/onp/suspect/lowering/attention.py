@@ -89,13 +89,16 @@ def _attend(walk: Walk, node: fx.Node, query: View, key: View, value: View, scal
 
 def _module(walk: Walk, node: fx.Node, name: str, module: nn.MultiheadAttention) -> None:
     """Of one value with itself: a linear layer, attention and another linear layer."""
-    query = argument_of(node, 0, "query")
-    alone = all(argument_of(node, at, key) is query for at, key in ((1, "key"), (2, "value")))
+    names = ("query", "key", "value")
+    query, *others = (walk.view(node, argument_of(node, *at)) for at in enumerate(names))
+    alone = all(
+        one.source == query.source and torch.equal(one.places(), query.places()) for one in others
+    )
     masks = (argument_of(node, 3, "key_padding_mask"), argument_of(node, 5, "attn_mask"))
     plain = module.in_proj_weight is not None and module.bias_k is None
     if not alone or masks != (None, None) or not plain or module.add_zero_attn:
         refuse(node, "attention must be of one value with itself, without masks or added keys")
-    value, last = walk.read_last(node, query)
+    value, last = walk.read_last(node, argument_of(node, 0, "query"))
     if not module.batch_first or len(walk.op_shapes[value]) != 2:
         refuse(node, "attention must have batch_first=True and read [N, tokens, features]")
     channels, count = shape = walk.op_shapes[value]
@@ -104,7 +107,7 @@ def _module(walk: Walk, node: fx.Node, name: str, module: nn.MultiheadAttention)
     heads = dict(zip("qkv", split, strict=True))
     attended = walk.emit("attention", node, (made,) * 3, shape, attrs=heads | {"scale": None})
     walk.emit("linear", node, (attended,), shape, True, f"{name}.out_proj")
-    walk.views[node] = (walk.view(node, node),)  # the weights, second, are not handled
+    walk.views[node] = (walk.view(node, node), None)  # the weights
 
 
 MODULES: dict[type[nn.Module], ModuleHandler] = {

@@ -41,6 +41,8 @@ _OF_CONV2D = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 
 
 def _pool_module(walk: Walk, node: fx.Node, _: str, module: nn.MaxPool2d | nn.AvgPool2d) -> None:
+    if getattr(module, "return_indices", False):
+        refuse(node, "a pool that tells indices is not handled")
     _pool(
         walk, node, "maxpool" if isinstance(module, nn.MaxPool2d) else "avgpool",
         module.kernel_size, module.stride, module.padding,
@@ -74,6 +76,7 @@ def _pool(
 ) -> None:  # fmt: skip
     if _pair(dilation) != (1, 1) or divisor is not None:
         refuse(node, "dilation and divisors are not handled")
+    _check_map(walk, node)
     if _pair(kernel) == (1, 1) and _pair(stride) == (1, 1):
         walk.keep(node)
         return
@@ -83,8 +86,7 @@ def _pool(
 
 
 def _adaptive_pool(walk: Walk, node: fx.Node, *_: Any) -> None:
-    before = walk.op_shapes[walk.read_first(node, source_of(node))]
-    after = walk.shapes[node]
+    before, after = _check_map(walk, node), walk.shapes[node]
     if before == after:
         walk.keep(node)
     elif after[1:] == (1, 1):
@@ -114,12 +116,20 @@ def _pad_module(walk: Walk, node: fx.Node, _: str, module: nn.ZeroPad2d) -> None
 
 def _padded(walk: Walk, node: fx.Node, pad: Sequence[int]) -> None:
     """Zeros around a map; negative: a part of it."""
-    shape = walk.op_shapes[walk.read_first(node, source_of(node))]
-    if len(shape) != 3 or len(pad) > 4:
+    shape = _check_map(walk, node)
+    if len(pad) > 4:
         refuse(node, "only the rows and columns of a map are padded")
     places = torch.arange(math.prod(shape[1:])).view(shape[1:])
     positions = F.pad(places, list(pad), value=-1)
     walk.emit_on_map("pick", node, None, {"positions": positions})
+
+
+def _check_map(walk: Walk, node: fx.Node) -> tuple[int, ...]:
+    """The shape of what the node reads, which must be a map."""
+    shape = walk.op_shapes[walk.read_first(node, source_of(node))]
+    if len(shape) != 3:
+        refuse(node, "must read a map [N, C, H, W]")
+    return shape
 
 
 def _subsample_pad(walk: Walk, node: fx.Node, name: str, module: SubsamplePad) -> None:

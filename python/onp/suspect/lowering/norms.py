@@ -71,8 +71,8 @@ def _group(walk: Walk, node: fx.Node) -> None:
 def _instance_module(walk: Walk, node: fx.Node, name: str, module: nn.InstanceNorm2d) -> None:
     if module.track_running_stats:
         raise UntraceableModel(f"{name}: an instance norm with statistics is not handled")
-    owner = None if module.weight is None else name
-    walk.emit_on_map("groupnorm", node, owner, {"groups": module.num_features, "eps": module.eps})
+    owner, channels = None if module.weight is None else name, walk.shapes[node][0]
+    walk.emit_on_map("groupnorm", node, owner, {"groups": channels, "eps": module.eps})
 
 
 MODULES: dict[type[nn.Module], ModuleHandler] = {

@@ -31,12 +31,12 @@ def _mean(walk: Walk, node: fx.Node) -> None:
     value, last = walk.read(node, source_of(node))
     channels, *space = walk.op_shapes[value]
     count = len(space) + 2
-    dims = argument_of(node, 1, "dim", 0)
+    dims = argument_of(node, 1, "dim", node.kwargs.get("axis", 0))
     axes = {d % count for d in (dims if isinstance(dims, list | tuple) else [dims])}
     if not space or axes != set(range(1, count)) - {count - 1 if last else 1}:
         refuse(node, "only the mean over all positions is handled")
     pooled = walk.emit("globalpool", node, (value,), (channels, *(1,) * len(space)), last)
-    if not argument_of(node, 2, "keepdim", False):
+    if not argument_of(node, 2, "keepdim", node.kwargs.get("keepdims", False)):
         walk.emit("flatten", node, (pooled,), (channels,))
 
 

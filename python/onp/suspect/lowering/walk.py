@@ -38,13 +38,20 @@ class Walk:
         """Of every node's tensor, without the images."""
         self.ops: list[Op] = []
         self.op_shapes: list[tuple[int, ...]] = []
-        self.views: dict[fx.Node, View | Scores | tuple[View, ...]] = {}
-        """What every node's tensor holds."""
+        self.views: dict[fx.Node, View | Scores | tuple[View | None, ...] | None] = {}
+        """What every node's tensor holds; None: nothing that is handled."""
+        self.counted: set[int] = set()
+        """Ops whose channels the code counts: with fewer it would do something else, or fail."""
         self._recording, self._handlers = recording, handlers
 
     def run(self) -> None:
         for node in self._recording.graph.nodes:
-            getattr(self, f"_{node.op}")(node)
+            try:
+                getattr(self, f"_{node.op}")(node)
+            except UntraceableModel:
+                raise
+            except Exception as error:  # a form of a call that no handler knows
+                refuse(node, f"is not understood: {type(error).__name__}: {error}")
 
     # ---- what handlers read and write
 
