@@ -95,6 +95,9 @@ class ReplayConfig:
     families: tuple[str, ...] = ("generator", "patch", "additive", "low_frequency", "warp")
     """One trigger of each is learned; the first also tries label shifts and, if one is called,
     the others too."""
+    alone: float = 0.85
+    """Agreement with the shift from which on these triggers stand for the attacker's alone. Below
+    it squares and probes are asked, too, and what they find for the same class counts as well."""
     poisoned: float = 0.06
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
@@ -255,15 +258,18 @@ class VerdictConfig:
     """Of the images, that a square shifts by one, less one class's share: networks without such a
     backdoor reach .09, those with one start at .27."""
     certain: float = 0.6
-    """Score of the norm statistics from which on no other probes are asked."""
+    """Score of the norm statistics from which on no other probes are asked,"""
+    certain_agreement: float = 0.65
+    """if the triggers agree so far with the norms' shift: what explains little of it may lead to
+    another class (.49 to .61 where it did; .67 and more where it was right)."""
     excess: tuple[float, float] = (1.2, 2.2)
     """The norms' shift over what chance makes of it."""
     share: tuple[float, float] = (0.2, 0.6)
     """Share of the clean images that the replayed triggers move to one class, on average."""
-    effort: tuple[float, float] = (1.3, 2.0)
-    """Size of the patch that explains the norms' shift, over its excess (in units of what chance
-    makes of 500 images). Backdoored networks come to 1.1, clean ones of a larger excess (1.5 and
-    more) to 1.1 to 2.0."""
+    effort: tuple[float, float] = (1.5, 2.2)
+    """Size of the patch that explains the norms' shift, over what it explains of the excess (in
+    units of what chance makes of 500 images). Backdoored networks come to 1.3 (of three classes to
+    1.8), clean ones of an excess of 2 and more to 2.0 to 2.9."""
 
 
 @dataclass(frozen=True)
@@ -325,7 +331,7 @@ BUDGETS: dict[str, Config] = {
         "quick",
         unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
         synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15),
-        replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64),
+        replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64, alone=0.0),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),

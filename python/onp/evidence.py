@@ -204,17 +204,36 @@ def measured_shift(
 
 
 def gather(scene: Scene, shift: NormShift | None) -> Evidence:
-    """The norm statistics' evidence if it is certain; else that of squares for a shift of labels,
-    of probes where these call none, or theirs, whichever is stronger."""
+    """The norm statistics' evidence if it is certain, and what probes find for the same class if
+    its triggers explain only a part of the shift; else that of squares for a shift of labels, of
+    probes where these call none, or the norms', whichever is stronger."""
+    config = scene.config
     first = from_statistics(scene, shift)
-    if first is not None and first.verdict.score >= scene.config.verdict.certain:
-        return first
+    if first is not None and first.verdict.score >= config.verdict.certain:
+        agreement = first.verdict.evidence.get("agreement", 1.0)
+        if agreement >= max(config.replay.alone, config.verdict.certain_agreement):
+            return first
+        if agreement >= config.verdict.certain_agreement:
+            return together(first, from_probes(scene))
     second = from_shifting_squares(scene) or from_probes(scene)
     if first is None:
         return second
     if first.verdict.target is not None and first.verdict.score > second.verdict.score:
         return first
     return replace(second, statistics=first.verdict)
+
+
+def together(first: Evidence, second: Evidence) -> Evidence:
+    """The verdict of the first, and what counts in either, if the second calls the same class."""
+    if second.verdict.target != first.verdict.target:
+        return first
+    return replace(
+        second,
+        verdict=first.verdict,
+        contenders=[*second.contenders, *first.contenders],
+        counted=[*second.counted, *first.counted],
+        statistics=first.statistics,
+    )
 
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:

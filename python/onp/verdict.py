@@ -5,7 +5,7 @@ than chance, and triggers that are learned to explain the difference, no class b
 the network answer one class:
 
     score = mean of the excess and of the share of images that go to that class, each scaled,
-            less the larger a patch has to be for that excess
+            less the larger a patch has to be for what it explains of that excess
 
 The share is a mean over all triggers, 0 for those that answer another class. What noise makes of
 the moments takes a large trigger to explain, an attacker's a small one.
@@ -51,6 +51,8 @@ Ground = Literal["norm statistics", "squares", "probes"]
 """What a verdict rests on."""
 EFFORT_IMAGES = 500
 """Clean images in whose chance an effort counts the excess: with fewer, chance is larger."""
+LEAST_AGREEMENT = 0.1
+"""A trigger that agrees less with the norms' shift explains as much of it as this."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -86,8 +88,12 @@ def by_statistics(
     that replay it."""
     target = target_of(replayed)
     share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
-    sizes = [r.probe.size for r in replayed if r.probe.family.name == Patch.name]
-    effort = min(sizes, default=0.0) / excess * math.sqrt(images / EFFORT_IMAGES)
+    efforts = [
+        one.probe.size / max(one.agreement, LEAST_AGREEMENT)
+        for one in replayed
+        if one.probe.family.name == Patch.name
+    ]
+    effort = min(efforts, default=0.0) / excess * math.sqrt(images / EFFORT_IMAGES)
     score = (_ramp(excess, *config.excess) + _ramp(share, *config.share)) / 2
     score *= 1.0 - _ramp(effort, *config.effort)
     alike = [one.agreement for one in replayed if one.probe.target == target]
