@@ -95,6 +95,36 @@ def test_the_stronger_evidence_decides(
 
 
 @pytest.mark.parametrize(
+    ("agreement", "named", "by", "counted"),
+    [
+        (0.9, 1, "norm statistics", ["norms"]),  # they explain the shift: alone
+        (0.8, 1, "norm statistics", ["probes", "norms"]),
+        (0.8, 2, "norm statistics", ["norms"]),  # probes name another class
+        (0.6, 2, "probes", ["probes"]),  # they explain little: the surer counts
+    ],
+)
+def test_triggers_that_explain_a_part_do_not_stand_alone(
+    agreement: float, named: int, by: str, counted: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evidence(score: float, ground: str, target: int, name: str) -> Evidence:
+        found = {"agreement": agreement} if ground == "norm statistics" else {}
+        verdict = Verdict("backdoor", score, target, ground, found, "")  # type: ignore[arg-type]
+        one = Contender(name, torch.zeros(4), 0.9, torch.zeros(4))  # type: ignore[arg-type]
+        return Evidence(verdict, [one], [one])
+
+    first = evidence(0.7, "norm statistics", 1, "norms")
+    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
+    second = evidence(0.9, "probes", named, "probes")
+    monkeypatch.setattr(story, "from_probes", lambda _: second)
+    found = gather(scene(BUDGETS["standard"]), None)
+    assert found.verdict.by == by
+    assert [one.probe for one in found.counted] == counted
+    quick = gather(scene(BUDGETS["quick"]), None)
+    assert [one.probe for one in quick.counted] == (["norms"] if agreement > 0.7 else counted)
+
+
+@pytest.mark.parametrize(
     ("rival", "rivals", "called", "looks"),
     [
         (0.2, 2, True, 2),  # weaker than the suspect: believed

@@ -159,24 +159,26 @@ def answered(target: Target, share: float) -> Replayed:
 
 
 @pytest.mark.parametrize(
-    ("size", "excess", "called"),
+    ("size", "excess", "agreement", "called"),
     [
-        (4.0, 5.0, True),  # large, but so is what it explains
-        (2.0, 2.0, True),
-        (4.0, 2.0, False),  # noise takes a large patch
-        (1.0, 1.4, True),
+        (4.0, 5.0, 0.9, True),  # large, but so is what it explains
+        (2.0, 2.0, 0.9, True),
+        (4.0, 2.0, 0.9, False),  # noise takes a large patch
+        (2.0, 2.0, 0.45, False),  # for half of the shift, that is large
+        (1.0, 1.4, 0.9, True),
     ],
 )
 def test_a_shift_that_takes_a_large_patch_is_noise(
-    size: float, excess: float, called: bool
+    size: float, excess: float, agreement: float, called: bool
 ) -> None:
     state = [torch.zeros(1, 1, 3, 4, 4)]
-    patch = Replayed(Probe(PATCH, 7, state, (0.0, 1.0), size), 0.9, 0.9)
+    patch = Replayed(Probe(PATCH, 7, state, (0.0, 1.0), size), 0.9, agreement)
     verdict = by_statistics(excess, 500, [patch, answered(7, 0.9)], CONFIG)
     assert (verdict.finding == "backdoor") == called
-    assert verdict.evidence["effort"] == pytest.approx(size / excess)
+    effort = size / agreement / excess
+    assert verdict.evidence["effort"] == pytest.approx(effort)
     few = by_statistics(excess, 125, [patch, answered(7, 0.9)], CONFIG)  # twice the chance
-    assert few.evidence["effort"] == pytest.approx(size / excess / 2)
+    assert few.evidence["effort"] == pytest.approx(effort / 2)
     other = Probe(ADDITIVE, 7, state, (0.0, 1.0), size)  # whose sizes say nothing
     assert by_statistics(excess, 500, [Replayed(other, 0.9, 0.9)], CONFIG).finding == "backdoor"
 
