@@ -14,7 +14,10 @@ from onp.suspect.trace import Trace, trace
 from tests.networks import BUILDERS, network
 
 ISAS = masked_forward.instruction_sets()
-WORST = {"int8": {"vgg16_bn": 0.1, "mobilenetv2": 0.4}, "bf16": {"mobilenetv2": 0.1}}
+WORST = {
+    "int8": {"vgg16_bn": 0.1, "mobilenetv2": 0.4, "mobilenetv3": 0.15},
+    "bf16": {"mobilenetv2": 0.1, "mobilenetv3": 0.04},
+}
 """Largest error of a logit, relative to the largest logit, where it is more than usual: with random
 weights all images get much the same logits, and errors add up over many layers."""
 

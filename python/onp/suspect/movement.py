@@ -90,9 +90,9 @@ def layout(view: View) -> Layout | None:
     if at is None or at.ndim == 0:
         return None
     size = math.prod(view.shape[1:])
-    flat = at.ndim == 1 and size > 1 and len(at) > 1 and bool(at[0] // size == at[1] // size)
+    held = int((at // size == at.flatten()[0] // size).flatten().cumprod(0).sum())  # of a channel
+    flat = at.ndim == 1 and len(view.shape) > 1 and (held > 1 or size == 1)
     if flat:
-        held = int((at // size == at[0] // size).cumprod(0).sum())  # positions of a channel
         if len(at) % held:
             return None
         at = at.view(-1, held)
