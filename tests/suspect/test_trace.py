@@ -13,7 +13,7 @@ from onp.data import Normalize
 from onp.errors import UntraceableModel
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import trace
-from tests.networks import BUILDERS, network
+from tests.networks import BUILDERS, CONVOLUTIONAL, network
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -23,6 +23,14 @@ def test_the_frozen_network_computes_what_the_module_does(name: str) -> None:
     with torch.no_grad():
         got = FrozenNetwork(trace(model, (3, 40, 40)), model)(images)
         torch.testing.assert_close(got, model(images), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONAL)
+def test_what_is_pooled_to_one_pixel_is_flattened(name: str) -> None:
+    """The GPU's plan has no picks."""
+    kinds = {op.kind for op in trace(network(name), (3, 32, 32)).ops}
+    assert "flatten" in kinds
+    assert not kinds & {"pick", "select"}
 
 
 def test_a_pre_activation_norm_reads_the_residual_sum() -> None:
