@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from bench.defences.api import Info, defence
+from bench.defences.api import Info, NotApplicable, defence
 from bench.defences.common import ACTIVATION_GRADIENTS, FORWARD, WEIGHT_GRADIENTS, device_of
 from onp.data import ImageSet
 from onp.ledger import Ledger
@@ -157,7 +157,8 @@ def hypergradient(
     map P(d, w) = d - rate * (d inner / d d), the derivative is
     (d outer / d w) + (dP/dw)^T v, where v = (dP/dd)^T v + d outer / d d. v is found by ``steps``
     iterations from zero (Grazzi et al., ICML 2020, fixed-point method; the paper's section 4).
-    Returns one tensor a weight, of its shape.
+    Returns one tensor a weight, of its shape; raises NotApplicable where torch has no second
+    derivative of an operation.
     """
     delta = delta.detach().requires_grad_(True)
     by_delta, *direct = torch.autograd.grad(outer(delta), [delta, *weights], allow_unused=True)
@@ -165,10 +166,15 @@ def hypergradient(
         (slope,) = torch.autograd.grad(inner(delta), delta, create_graph=True)
     descended = delta - rate * slope
     v = by_delta  # the first step from zero
-    for _ in range(steps - 1):
-        (product,) = torch.autograd.grad(descended, delta, v, retain_graph=True)
-        v = product + by_delta
-    implicit = torch.autograd.grad(descended, weights, v, allow_unused=True)
+    try:
+        for _ in range(steps - 1):
+            (product,) = torch.autograd.grad(descended, delta, v, retain_graph=True)
+            v = product + by_delta
+        implicit = torch.autograd.grad(descended, weights, v, allow_unused=True)
+    except RuntimeError as error:
+        if "is not implemented" not in str(error):
+            raise
+        raise NotApplicable(f"torch lacks second derivatives of the network: {error}") from error
     return [
         sum((part for part in parts if part is not None), torch.zeros_like(weight))
         for weight, *parts in zip(weights, direct, implicit, strict=True)

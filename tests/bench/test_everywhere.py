@@ -54,6 +54,9 @@ def _case(arch: str) -> tuple[nn.Module, ImageSet]:
     torch.manual_seed(0)
     model = ARCHITECTURES[arch](WIDTHS.get(arch, 8), 4).train()
     images = draw(24, 3)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = max(module.momentum or 0.0, 0.1)
     with torch.no_grad():
         for _ in range(3):
             model(images.floats())  # norms learn their statistics
@@ -74,6 +77,10 @@ def test_every_defence_treats_every_architecture(name: str, arch: str) -> None:
     ledger = Ledger()
     if name in NEEDS_BATCH_NORM and arch in WITHOUT_BATCH_NORM:
         with pytest.raises(NotApplicable, match="batch norm"):
+            DEFENCES[name](model, clean, seed=0, ledger=ledger, **options)
+        return
+    if (name, arch) == ("i-bau", "mobilenetv3"):
+        with pytest.raises(NotApplicable, match="second derivatives"):
             DEFENCES[name](model, clean, seed=0, ledger=ledger, **options)
         return
     repaired, info = DEFENCES[name](model, clean, seed=0, ledger=ledger, **options)
