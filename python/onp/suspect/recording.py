@@ -49,9 +49,9 @@ def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
     try:
         with torch.no_grad():
             graph = tracer.trace(model)
-    except (UntraceableModel, _DoesNotFit, AssertionError) as error:
-        if isinstance(error, UntraceableModel):
-            raise
+    except UntraceableModel:
+        raise
+    except (_DoesNotFit, AssertionError) as error:
         raise UntraceableModel(
             f"{type(model).__name__} does not accept images of shape {image_shape}: "
             f"{_first_line(error)}"

@@ -62,17 +62,17 @@ def _move(walk: Walk, node: fx.Node) -> None:
 
 def _moved(walk: Walk, node: fx.Node, move: Callable[[Tensor], Any]) -> None:
     view = walk.view(node, source_of(node))
-    walk.views[node] = view.after(move)
-    if isinstance(view.source, int) and view.moved is None and not _fits_fewer(view, move):
+    walk.views[node] = moved = view.after(move)
+    if isinstance(view.source, int) and view.moved is None and not _fits_fewer(view, moved, move):
         walk.counted.add(view.source)
 
 
-def _fits_fewer(view: View, move: Callable[[Tensor], Any]) -> bool:
-    """Whether a move does the same to a value with a channel less."""
+def _fits_fewer(view: View, whole: View | tuple[View, ...], move: Callable[[Tensor], Any]) -> bool:
+    """Whether a move, which made ``whole`` of a value, does the same with a channel less."""
     channels, *space = view.shape
     if channels == 1:
         return True
-    fewer, whole = replace(view, shape=(channels - 1, *space)), view.after(move)
+    fewer = replace(view, shape=(channels - 1, *space))
     try:
         less = fewer.after(move)
     except (RuntimeError, IndexError, ValueError):
