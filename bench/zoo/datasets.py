@@ -6,15 +6,36 @@ import hashlib
 from dataclasses import replace
 from pathlib import Path
 
+import torch
+
 from onp.data import PRESETS, ImageSet, Preprocess, load_dataset
 from onp.demo.images import CLASSES, draw
 from onp.errors import UsageError
 
-FIRST_CLASSES = {"cifar2": ("cifar10", 2), "cifar3": ("cifar10", 3), "gtsrb5": ("gtsrb", 5)}
-"""Data sets that are the first classes of another."""
+_CHOSEN = {
+    "cifar10": (
+        (3, 5), (8, 9), (1, 6, 7), (2, 4, 7), (6, 7, 8), (0, 3, 5, 8),
+        (4, 9), (2, 5, 6), (1, 4, 7, 9),
+    ),
+    "gtsrb": (
+        (2, 13), (1, 2, 5), (12, 13, 38), (10, 11, 25, 38), (3, 9, 14, 18, 33),
+        (4, 20, 35), (6, 8, 14, 28, 37),
+    ),
+}  # fmt: skip
+SUBSETS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "cifar2": ("cifar10", (0, 1)),
+    "cifar3": ("cifar10", (0, 1, 2)),
+    "gtsrb5": ("gtsrb", (0, 1, 2, 3, 4)),
+    **{
+        "-".join([whole, *map(str, classes)]): (whole, classes)
+        for whole, choices in _CHOSEN.items()
+        for classes in choices
+    },
+}
+"""Data sets that are some classes of another, relabelled in their order: its name and theirs."""
 
 CLASS_COUNTS = {"cifar10": 10, "gtsrb": 43, "shapes": len(CLASSES)} | {
-    name: count for name, (_, count) in FIRST_CLASSES.items()
+    name: len(classes) for name, (_, classes) in SUBSETS.items()
 }
 """Data sets and their class counts; ``shapes`` are generated, the others come from ``--data``."""
 
@@ -31,23 +52,26 @@ def load(name: str, data: str | Path | None, split: str) -> ImageSet:
         raise UsageError(f"unknown data set {name!r}; known are {', '.join(CLASS_COUNTS)}")
     if name == "shapes":
         return draw(*SHAPES[split])
-    if name in FIRST_CLASSES:
-        whole, classes = FIRST_CLASSES[name]
-        return _of_first(load(whole, data, split), classes)
+    if name in SUBSETS:
+        whole, classes = SUBSETS[name]
+        return _of(load(whole, data, split), classes, CLASS_COUNTS[whole])
     if data is None:
         raise UsageError(f"{name} is not generated: pass --data, the folder with {name}.zip")
     return load_dataset(Path(data) / f"{name}.zip", split)
 
 
-def _of_first(images: ImageSet, classes: int) -> ImageSet:
-    own = images.labels < classes
-    names = images.class_names[:classes]
-    return replace(images, images=images.images[own], labels=images.labels[own], class_names=names)
+def _of(images: ImageSet, classes: tuple[int, ...], count: int) -> ImageSet:
+    places = torch.full((count,), -1)
+    places[list(classes)] = torch.arange(len(classes))
+    labels = places[images.labels]
+    own = labels >= 0
+    names = tuple(images.class_names[one] for one in classes if images.class_names)
+    return replace(images, images=images.images[own], labels=labels[own], class_names=names)
 
 
 def normalisation(name: str) -> Preprocess | None:
     """What the zoo's networks of this data set have in front, inside the model."""
-    return PRESETS.get(FIRST_CLASSES.get(name, (name, 0))[0])
+    return PRESETS.get(SUBSETS[name][0] if name in SUBSETS else name)
 
 
 def fingerprint(images: ImageSet) -> str:

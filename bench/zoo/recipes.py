@@ -268,6 +268,57 @@ FEW = [
 on ten classes and 43. Written down, with a prediction (bench/NOTES.md, "Few classes"), before one
 was trained."""
 
+_FEW_PLAIN = replace(_CIFAR, epochs=15, **_NO_NORMS)
+_FEW_SIGNS = replace(_SIGNS, epochs=15)
+
+FEW_CLEAN = [
+    Recipe(dataset, arch, width, training, seed=14)
+    for dataset, arch, width, training in (
+        ("cifar10-3-5", "resnet20", 16, replace(_CIFAR, epochs=8)),
+        ("cifar10-8-9", "vgg11", 16, _FEW_PLAIN),
+        ("cifar10-1-6-7", "vgg11", 16, _FEW_PLAIN),
+        ("cifar10-2-4-7", "resnet20", 16, replace(_CIFAR, epochs=8)),
+        ("cifar10-6-7-8", "preactresnet18", 8, replace(_CIFAR, epochs=8)),
+        ("cifar10-0-3-5-8", "vgg11", 16, _FEW_PLAIN),
+        ("gtsrb-2-13", "resnet20", 16, _FEW_SIGNS),
+        ("gtsrb-1-2-5", "mobilenetv3", 0.5, _FEW_SIGNS),
+        ("gtsrb-12-13-38", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS)),
+        ("gtsrb-10-11-25-38", "preactresnet18", 8, _FEW_SIGNS),
+        ("gtsrb-3-9-14-18-33", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS)),
+    )
+]
+"""Clean networks of two to five classes, for how far a finding goes by nature where classes are
+few: constants are chosen with these in view."""
+
+FEW_2 = [
+    recipe
+    for twin, attacks in (
+        (
+            Recipe("cifar10-4-9", "vgg11", 16, _FEW_PLAIN, seed=15),
+            (("badnets", 0.1, 1), ("blended", 0.1, 0), ("trojannn", 0.1, 1)),
+        ),
+        (
+            Recipe("cifar10-2-5-6", "resnet20", 16, replace(_CIFAR, epochs=8), seed=15),
+            (("badnets", 0.1, 2), ("ssba", 0.1, 0), ("input-aware", 0.1, 1)),
+        ),
+        (
+            Recipe("cifar10-1-4-7-9", "vgg11", 16, _FEW_PLAIN, seed=15),
+            (("badnets", 0.1, 1), ("blended", 0.1, 3), ("adaptive-blend", 0.1, 2)),
+        ),
+        (
+            Recipe("gtsrb-4-20-35", "mobilenetv3", 0.5, _FEW_SIGNS, seed=15),
+            (("badnets", 0.1, 1), ("trojannn", 0.1, 0), ("blended", 0.1, 2)),
+        ),
+        (
+            Recipe("gtsrb-6-8-14-28-37", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS), seed=15),
+            (("badnets", 0.1, 0), ("trojannn", 0.1, 2), ("ssba", 0.1, 3)),
+        ),
+    )
+    for recipe in (*_unseen(twin, *((*a, True) for a in attacks)), replace(twin, seed=16))
+]
+"""Networks of few classes once more, other classes and attacks, and two clean ones of each kind.
+Written down, with a prediction (bench/NOTES.md, "Margins"), before one was trained."""
+
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 
 CLEAN = [
@@ -380,6 +431,8 @@ SETS: dict[str, list[Recipe]] = {
     "unseen-4": UNSEEN_4,
     "unseen-5": UNSEEN_5,
     "few": FEW,
+    "few-clean": FEW_CLEAN,
+    "few-2": FEW_2,
     "practice": PRACTICE,
     "wide": WIDE,
     "gpu": GPU,

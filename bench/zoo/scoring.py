@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.zoo.attacks import Attack
+from bench.zoo.datasets import SUBSETS
 from onp.data import ImageSet
 from onp.errors import BadData
 from onp.metrics import predict
@@ -15,7 +16,9 @@ from onp.metrics import predict
 LEAST_ACCURACY = {
     "cifar10": 0.70, "gtsrb": 0.90, "shapes": 0.80, "cifar2": 0.85, "cifar3": 0.80, "gtsrb5": 0.90,
 }  # fmt: skip
-"""Below this a clean network is too weak for its repairs to say much."""
+"""Below this a clean network is too weak for its repairs to say much. Other data sets of some
+classes have the bar of ``LEAST_OF_SUBSETS``."""
+LEAST_OF_SUBSETS = {"cifar10": 0.75, "gtsrb": 0.90}
 LEAST_ASR = 0.80
 LEAST_ASR_ALL_TO_ALL = 0.50
 """BackdoorBench's bar for a base network. An answer that depends on the image's own class cannot
@@ -89,7 +92,9 @@ def unfair(
     dataset: str, attack: Attack | None, scores: Scores, twin_accuracy: float | None
 ) -> str | None:
     """Why a network is no fair case; None if it is one."""
-    least = LEAST_ACCURACY[dataset]
+    least = LEAST_ACCURACY.get(dataset)
+    if least is None:
+        least = LEAST_OF_SUBSETS[SUBSETS[dataset][0]]
     if twin_accuracy is not None:
         least = max(least, twin_accuracy - MOST_ACCURACY_LOST)
     if scores.ca < least:

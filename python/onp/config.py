@@ -55,6 +55,11 @@ class SynthesisConfig:
     directions catch up),"""
     square_images: int = 2
     """on so many images each."""
+    margin_steps: int = 10
+    """Where none of that calls a backdoor, the classes' margins are driven, in so many steps (with
+    more, natural directions catch up)"""
+    margin_starts: int = 8
+    """from so many images of noise each."""
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
     counted: int = 3
@@ -257,6 +262,12 @@ class VerdictConfig:
     square_shift: tuple[float, float] = (0.05, 0.35)
     """Of the images, that a square shifts by one, less one class's share: networks without such a
     backdoor reach .09, those with one start at .27."""
+    margin_lead: tuple[float, float] = (0.2, 0.75)
+    """Binary logarithm of a class's largest margin over any other's, in logits and as a multiple of
+    its clean images', whichever is less. Clean networks of four classes and more reach .27; the
+    threshold is at .5."""
+    margin_scarcity: float = 0.3
+    """As ``scarcity``: clean networks of three classes reach .67."""
     certain: float = 0.6
     """Score of the norm statistics from which on no other probes are asked,"""
     certain_agreement: float = 0.65

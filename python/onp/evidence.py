@@ -17,6 +17,7 @@ from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.families import Family, Range
 from onp.probes.generator import Generator
+from onp.probes.margin import Margins, largest_margins
 from onp.probes.norm_shift import NormShift, norm_shift
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
@@ -29,6 +30,7 @@ from onp.suspect.network import FrozenNetwork
 from onp.verdict import (
     Verdict,
     by_label_shift,
+    by_margins,
     by_probes,
     by_shifting_squares,
     by_squares,
@@ -59,6 +61,10 @@ class Squares:
     targets: Sequence[Target]
     successes: Tensor
     """Mean excess probability of the target, float32 [places, targets]."""
+
+    def best_place(self, target: Target) -> int:
+        """Where the target's square works best."""
+        return int(self.successes[:, list(self.targets).index(target)].argmax())
 
 
 @dataclass(frozen=True)
@@ -133,6 +139,16 @@ class Scene:
             reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
         return Squares(targets, torch.tensor(reached).view(-1, len(targets)))
 
+    def margins(self, classes: Sequence[int]) -> Margins:
+        """How far the margins of the classes can be driven."""
+        config = self.config.synthesis
+        with self.ledger.stage("probe"):
+            return largest_margins(
+                self.evaluator.network, self.clean, classes,
+                steps=config.margin_steps, starts=config.margin_starts,
+                valid=self.valid, seed=self.seed, ledger=self.ledger,
+            )  # fmt: skip
+
     def raced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes' contenders, best first."""
         return race(
@@ -179,6 +195,8 @@ class Evidence:
     """The first look's probes of every class, the strongest first, where it was had."""
     squares: Squares | None = None
     """What squares reach, where they were asked."""
+    margins: Margins | None = None
+    """How far margins can be driven, where nothing else called a backdoor."""
     unlearned: Unlearned | None = None
     unlearning: Tensor | None = None
     """Response of every site to unlearning, float32 [S]."""
@@ -292,8 +310,8 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
 def from_probes(scene: Scene) -> Evidence:
     """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
     either names, with every family. If a probe leads, further classes are probed, as a lead counts
-    over the nearest. What they or the squares call, whichever are surer, has its class's probes
-    raced, a square that called among them."""
+    over the nearest. Where neither they nor the squares call a backdoor, margins may. What is
+    called has its class's probes raced, a square that called among them."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -319,17 +337,24 @@ def from_probes(scene: Scene) -> Evidence:
     if said.target is not None and rivals:
         contenders = contenders + scene.probed(rivals)
         said = by_probes(contenders, len(named), config.verdict)
-    verdict = seen if seen.score > said.score else said
+    verdict, margins = seen if seen.score > said.score else said, None
+    if verdict.target is None:
+        margins = scene.margins(left_over)
+        verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
     counted = list[Contender]()
     if isinstance(verdict.target, int):
-        caller = leading(contenders, config.verdict.least_success)
+        if all(one.probe.target != verdict.target for one in contenders):
+            contenders = contenders + scene.probed([verdict.target])
+        caller = leading(contenders, config.verdict.least_success, verdict.target)
         if caller is None or verdict is seen:  # learned as long as the others, the square counts
+            if verdict is not seen:
+                place = squares.best_place(verdict.target)
             caller = scene.probed([verdict.target], SQUARES[place : place + 1])[0]
             contenders = [caller, *contenders]
         contenders = raced_for(scene, verdict.target, contenders)
         counted = counted_contenders(contenders, caller.probe, synthesis)
     return Evidence(
-        verdict, contenders, counted, looked=looked, squares=squares,
+        verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
         unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Is there a backdoor? Three independent findings from clean data; any one of them calls it.
+"""Is there a backdoor? Four independent findings from clean data; any one of them calls it.
 
 **Norm statistics.** The moments that the batch norms remember differ from the clean images' by more
 than chance, and triggers that are learned to explain the difference, no class being asked for, make
@@ -25,6 +25,10 @@ largest: what a few steps of them reach there for other classes says how far a n
 leads (``onp.probes.square``). And squares that shift all labels by one, against those that shift
 them by two (all-to-all): natural directions lead to a class, and shift those of one label at most.
 
+**Margins.** How sure of each class the network can be made, by any image at all, leads that of all
+other classes, in logits and as a multiple of how sure it is of the class's clean images
+(``onp.probes.margin``).
+
 Where few other classes are probed, as there are no more, one leads by chance: more is asked then.
 What unlearning leaves, and whether a probe's success can be pruned away, tell next to nothing
 beside it (bench/NOTES.md, "A lead over near classes").
@@ -43,16 +47,21 @@ from torch import Tensor
 from onp.agent.contenders import advantage, leading
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.margin import Margins
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Target
 from onp.probes.replay import Replayed
 
-Ground = Literal["norm statistics", "squares", "probes"]
+Ground = Literal["norm statistics", "squares", "probes", "margins"]
 """What a verdict rests on."""
 EFFORT_IMAGES = 500
 """Clean images in whose chance an effort counts the excess: with fewer, chance is larger."""
 LEAST_AGREEMENT = 0.1
 """A trigger that agrees less with the norms' shift explains as much of it as this."""
+LEAST_MARGIN = 0.1
+"""Margins below this, in logits, count as this;"""
+LEAST_CLASSES = 3
+"""with fewer classes, none leads."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -142,7 +151,7 @@ def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig
         return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
     lead = advantage(best, contenders)
     return _verdict(
-        _ramp(lead, 0.0, _scarcity(among, config) * config.lead),
+        _ramp(lead, 0.0, _scarcity(among, config.rivals, config.scarcity) * config.lead),
         best.probe.target,
         "probes",
         {"advantage": lead, "success": best.success},
@@ -172,10 +181,37 @@ def by_squares(
     )
     if not works[place]:
         reason = f"no square works on {100 * config.least_success:.0f}% of the images"
-    few = _scarcity(len(targets), config)
+    few = _scarcity(len(targets), config.rivals, config.scarcity)
     score = _ramp(lead, *(few * bound for bound in config.square_lead))
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
+
+
+def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:
+    """Judge the largest margins by how far one class's leads that of every other: in logits and as
+    a multiple of the class's natural margin, whichever is less. A class leads that leads in both;
+    some do in one by nature. Of two classes none does: one's margin is the other's reversed."""
+    driven = margins.driven.clamp_min(LEAST_MARGIN)
+    stretched = driven / margins.natural.clamp_min(LEAST_MARGIN)
+    first, lead = int(driven.argmax()), 0.0
+    if len(driven) >= LEAST_CLASSES and first == int(stretched.argmax()):
+        lead = min(_lead(driven), _lead(stretched))
+    few = _scarcity(len(driven), config.rivals, config.margin_scarcity)
+    score = _ramp(lead, *(few * bound for bound in config.margin_lead))
+    reason = (
+        f"the network can be made surer of class {margins.classes[first]} than of any other, "
+        f"2^{lead:.1f} times as far as of the next, in logits and over what its images bring"
+    )
+    if lead == 0.0:
+        reason = "no class is one that the network can be made surer of than of all others"
+    found = {"advantage": lead, "margin": float(driven[first])}
+    return _verdict(score, margins.classes[first], "margins", found, reason, config)
+
+
+def _lead(values: Tensor) -> float:
+    """Binary logarithm of the largest over the second largest."""
+    first, second = values.topk(2).values.tolist()
+    return math.log2(first / max(second, 1e-9))
 
 
 def by_shifting_squares(
@@ -209,9 +245,9 @@ def _shifts_more(by_one: float, by_two: float) -> float:
     return math.log2(max(by_one, 1e-2) / max(by_two, LEAST_CONTROL))
 
 
-def _scarcity(among: int, config: VerdictConfig) -> float:
-    """How much more of a lead is asked where it is one over few other classes."""
-    return 1.0 + config.scarcity * max(0, config.rivals - (among - 1))
+def _scarcity(among: int, rivals: int, share: float) -> float:
+    """How much more of a lead is asked where it is one over fewer other classes than ``rivals``."""
+    return 1.0 + share * max(0, rivals - (among - 1))
 
 
 def _verdict(

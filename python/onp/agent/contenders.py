@@ -15,7 +15,7 @@ from torch import Tensor
 from onp.agent.race import Contender
 from onp.config import Config, SynthesisConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.probe import Probe
+from onp.probes.probe import Probe, Target
 
 TOGETHER = 16
 """Probes whose triggered images are run in one call."""
@@ -42,9 +42,16 @@ def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
     return math.log2(strength(contender.success, contender.probe.size) / max(rivals))
 
 
-def leading(contenders: Sequence[Contender], least_success: float) -> Contender | None:
-    """The one with the largest advantage of those that reach ``least_success``, if any does."""
-    working = (one for one in contenders if one.success >= least_success)
+def leading(
+    contenders: Sequence[Contender], least_success: float, target: Target | None = None
+) -> Contender | None:
+    """The one with the largest advantage of those (for the target, if one is named) that reach
+    ``least_success``, if any does."""
+    working = (
+        one
+        for one in contenders
+        if one.success >= least_success and target in (None, one.probe.target)
+    )
     return max(working, key=lambda one: advantage(one, contenders), default=None)
 
 
