@@ -32,7 +32,8 @@ _BENCH = Path(__file__).parent
 def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """The verdict on one network, and what would have been right."""
     recipe = network.recipe
-    clean = draw_balanced(load(recipe.dataset, args.data, "train"), args.clean_samples, seed)
+    train = load(recipe.dataset, args.data, "train")
+    clean = draw_balanced(train, min(args.clean_samples, len(train)), seed)
     config = BUDGETS[args.budget]
     if args.without_norms:
         config = replace(config, replay=replace(config.replay, least_excess=math.inf))
@@ -43,7 +44,7 @@ def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, 
         "seed": seed,
         "budget": args.budget,
         "norms": not args.without_norms,
-        "clean_samples": args.clean_samples,
+        "clean_samples": len(clean),
         "backdoored": recipe.attack != "clean",
         "target": str(recipe.target) if all_to_one else None,
         "finding": verdict.finding,

@@ -27,9 +27,10 @@ from onp.evidence import (
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.families import Family
+from onp.probes.margin import Margins
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.responses import activations
-from onp.probes.square import Square
+from onp.probes.square import SQUARES, Square
 from onp.probes.synthesis import FAMILIES
 from onp.probes.unlearning import Unlearned
 from onp.suspect.trace import trace
@@ -55,6 +56,10 @@ def scene(config: Config) -> Scene:
 
 def no_square_leads(_: Scene, targets: Sequence[int], *__: int) -> Squares:
     return Squares(targets, torch.full((16, len(targets)), 0.4))
+
+
+def no_margin_leads(_: Scene, classes: Sequence[int]) -> Margins:
+    return Margins(classes, torch.ones(len(classes)), torch.ones(len(classes)))
 
 
 def said(score: float, by: str = "probes") -> Evidence:
@@ -160,6 +165,7 @@ def test_a_probe_must_lead_further_classes_too(
 
     monkeypatch.setattr(Scene, "probed", probed)
     monkeypatch.setattr(Scene, "squares", no_square_leads)
+    monkeypatch.setattr(Scene, "margins", no_margin_leads)
     monkeypatch.setattr(Scene, "raced", raced)
     found = from_probes(here)
     assert (found.verdict.target is not None) == called
@@ -200,11 +206,87 @@ def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
     looked_at = [contender(Probe(Additive(), k, state, (0.0, 1.0), 1.0), 1.0) for k in range(5)]
     monkeypatch.setattr(Scene, "probed", probed)
     monkeypatch.setattr(Scene, "squares", no_square_leads)
+    monkeypatch.setattr(Scene, "margins", no_margin_leads)
     monkeypatch.setattr(Scene, "raced", raced)
     monkeypatch.setattr(story, "responses", lambda *_: sites)
     found = from_probes(here)
     assert found.verdict.target == 0
     assert [(one.probe.target, one.success) for one in found.counted] == [(0, 0.1)]
+
+
+@pytest.mark.parametrize(
+    ("margin", "leads", "by", "target", "asked"),
+    [
+        (4.0, False, "margins", 2, [[0, 1, 3], [2]]),  # a class that nothing else had named
+        (1.2, False, "margins", None, [[0, 1, 3]]),  # the nearest to calling
+        (4.0, True, "probes", 0, [[0, 1, 3], [4, 2]]),  # probes call: nobody asks
+    ],
+)
+def test_margins_are_asked_where_nothing_else_calls(
+    margin: float,
+    leads: bool,
+    by: str,
+    target: int | None,
+    asked: list[list[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What they call is probed, and the probe that leads there most counts, in front; where none
+    works, a square where the class's works best."""
+    here = scene(BUDGETS["standard"])
+    calls: list[list[int]] = []
+    learned: list[tuple[list[int], list[str]]] = []
+    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
+    answers = torch.tensor([9, 8, 0, 3, 1])  # 0, 1, 3, 4, 2
+
+    def contender(probe: Probe, success: float) -> Contender:
+        return Contender(probe, sites, success, sites.bool())
+
+    def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
+        one = [Probe(Additive(), target, state, (0.0, 1.0), 1.0) for target in targets]
+        return [contender(probe, 0.9) for probe in one]
+
+    def margins(_: Scene, classes: Sequence[int]) -> Margins:
+        calls.append(list(classes))
+        driven = torch.tensor([margin if one == 2 else 1.0 for one in classes])
+        return Margins(classes, driven, torch.ones(5))
+
+    def squares(_: Scene, targets: Sequence[int]) -> Squares:
+        successes = torch.full((16, 5), 0.3)
+        successes[11, list(targets).index(2)] = 0.45
+        return Squares(targets, successes)
+
+    def probed(
+        _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES[:1]
+    ) -> list[Contender]:
+        learned.append((list(targets), [family.name for family in families]))
+        size = 0.25 if leads and 0 in targets else 1.0
+        return [
+            contender(Probe(family, one, state, (0.0, 1.0), size if one == 0 else 1.0), works[0])
+            for family in families
+            for one in targets
+        ]
+
+    works = [0.9]
+    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, answers))
+    monkeypatch.setattr(story, "responses", lambda *_: sites)
+    monkeypatch.setattr(Scene, "first_look", look)
+    monkeypatch.setattr(Scene, "squares", squares)
+    monkeypatch.setattr(Scene, "margins", margins)
+    monkeypatch.setattr(Scene, "probed", probed)
+    monkeypatch.setattr(Scene, "raced", lambda _, some: [contender(one, 0.9) for one in some])
+    found = from_probes(here)
+    assert (found.verdict.by, found.verdict.target) == (by, target)
+    assert [targets for targets, _ in learned] == asked
+    assert calls == ([] if leads else [[0, 1, 3, 4, 2]])
+    assert (found.margins is None) == leads
+    assert bool(found.counted) == (target is not None)
+    assert {one.probe.target for one in found.counted} <= {target}
+    if target == 2:
+        works[0] = 0.3  # no probe works on half of the images
+        learned.clear()
+        found = from_probes(here)
+        assert learned[-1] == ([2], [SQUARES[11].name])
+        assert found.counted[0].probe.family is SQUARES[11]
 
 
 def test_two_orders_name_in_turn_and_each_class_once() -> None:
@@ -263,6 +345,7 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(Scene, "first_look", look)
     monkeypatch.setattr(Scene, "probed", probed)
     monkeypatch.setattr(Scene, "squares", no_square_leads)
+    monkeypatch.setattr(Scene, "margins", no_margin_leads)
     found = from_probes(here)
     assert asked == [[4, 0, 1]]
     assert [one.probe.target for one in found.looked] == [4, 0, 1, 2, 3]
@@ -320,6 +403,7 @@ def test_squares_and_probes(
     monkeypatch.setattr(story, "responses", lambda *_: sites)
     monkeypatch.setattr(Scene, "first_look", look)
     monkeypatch.setattr(Scene, "squares", squares)
+    monkeypatch.setattr(Scene, "margins", no_margin_leads)
     monkeypatch.setattr(Scene, "probed", probed)
     monkeypatch.setattr(Scene, "raced", lambda _, probes: [contender(one) for one in probes])
     found = from_probes(here)

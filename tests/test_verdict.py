@@ -10,12 +10,14 @@ from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.additive import Additive
 from onp.probes.families import Family
+from onp.probes.margin import Margins
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
 from onp.verdict import (
     Verdict,
     by_label_shift,
+    by_margins,
     by_probes,
     by_shifting_squares,
     by_squares,
@@ -127,6 +129,50 @@ def test_a_square_among_few_classes_must_lead_by_more() -> None:
     assert by_squares(few, [0, 1, 2, 3], CONFIG)[0].finding == "clean"
     assert by_squares(torch.nn.functional.pad(few, (0, 1)), range(5), CONFIG)[0].target == 0
     assert by_squares(few[:, :1], [7], CONFIG)[0].finding == "clean"  # over nothing
+
+
+def margins(driven: list[float], natural: list[float] | None = None) -> Margins:
+    """Of the classes 9, 8, ..."""
+    likely = torch.tensor(natural) if natural else torch.ones(len(driven))
+    return Margins([9 - place for place in range(len(driven))], torch.tensor(driven), likely)
+
+
+@pytest.mark.parametrize(
+    ("driven", "natural", "lead"),
+    [
+        ([4.0, 1.0, 8.0, 2.0, 1.0], None, 1.0),
+        ([4.0, 1.0, 5.0, 2.0, 1.0], None, 0.32),
+        ([4.0, 1.0, 8.0, 2.0, 1.0], [1.0, 1.0, 1.5, 1.0, 1.0], 0.415),  # less far by nature
+        ([4.0, 1.0, 8.0, 2.0, 1.0], [4.0, 1.0, 1.0, 1.0, 1.0], 1.0),  # further: the logits count
+        ([4.0, 1.0, 8.0, 2.0, 1.0], [1.0, 1.0, 4.0, 1.0, 1.0], 0.0),  # another class is first so
+        ([4.0, 1.0, 8.0, 2.0, 1.0], [1.0, 1.0, float("inf"), 1.0, 1.0], 0.0),  # no image of it
+        ([4.0, 1.0, 8.0, 2.0, 1.0], [0.0, 1.0, 0.0, 1.0, 1.0], 1.0),  # none is answered rightly
+        ([-3.0, -2.0, -1.0, -2.0, -5.0], None, 0.0),  # nothing reaches any of them
+    ],
+)
+def test_margins_lead_in_logits_and_over_what_is_natural(
+    driven: list[float], natural: list[float] | None, lead: float
+) -> None:
+    verdict = by_margins(margins(driven, natural), CONFIG)
+    low, high = CONFIG.margin_lead
+    called = lead > low + CONFIG.threshold * (high - low)
+    assert (verdict.by, verdict.finding) == ("margins", "backdoor" if called else "clean")
+    assert verdict.target == (7 if called else None)
+    assert verdict.evidence["advantage"] == pytest.approx(lead, abs=0.005)
+    assert ("surer of class 7 than of any other" in verdict.reason) == (lead > 0)
+
+
+@pytest.mark.parametrize(("among", "least"), [(3, 0.804), (4, 0.653), (5, 0.5025), (43, 0.5025)])
+def test_margins_of_few_classes_must_lead_by_more(among: int, least: float) -> None:
+    for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
+        found = by_margins(margins([1.0, 2.0**lead] + [0.5] * (among - 2)), CONFIG)
+        assert (found.finding, found.target) == (finding, 8 if finding == "backdoor" else None)
+
+
+def test_of_two_classes_no_margin_leads() -> None:
+    for driven in ([100.0, 1.0], [100.0]):
+        verdict = by_margins(margins(driven), CONFIG)
+        assert (verdict.finding, verdict.score) == ("clean", 0.0)
 
 
 def replayed(excess: float, share: float) -> Verdict:

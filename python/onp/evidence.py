@@ -63,8 +63,10 @@ class Squares:
     """Mean excess probability of the target, float32 [places, targets]."""
 
     def best_place(self, target: Target) -> int:
-        """Where the target's square works best."""
-        return int(self.successes[:, list(self.targets).index(target)].argmax())
+        """Where the target's square works best over the others' in the same place."""
+        own = self.successes[:, (at := list(self.targets).index(target))]
+        others = [place for place in range(len(self.targets)) if place != at]
+        return int((own - self.successes[:, others].max(1).values).argmax())
 
 
 @dataclass(frozen=True)
@@ -346,7 +348,7 @@ def from_probes(scene: Scene) -> Evidence:
         if all(one.probe.target != verdict.target for one in contenders):
             contenders = contenders + scene.probed([verdict.target])
         caller = leading(contenders, config.verdict.least_success, verdict.target)
-        if caller is None or verdict is seen:  # learned as long as the others, the square counts
+        if caller is None or verdict is not said:  # learned as long as others, a square counts
             if verdict is not seen:
                 place = squares.best_place(verdict.target)
             caller = scene.probed([verdict.target], SQUARES[place : place + 1])[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -17,11 +18,12 @@ from onp.environment import describe
 from onp.evidence import Evidence, Squares
 from onp.ledger import Ledger
 from onp.metrics import interval
+from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import Target, classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/8"
+SCHEMA = "onp.repair/9"
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,7 @@ def repair_report(
         "unlearned_answers": None if unlearned is None else unlearned.answers.tolist(),
         "first_look": [_looked(c) for c in evidence.looked],
         "squares": None if evidence.squares is None else _squares(evidence.squares),
+        "margins": None if evidence.margins is None else _margins(evidence.margins),
         "probes": [_probe(c, c in counted) for c in evidence.contenders],
         "renewed_probes": [_probe(c, True) for c in renewed],
         "choice": None if choice is None else _choice(choice),
@@ -145,6 +148,19 @@ def _squares(squares: Squares) -> list[dict[str, Any]]:
     return [
         {"target": _named(target), "place": place, "success": round(success, 4)}
         for target, place, success in sorted(rows, key=lambda row: -row[2])
+    ]
+
+
+def _margins(margins: Margins) -> list[dict[str, Any]]:
+    """Of each class, the largest first."""
+    rows = zip(margins.classes, margins.driven.tolist(), margins.natural.tolist(), strict=True)
+    return [
+        {
+            "target": target,
+            "margin": round(driven, 4),
+            "natural": round(natural, 4) if math.isfinite(natural) else None,
+        }
+        for target, driven, natural in sorted(rows, key=lambda row: -row[1])
     ]
 
 
