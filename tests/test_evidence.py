@@ -217,7 +217,7 @@ def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
 @pytest.mark.parametrize(
     ("margin", "leads", "by", "target", "asked"),
     [
-        (4.0, False, "margins", 2, [[0, 1, 3], [2]]),  # a class that nothing else had named
+        (4.0, False, "margins", 2, [[0, 1, 3], [2], [2]]),  # a class that nothing else had named
         (1.2, False, "margins", None, [[0, 1, 3]]),  # the nearest to calling
         (4.0, True, "probes", 0, [[0, 1, 3], [4, 2]]),  # probes call: nobody asks
     ],
@@ -230,8 +230,7 @@ def test_margins_are_asked_where_nothing_else_calls(
     asked: list[list[int]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What they call is probed, and the probe that leads there most counts, in front; where none
-    works, a square where the class's works best."""
+    """What they call is probed, and a square counts, where the class's leads most."""
     here = scene(BUDGETS["standard"])
     calls: list[list[int]] = []
     learned: list[tuple[list[int], list[str]]] = []
@@ -253,6 +252,7 @@ def test_margins_are_asked_where_nothing_else_calls(
     def squares(_: Scene, targets: Sequence[int]) -> Squares:
         successes = torch.full((16, 5), 0.3)
         successes[11, list(targets).index(2)] = 0.45
+        successes[3] = 0.48  # better, but so it is for all
         return Squares(targets, successes)
 
     def probed(
@@ -261,12 +261,11 @@ def test_margins_are_asked_where_nothing_else_calls(
         learned.append((list(targets), [family.name for family in families]))
         size = 0.25 if leads and 0 in targets else 1.0
         return [
-            contender(Probe(family, one, state, (0.0, 1.0), size if one == 0 else 1.0), works[0])
+            contender(Probe(family, one, state, (0.0, 1.0), size if one == 0 else 1.0), 0.9)
             for family in families
             for one in targets
         ]
 
-    works = [0.9]
     monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, answers))
     monkeypatch.setattr(story, "responses", lambda *_: sites)
     monkeypatch.setattr(Scene, "first_look", look)
@@ -282,10 +281,7 @@ def test_margins_are_asked_where_nothing_else_calls(
     assert bool(found.counted) == (target is not None)
     assert {one.probe.target for one in found.counted} <= {target}
     if target == 2:
-        works[0] = 0.3  # no probe works on half of the images
-        learned.clear()
-        found = from_probes(here)
-        assert learned[-1] == ([2], [SQUARES[11].name])
+        assert learned[-1] == ([2], ["square"])
         assert found.counted[0].probe.family is SQUARES[11]
 
 
