@@ -101,6 +101,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, help="folder with cifar10.zip and gtsrb.zip")
     parser.add_argument("--sets", nargs="*", default=["core", "clean"], help="of the zoo")
     parser.add_argument("--models-dir", type=Path, default=_BENCH / "zoo" / "models")
+    parser.add_argument("--models", nargs="*", help="only these")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--budget", choices=list(BUDGETS), default="standard")
     parser.add_argument(
@@ -118,7 +119,11 @@ def main() -> int:
     rows = [row for row in rows if row.get("norms", True) != args.without_norms]
     done = {(row["model"], row["seed"]) for row in rows}
     networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
-    networks = [network for network in networks if network.card["fair"]]
+    networks = [
+        network
+        for network in networks
+        if network.card["fair"] and (not args.models or network.name in args.models)
+    ]
     for seed in args.seeds:
         for network in networks:
             if (network.name, seed) in done:
