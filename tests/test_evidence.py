@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from onp.evidence import (
     Squares,
     from_probes,
     from_shifting_squares,
+    from_statistics,
     gather,
     in_turn,
 )
@@ -28,7 +30,9 @@ from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.families import Family
 from onp.probes.margin import Margins
+from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift, Probe, Target
+from onp.probes.replay import Replayed
 from onp.probes.responses import activations
 from onp.probes.square import SQUARES, Square
 from onp.probes.synthesis import FAMILIES
@@ -94,7 +98,7 @@ def test_the_stronger_evidence_decides(
     monkeypatch.setattr(story, "from_statistics", lambda *_: first)
     second = None if shift is None else said(shift, "squares")
     monkeypatch.setattr(story, "from_shifting_squares", lambda _: second)
-    monkeypatch.setattr(story, "from_probes", lambda one: (asks.append(one), said(probes))[1])
+    monkeypatch.setattr(story, "from_probes", lambda one, _: (asks.append(one), said(probes))[1])
     assert gather(scene(BUDGETS["quick"]), None).verdict.score == score
     assert bool(asks) == asked
 
@@ -105,7 +109,7 @@ def test_the_stronger_evidence_decides(
         (0.9, 1, "norm statistics", ["norms"]),  # they explain the shift: alone
         (0.8, 1, "norm statistics", ["probes", "norms"]),
         (0.8, 2, "norm statistics", ["norms"]),  # probes name another class
-        (0.6, 2, "probes", ["probes"]),  # they explain little: the surer counts
+        (0.6, 2, "probes", ["probes"]),  # they explain little: probes know the class better
     ],
 )
 def test_triggers_that_explain_a_part_do_not_stand_alone(
@@ -120,13 +124,54 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     first = evidence(0.7, "norm statistics", 1, "norms")
     monkeypatch.setattr(story, "from_statistics", lambda *_: first)
     monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
-    second = evidence(0.9, "probes", named, "probes")
-    monkeypatch.setattr(story, "from_probes", lambda _: second)
+    second = evidence(0.6 if agreement < 0.65 else 0.9, "probes", named, "probes")
+    monkeypatch.setattr(story, "from_probes", lambda *_: second)
     found = gather(scene(BUDGETS["standard"]), None)
     assert found.verdict.by == by
     assert [one.probe for one in found.counted] == counted
     quick = gather(scene(BUDGETS["quick"]), None)
     assert [one.probe for one in quick.counted] == (["norms"] if agreement > 0.7 else counted)
+
+
+def test_where_norms_have_called_margins_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[bool] = []
+
+    def probes(_: Scene, called: bool) -> Evidence:
+        asked.append(called)
+        return said(0.1)
+
+    monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
+    monkeypatch.setattr(story, "from_probes", probes)
+    for norms in (None, 0.3, 0.58):
+        first = None if norms is None else said(norms, "norm statistics")
+        monkeypatch.setattr(story, "from_statistics", lambda *_, first=first: first)
+        gather(scene(BUDGETS["standard"]), None)
+    assert asked == [False, False, True]
+    here = scene(BUDGETS["standard"])
+    monkeypatch.setattr(Scene, "squares", no_square_leads)
+    monkeypatch.setattr(Scene, "margins", lambda *_: pytest.fail("asked"))
+    assert from_probes(here, called=True).margins is None
+
+
+@pytest.mark.parametrize("memory", [19, 199])
+def test_norms_that_remember_much_need_more_excess(
+    memory: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = scene(BUDGETS["standard"])
+    moments = SimpleNamespace(remembered=128.0 * memory)
+    clean = torch.zeros(20, 8)
+    shift = NormShift(moments, clean, *[torch.zeros(0)] * 4, 2.15)  # type: ignore[arg-type]
+    assert shift.long == (memory > 100)
+    probe = Probe(Additive(), 1, [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
+    monkeypatch.setattr(Scene, "replayed", lambda *_: Replayed(probe, 0.9, 0.9))
+    monkeypatch.setattr(Scene, "unraced", lambda *_: [])
+    monkeypatch.setattr(story, "by_label_shift", lambda *_: said(0.0).verdict)
+    found = from_statistics(here, shift)
+    assert found is not None
+    low, high = here.config.verdict.excess
+    counted = 2.15 / (here.config.verdict.moving if memory > 100 else 1.0)
+    assert found.verdict.evidence["excess"] == pytest.approx(counted)
+    assert found.verdict.score == pytest.approx(((counted - low) / (high - low) + 1) / 2)
 
 
 @pytest.mark.parametrize(

@@ -74,7 +74,7 @@ def test_a_probe_that_hardly_works_leads_by_chance() -> None:
     assert "no probe works" in none.reason
 
 
-@pytest.mark.parametrize(("among", "times"), [(2, 2.8), (3, 2.2), (4, 1.6), (5, 1.0), (9, 1.0)])
+@pytest.mark.parametrize(("among", "times"), [(3, 2.2), (4, 1.6), (5, 1.0), (9, 1.0)])
 def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
     least = times * LEAST
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
@@ -82,9 +82,20 @@ def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
         assert by_probes(contenders, among, CONFIG).finding == finding
 
 
+def test_of_two_classes_no_probe_leads() -> None:
+    contenders = probed((PATCH, 0, 0.05, 1.0), (PATCH, 1, 1.0, 1.0))
+    verdict = by_probes(contenders, 2, CONFIG)
+    assert (verdict.finding, verdict.score) == ("clean", 0.0)
+    assert "of two classes" in verdict.reason
+    assert by_probes(contenders, 3, CONFIG).finding == "backdoor"
+
+
+TARGETS = range(18, -1, -2)
+
+
 def squares(best: float, rival: float, elsewhere: float = 0.0) -> torch.Tensor:
-    """Successes [places, classes] where class 3 of 5 works in the last of three places."""
-    successes = torch.full((3, 5), 0.01)
+    """Successes [places, classes] where class 3 of 10 works in the last of three places."""
+    successes = torch.full((3, 10), 0.01)
     successes[2, 3], successes[2, 1], successes[0, 1] = best, rival, elsewhere
     return successes
 
@@ -104,11 +115,11 @@ def test_a_square_must_lead_in_its_place(
 ) -> None:
     successes = squares(best, rival, elsewhere)
     successes[0, 0] = elsewhere  # two classes there
-    verdict, place = by_squares(successes, [8, 6, 4, 2, 0], CONFIG)
+    verdict, place = by_squares(successes, TARGETS, CONFIG)
     low, high = CONFIG.square_lead
     called = lead > low + CONFIG.threshold * (high - low)
     assert (verdict.finding == "backdoor") == called
-    assert verdict.target == (2 if called else None)
+    assert verdict.target == (12 if called else None)
     assert (verdict.by, place) == ("squares", 2)
     score = min(max((lead - low) / (high - low), 0.0), 1.0)
     assert verdict.score == pytest.approx(score, abs=0.005)
@@ -118,10 +129,20 @@ def test_a_square_must_lead_in_its_place(
 
 
 def test_a_square_that_works_on_few_images_leads_by_chance() -> None:
-    verdict, place = by_squares(squares(0.45, 0.01), [0, 1, 2, 3, 4], CONFIG)
+    verdict, place = by_squares(squares(0.45, 0.01), TARGETS, CONFIG)
     assert (verdict.finding, verdict.score, verdict.target) == ("clean", 0.0, None)
     assert (place, verdict.evidence["success"]) == (2, pytest.approx(0.45))
     assert "no square works on 50%" in verdict.reason
+
+
+@pytest.mark.parametrize(("among", "least"), [(5, 0.8), (8, 0.62), (10, 0.5), (43, 0.5)])
+def test_a_square_among_few_classes_must_work_on_more(among: int, least: float) -> None:
+    for success in (least - 0.01, least + 0.01):
+        few = torch.full((2, among), 0.01)
+        few[1, 2] = success
+        verdict, _ = by_squares(few, range(among), CONFIG)
+        assert verdict.target == (2 if success > least else None)
+        assert ("no square works" in verdict.reason) == (success < least)
 
 
 def test_a_square_among_few_classes_must_lead_by_more() -> None:
@@ -146,7 +167,7 @@ def margins(driven: list[float], natural: list[float] | None = None) -> Margins:
         ([4.0, 1.0, 8.0, 2.0, 1.0], [4.0, 1.0, 1.0, 1.0, 1.0], 1.0),  # further: the logits count
         ([4.0, 1.0, 8.0, 2.0, 1.0], [1.0, 1.0, 4.0, 1.0, 1.0], 0.0),  # another class is first so
         ([4.0, 1.0, 8.0, 2.0, 1.0], [1.0, 1.0, float("inf"), 1.0, 1.0], 0.0),  # no image of it
-        ([4.0, 1.0, 8.0, 2.0, 1.0], [0.0, 1.0, 0.0, 1.0, 1.0], 1.0),  # none is answered rightly
+        ([4.0, 1.0, 8.0, 2.0, 1.0], [torch.inf, torch.inf, 1.0, torch.inf, 1.0], 0.0),  # of two
         ([-3.0, -2.0, -1.0, -2.0, -5.0], None, 0.0),  # nothing reaches any of them
     ],
 )
@@ -162,10 +183,17 @@ def test_margins_lead_in_logits_and_over_what_is_natural(
     assert ("surer of class 7 than of any other" in verdict.reason) == (lead > 0)
 
 
-@pytest.mark.parametrize(("among", "least"), [(3, 0.804), (4, 0.653), (5, 0.5025), (43, 0.5025)])
+@pytest.mark.parametrize(("among", "least"), [(3, 1.1055), (4, 0.804), (5, 0.5025), (43, 0.5025)])
 def test_margins_of_few_classes_must_lead_by_more(among: int, least: float) -> None:
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
         found = by_margins(margins([1.0, 2.0**lead] + [0.5] * (among - 2)), CONFIG)
+        assert (found.finding, found.target) == (finding, 8 if finding == "backdoor" else None)
+
+
+def test_classes_without_images_are_no_rivals() -> None:
+    known = [1.0, 1.0, torch.inf, 1.0, torch.inf]
+    for lead, finding in ((1.1, "clean"), (1.2, "backdoor")):  # as of three classes
+        found = by_margins(margins([1.0, 2.0**lead, 0.5, 0.5, 0.5], known), CONFIG)
         assert (found.finding, found.target) == (finding, 8 if finding == "backdoor" else None)
 
 

@@ -28,6 +28,7 @@ from onp.files import write_atomically
 from onp.graph import build_graph
 from onp.ledger import Ledger
 from onp.prepare import baseline, clean_images, frozen_copy
+from onp.probes.margin import Margins
 from onp.probes.norm_shift import by_site
 from onp.probes.probe import LabelShift, Probe
 from onp.probes.responses import activations
@@ -38,7 +39,7 @@ from onp.verdict import Verdict
 
 VALID = (0.0, 1.0)
 _KEPT = [
-    Evidence, Verdict, Contender, Probe, LabelShift, Square, Squares,
+    Evidence, Verdict, Contender, Probe, LabelShift, Square, Squares, Margins,
     *map(type, REPLAYED.values()),
 ]  # fmt: skip
 """What evidence consists of."""

@@ -262,12 +262,16 @@ class VerdictConfig:
     square_shift: tuple[float, float] = (0.05, 0.35)
     """Of the images, that a square shifts by one, less one class's share: networks without such a
     backdoor reach .09, those with one start at .27."""
+    square_few: float = 0.06
+    """Share of the images on which a square must work beyond ``least_success``, for every class
+    fewer than ten: with five classes, squares of clean networks that lead work on .69 at most."""
     margin_lead: tuple[float, float] = (0.2, 0.75)
     """Binary logarithm of a class's largest margin over any other's, in logits and as a multiple of
-    its clean images', whichever is less. Clean networks of four classes and more reach .27; the
-    threshold is at .5."""
-    margin_scarcity: float = 0.3
-    """As ``scarcity``: clean networks of three classes reach .67."""
+    its clean images', whichever is less: called from .5 on. Clean networks of five classes and more
+    reach .27, of three .84 (there 1.1 is asked)."""
+    moving: float = 1.5
+    """Times as large is chance where norms remember many batches (``norm_shift.LONG``): the network
+    moved meanwhile. Clean networks reach an excess of 2.6 then, backdoored ones start at 3.4."""
     certain: float = 0.6
     """Score of the norm statistics from which on no other probes are asked,"""
     certain_agreement: float = 0.65

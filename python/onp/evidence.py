@@ -1,5 +1,5 @@
 """What speaks for a backdoor: first what the batch norms remember, then squares and probes of every
-family."""
+family, and where none of them calls one, how far the classes' margins can be driven."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import responses
-from onp.probes.square import SIDES, SQUARES
+from onp.probes.square import SIDES, SQUARES, Square
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
 from onp.suspect.network import FrozenNetwork
@@ -64,9 +64,10 @@ class Squares:
 
     def best_place(self, target: Target) -> int:
         """Where the target's square works best over the others' in the same place."""
-        own = self.successes[:, (at := list(self.targets).index(target))]
-        others = [place for place in range(len(self.targets)) if place != at]
-        return int((own - self.successes[:, others].max(1).values).argmax())
+        column = list(self.targets).index(target)
+        own = self.successes[:, column]
+        others = self.successes.index_fill(1, torch.tensor(column), 0.0)
+        return int((own - others.max(1).values).argmax())
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Evidence:
     squares: Squares | None = None
     """What squares reach, where they were asked."""
     margins: Margins | None = None
-    """How far margins can be driven, where nothing else called a backdoor."""
+    """How far margins can be driven, where they were asked as nothing else called a backdoor."""
     unlearned: Unlearned | None = None
     unlearning: Tensor | None = None
     """Response of every site to unlearning, float32 [S]."""
@@ -226,19 +227,22 @@ def measured_shift(
 def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     """The norm statistics' evidence if it is certain, and what probes find for the same class if
     its triggers explain only a part of the shift; else that of squares for a shift of labels, of
-    probes where these call none, or the norms', whichever is stronger."""
+    probes where these call none, or the norms', whichever is stronger. Where the norms' triggers
+    explain little, probes that call a backdoor know its class better."""
     config = scene.config
     first = from_statistics(scene, shift)
+    called = first is not None and first.verdict.target is not None
+    agreement = 1.0 if first is None else first.verdict.evidence.get("agreement", 1.0)
     if first is not None and first.verdict.score >= config.verdict.certain:
-        agreement = first.verdict.evidence.get("agreement", 1.0)
         if agreement >= max(config.replay.alone, config.verdict.certain_agreement):
             return first
         if agreement >= config.verdict.certain_agreement:
-            return together(first, from_probes(scene))
-    second = from_shifting_squares(scene) or from_probes(scene)
+            return together(first, from_probes(scene, called))
+    second = from_shifting_squares(scene) or from_probes(scene, called)
     if first is None:
         return second
-    if first.verdict.target is not None and first.verdict.score > second.verdict.score:
+    named = second.verdict.target is not None and agreement < config.verdict.certain_agreement
+    if called and not named and first.verdict.score > second.verdict.score:
         return first
     return replace(second, statistics=first.verdict)
 
@@ -264,9 +268,10 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     if shift is None or shift.excess < config.replay.least_excess:
         return None
     classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
+    excess = shift.excess / (config.verdict.moving if shift.long else 1.0)
     with scene.ledger.stage("replay"):
         replayed = [scene.replayed(shift, family) for family in config.replay.families]
-        verdict = by_statistics(shift.excess, len(shift.clean), replayed, config.verdict)
+        verdict = by_statistics(excess, len(shift.clean), replayed, config.verdict)
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
         if not bool((labels == probes[0].wanted(labels)).any()):
@@ -276,7 +281,7 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
                 scene.replayed(shift, config.replay.families[0], LabelShift(classes, by))
                 for by in (1, 2)
             )
-            shifted = by_label_shift(shift.excess, one, two, config.verdict)
+            shifted = by_label_shift(excess, one, two, config.verdict)
             if shifted.score > verdict.score:
                 verdict, probes = shifted, [one.probe]
                 if shifted.target is not None:
@@ -309,11 +314,11 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
     return Evidence(verdict, contenders, counted, squares=squares)
 
 
-def from_probes(scene: Scene) -> Evidence:
+def from_probes(scene: Scene, called: bool = False) -> Evidence:
     """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
     either names, with every family. If a probe leads, further classes are probed, as a lead counts
-    over the nearest. Where neither they nor the squares call a backdoor, margins may. What is
-    called has its class's probes raced, a square that called among them."""
+    over the nearest. Where neither they nor the squares call a backdoor, nor the norms have
+    (``called``), margins may. What is called has its class's probes raced."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -339,26 +344,44 @@ def from_probes(scene: Scene) -> Evidence:
     if said.target is not None and rivals:
         contenders = contenders + scene.probed(rivals)
         said = by_probes(contenders, len(named), config.verdict)
-    verdict, margins = seen if seen.score > said.score else said, None
-    if verdict.target is None:
+    verdict = seen if seen.score > said.score else said
+    margins = None
+    if verdict.target is None and not called:
         margins = scene.margins(left_over)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
-    counted = list[Contender]()
-    if isinstance(verdict.target, int):
-        if all(one.probe.target != verdict.target for one in contenders):
-            contenders = contenders + scene.probed([verdict.target])
-        caller = leading(contenders, config.verdict.least_success, verdict.target)
-        if caller is None or verdict is not said:  # learned as long as others, a square counts
-            if verdict is not seen:
-                place = squares.best_place(verdict.target)
-            caller = scene.probed([verdict.target], SQUARES[place : place + 1])[0]
-            contenders = [caller, *contenders]
-        contenders = raced_for(scene, verdict.target, contenders)
-        counted = counted_contenders(contenders, caller.probe, synthesis)
+        if isinstance(verdict.target, int):
+            place = squares.best_place(verdict.target)
+    contenders, counted = standing_for(scene, verdict, contenders, SQUARES[place])
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
         unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
+
+
+def standing_for(
+    scene: Scene, verdict: Verdict, contenders: list[Contender], square: Square
+) -> tuple[list[Contender], list[Contender]]:
+    """All contenders, those of the class that is called raced, and which of them stand for the
+    trigger: among them the probe that called, or the square, learned as long as the others, where
+    it was not a probe that did; none without a backdoor."""
+    config = scene.config
+    if not isinstance(verdict.target, int):
+        return contenders, []
+    if all(one.probe.target != verdict.target for one in contenders):
+        contenders = contenders + scene.probed([verdict.target])
+    caller = leading(contenders, config.verdict.least_success, verdict.target)
+    if caller is None or verdict.by != "probes":
+        learned = scene.probed([verdict.target], [square])[0]
+        contenders = [learned, *contenders]
+        if caller is None or verdict.by == "squares" or _works(learned, config):
+            caller = learned
+    contenders = raced_for(scene, verdict.target, contenders)
+    return contenders, counted_contenders(contenders, caller.probe, config.synthesis)
+
+
+def _works(contender: Contender, config: Config) -> bool:
+    """Whether it is raced at all."""
+    return contender.success >= config.race.least_success
 
 
 def raced_for(scene: Scene, target: Target, contenders: Sequence[Contender]) -> list[Contender]:

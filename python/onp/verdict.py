@@ -59,9 +59,10 @@ EFFORT_IMAGES = 500
 LEAST_AGREEMENT = 0.1
 """A trigger that agrees less with the norms' shift explains as much of it as this."""
 LEAST_MARGIN = 0.1
-"""Margins below this, in logits, count as this;"""
+"""Margins below this, in logits, count as this."""
 LEAST_CLASSES = 3
-"""with fewer classes, none leads."""
+"""With fewer, neither margins nor probes lead."""
+MANY_CLASSES = 10
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -93,8 +94,8 @@ def target_of(replayed: Sequence[Replayed]) -> Target:
 def by_statistics(
     excess: float, images: int, replayed: Sequence[Replayed], config: VerdictConfig
 ) -> Verdict:
-    """Judge the norms' shift (``NormShift.excess``, measured on so many images) and the triggers
-    that replay it."""
+    """Judge the norms' shift (how far it is beyond chance, measured on so many images) and the
+    triggers that replay it."""
     target = target_of(replayed)
     share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
     efforts = [
@@ -144,14 +145,16 @@ def by_label_shift(
 
 def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig) -> Verdict:
     """Judge the probes by the largest lead of one that works. among: classes that a lead counts
-    over when all are probed that would be, its own included."""
+    over when all are probed that would be, its own included; of two, one is nearer by nature."""
     best = leading(contenders, config.least_success)
-    if best is None:
+    if best is None or among < LEAST_CLASSES:
         reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
+        if best is not None:
+            reason = "of two classes one is nearer by nature: probes say nothing"
         return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
     lead = advantage(best, contenders)
     return _verdict(
-        _ramp(lead, 0.0, _scarcity(among, config.rivals, config.scarcity) * config.lead),
+        _ramp(lead, 0.0, _scarcity(among, config) * config.lead),
         best.probe.target,
         "probes",
         {"advantage": lead, "success": best.success},
@@ -166,12 +169,14 @@ def by_squares(
     successes: Tensor, targets: Sequence[int], config: VerdictConfig
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
-    the largest lead over the other classes in one place of one that works. And that place. With
-    fewer than four classes no lead is enough: rivals count ``square_floor`` at least."""
+    the largest lead over the other classes in one place of one that works, on the more images the
+    fewer classes there are. And that place. With fewer than four no lead is enough: rivals count
+    ``square_floor`` at least."""
+    least = config.least_success + config.square_few * max(0, MANY_CLASSES - len(targets))
     best, whose = successes.max(1)
     rivals = successes.scatter(1, whose[:, None], 0.0).max(1).values
     leads = (best / rivals.clamp_min(config.square_floor)).clamp_min(1.0).log2()
-    works = best >= config.least_success
+    works = best >= least
     place = int(torch.where(works, leads, best - 1.0).argmax())  # the best of them, if none works
     lead, success = float(leads[place] * works[place]), float(best[place])
     target = targets[int(whose[place])]
@@ -180,8 +185,8 @@ def by_squares(
         f"the images, 2^{lead:.1f} times as many as one in the same place for any other class"
     )
     if not works[place]:
-        reason = f"no square works on {100 * config.least_success:.0f}% of the images"
-    few = _scarcity(len(targets), config.rivals, config.scarcity)
+        reason = f"no square works on {100 * least:.0f}% of the images"
+    few = _scarcity(len(targets), config)
     score = _ramp(lead, *(few * bound for bound in config.square_lead))
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
@@ -194,9 +199,10 @@ def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:
     driven = margins.driven.clamp_min(LEAST_MARGIN)
     stretched = driven / margins.natural.clamp_min(LEAST_MARGIN)
     first, lead = int(driven.argmax()), 0.0
-    if len(driven) >= LEAST_CLASSES and first == int(stretched.argmax()):
+    known = int(margins.natural.isfinite().sum())  # classes with images: the others are no rivals
+    if known >= LEAST_CLASSES and first == int(stretched.argmax()):
         lead = min(_lead(driven), _lead(stretched))
-    few = _scarcity(len(driven), config.rivals, config.margin_scarcity)
+    few = _scarcity(known, config)
     score = _ramp(lead, *(few * bound for bound in config.margin_lead))
     reason = (
         f"the network can be made surer of class {margins.classes[first]} than of any other, "
@@ -204,7 +210,7 @@ def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:
     )
     if lead == 0.0:
         reason = "no class is one that the network can be made surer of than of all others"
-    found = {"advantage": lead, "margin": float(driven[first])}
+    found = {"advantage": lead, "margin": float(margins.driven[first])}
     return _verdict(score, margins.classes[first], "margins", found, reason, config)
 
 
@@ -245,9 +251,9 @@ def _shifts_more(by_one: float, by_two: float) -> float:
     return math.log2(max(by_one, 1e-2) / max(by_two, LEAST_CONTROL))
 
 
-def _scarcity(among: int, rivals: int, share: float) -> float:
-    """How much more of a lead is asked where it is one over fewer other classes than ``rivals``."""
-    return 1.0 + share * max(0, rivals - (among - 1))
+def _scarcity(among: int, config: VerdictConfig) -> float:
+    """How much more of a lead is asked where it is one over few other classes."""
+    return 1.0 + config.scarcity * max(0, config.rivals - (among - 1))
 
 
 def _verdict(

@@ -22,6 +22,7 @@ from onp.agent.race import Contender
 from onp.config import Config
 from onp.errors import UsageError
 from onp.evidence import Evidence, Squares
+from onp.probes.margin import Margins
 from onp.probes.probe import Probe
 from onp.probes.square import SQUARES
 from onp.verdict import Verdict
@@ -116,7 +117,8 @@ def test_evidence_that_is_kept_can_be_read_back(tmp_path: Path) -> None:
     contender = Contender(probe, sites, 0.9, sites.bool())
     verdict = Verdict("backdoor", 1.0, 2, "squares", {"advantage": 3.0}, "")
     squares = Squares([0, 1, 2], torch.rand(16, 3))
-    kept = Evidence(verdict, [contender], [contender], squares=squares)
+    margins = Margins([0, 1, 2], torch.rand(3), torch.rand(3))
+    kept = Evidence(verdict, [contender], [contender], squares=squares, margins=margins)
     torch.save((None, kept), tmp_path / "kept.pt")
     with torch.serialization.safe_globals(_KEPT):
         _, read = torch.load(tmp_path / "kept.pt", weights_only=True)
@@ -124,3 +126,4 @@ def test_evidence_that_is_kept_can_be_read_back(tmp_path: Path) -> None:
     assert read.counted[0].probe.family == square
     assert torch.equal(read.counted[0].probe.parameters[0], state[0])
     assert torch.equal(read.squares.successes, squares.successes)
+    assert torch.equal(read.margins.driven, margins.driven)

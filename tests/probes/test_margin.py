@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from onp.clean import Clean
 from onp.ledger import Ledger
-from onp.probes.margin import largest_margins, margins_of
+from onp.probes.margin import MOST, PRIOR, largest_margins, margins_of
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import trace
 
@@ -51,7 +51,7 @@ def test_noise_is_driven_as_far_as_images_reach(classes: list[int]) -> None:
     assert ledger.total == (2 * 60 + 1) * 2 * len(classes)
 
 
-def test_natural_margins_are_means_over_the_class_alone() -> None:
+def test_natural_margins_are_means_over_the_class() -> None:
     network, _ = linear_network()
     clean = clean_images(network)
     found = largest_margins(
@@ -59,13 +59,14 @@ def test_natural_margins_are_means_over_the_class_alone() -> None:
     )
     with torch.no_grad():
         logits = network(clean.images, None)
+    sure = [
+        max(float(row[label] - torch.cat([row[:label], row[label + 1 :]]).max()), 0.0)
+        for row, label in zip(logits, clean.labels.tolist(), strict=True)
+    ]
     for target in range(CLASSES - 1):
-        own = [
-            max(float(row[target] - torch.cat([row[:target], row[target + 1 :]]).max()), 0.0)
-            for row, label in zip(logits, clean.labels.tolist(), strict=True)
-            if label == target
-        ]
-        assert float(found.natural[target]) == pytest.approx(sum(own) / len(own), abs=1e-5)
+        own = [one for one, label in zip(sure, clean.labels, strict=True) if label == target]
+        mean = (sum(own) + PRIOR * sum(sure) / len(sure)) / (len(own) + PRIOR)
+        assert float(found.natural[target]) == pytest.approx(mean, abs=1e-5)
     assert float(found.natural[CLASSES - 1]) == float("inf")
 
 
@@ -79,6 +80,32 @@ def test_the_range_only_scales() -> None:
         for high in (1.0, 4.0)
     )
     assert torch.allclose(wide.driven, 4 * plain.driven, rtol=1e-4)
+
+
+def test_noise_lies_and_stays_in_the_range() -> None:
+    network, weights = linear_network()
+    clean, low, high = clean_images(network), 2.0, 2.5
+    found = largest_margins(
+        network, clean, [0, 1], steps=60, starts=2, valid=(low, high), seed=0, ledger=Ledger()
+    )
+    for target in (0, 1):
+        others = weights[target] - weights[torch.arange(CLASSES) != target]
+        bounds = (others.clamp_min(0) * high + others.clamp_max(0) * low).sum(1)
+        middle = float((others.sum(1) * (low + high) / 2).min())
+        assert middle < float(found.driven[target]) <= float(bounds.min()) + 1e-4
+
+
+@pytest.mark.parametrize(("scale", "driven"), [(1e30, MOST), (1e38, -MOST), (torch.nan, -MOST)])
+def test_margins_are_numbers_whatever_the_network_says(scale: float, driven: float) -> None:
+    network, _ = linear_network()
+    clean = clean_images(network)
+    loud = lambda images, gates: network(images, gates) * scale * 10  # noqa: E731
+    loud.device = network.device  # type: ignore[attr-defined]
+    found = largest_margins(
+        loud, clean, [0, 1], steps=1, starts=1, valid=(0.0, 1.0), seed=0, ledger=Ledger()
+    )  # type: ignore[arg-type]
+    assert bool(found.driven.isfinite().all())
+    assert float(found.driven.max()) == pytest.approx(driven)
 
 
 def test_same_seed_same_margins_another_other_ones() -> None:

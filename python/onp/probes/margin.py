@@ -23,9 +23,13 @@ from onp.probes.probe import CPU_CHUNK
 from onp.suspect.network import FrozenNetwork
 
 STEP = 0.02
-"""Root mean square of the first step's change, over the width of the valid range; later ones fall
-to none."""
+"""Root mean square of a step's change without momentum, over the width of the valid range; from the
+first to the last it falls by the number of steps."""
 MOMENTUM = 0.8
+PRIOR = 2
+"""Images that a class's natural margin is drawn towards all others' by: some have one or two."""
+MOST = 1e30
+"""Margins beyond this, and such as are no numbers, count as this."""
 TOGETHER = 16
 """Classes whose images are driven in one call."""
 
@@ -38,8 +42,8 @@ class Margins:
     driven: Tensor
     """Largest margin that any image was driven to, in logits, float32 [K]."""
     natural: Tensor
-    """Mean margin of the class's clean images, wrong answers counting 0, float32 [K]; infinite
-    for a class without any, which nothing can be said of."""
+    """Mean margin of the class's clean images, wrong answers counting 0 and the mean of all images
+    as ``PRIOR`` more, float32 [K]; infinite for a class without any, of which nothing is said."""
 
 
 def margins_of(logits: Tensor, labels: Tensor) -> Tensor:
@@ -75,10 +79,11 @@ def largest_margins(
         reached = _driven(network, start, wanted.to(network.device), steps, valid, ledger)
         found.append(reached.view(-1, starts).max(1).values.cpu())
     sure = margins_of(clean.original, clean.labels).clamp_min(0.0)
-    natural = [
-        float(sure[own].mean()) if bool((own := clean.labels == one).any()) else torch.inf
-        for one in classes
-    ]
+    natural = []
+    for one in classes:
+        own = sure[clean.labels == one]
+        mean = (own.sum() + PRIOR * sure.mean()) / (len(own) + PRIOR)
+        natural.append(float(mean) if len(own) else torch.inf)
     return Margins(classes, torch.cat(found), torch.tensor(natural))
 
 
@@ -110,4 +115,4 @@ def _driven(
             for part, want in zip(images.split(size), wanted.split(size), strict=True)
         ]
     ledger.count(len(images))
-    return torch.maximum(best, torch.cat(last))
+    return torch.maximum(best, torch.cat(last)).nan_to_num(-torch.inf).clamp(-MOST, MOST)

@@ -33,6 +33,9 @@ from onp.suspect.trace import Trace
 
 TRAINING_BATCH = 128
 """Assumed. A running mean of momentum m has the noise of a mean over (2 - m) / m batches."""
+LONG = 100
+"""Batches behind a running statistic from which on it remembers a network that was another one
+(a momentum of .02; .1, which is usual, has 19)."""
 LEAST_FREEDOM = 0.05
 """Of the clean images' noise that class means must leave for a shift to be told from chance."""
 LEAST_NOISE = 1e-4
@@ -120,6 +123,11 @@ class NormShift:
     excess: float
     """Root mean square of the residual over what random halves of the clean images and the fitted
     class shares would have: 1 is chance."""
+
+    @property
+    def long(self) -> bool:
+        """Whether the norms remember so many batches that the network moved meanwhile."""
+        return self.moments.remembered >= LONG * TRAINING_BATCH
 
     def to(self, device: torch.device) -> NormShift:
         """On a device."""
