@@ -102,7 +102,7 @@ def test_margins_are_numbers_whatever_the_network_says(scale: float, driven: flo
     loud = lambda images, gates: network(images, gates) * scale * 10  # noqa: E731
     loud.device = network.device  # type: ignore[attr-defined]
     found = largest_margins(
-        loud, clean, [0, 1], steps=1, starts=1, valid=(0.0, 1.0), seed=0, ledger=Ledger()
+        loud, clean, [0, 1], steps=20, starts=1, valid=(0.0, 1.0), seed=0, ledger=Ledger()
     )  # type: ignore[arg-type]
     assert bool(found.driven.isfinite().all())
     assert float(found.driven.max()) == pytest.approx(driven)
