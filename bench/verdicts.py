@@ -119,6 +119,8 @@ def main() -> int:
     rows = [row for row in rows if row.get("norms", True) != args.without_norms]
     done = {(row["model"], row["seed"]) for row in rows}
     networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
+    if unknown := set(args.models or ()) - {network.name for network in networks}:
+        parser.error(f"no set here has {', '.join(sorted(unknown))}")
     networks = [
         network
         for network in networks

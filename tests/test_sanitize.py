@@ -129,6 +129,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
     assert report["first_look"] == []  # the norms were sure
     assert report["squares"] is None
+    assert report["margins"] is None
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])
     assert stages < set(report["seconds"])
@@ -184,6 +185,14 @@ def test_a_clean_network_comes_back_untouched(budget: str) -> None:
     assert [one["success"] for one in squares] == sorted(
         (one["success"] for one in squares), reverse=True
     )
+    margins = result.report["margins"]
+    assert {one["target"] for one in margins} == set(clean.labels.tolist())
+    assert [one["margin"] for one in margins] == sorted(
+        (one["margin"] for one in margins), reverse=True
+    )
+    assert all(one["natural"] > 0 for one in margins)
+    driven = max(one["margin"] for one in margins)
+    assert driven > max(one["natural"] for one in margins)  # surer than of any image
     for key, value in result.model.state_dict().items():
         assert torch.equal(value, model.state_dict()[key])
 
