@@ -175,7 +175,7 @@ def test_margins_lead_in_logits_and_over_what_is_natural(
     driven: list[float], natural: list[float] | None, lead: float
 ) -> None:
     verdict = by_margins(margins(driven, natural), CONFIG)
-    low, high = CONFIG.margin_lead
+    low, high = (1.85 * bound for bound in CONFIG.margin_lead)  # of five classes
     called = lead > low + CONFIG.threshold * (high - low)
     assert (verdict.by, verdict.finding) == ("margins", "backdoor" if called else "clean")
     assert verdict.target == (7 if called else None)
@@ -183,7 +183,9 @@ def test_margins_lead_in_logits_and_over_what_is_natural(
     assert ("surer of class 7 than of any other" in verdict.reason) == (lead > 0)
 
 
-@pytest.mark.parametrize(("among", "least"), [(3, 1.1055), (4, 0.804), (5, 0.5025), (43, 0.5025)])
+@pytest.mark.parametrize(
+    ("among", "least"), [(3, 1.1005), (5, 0.9296), (9, 0.588), (10, 0.5025), (43, 0.5025)]
+)
 def test_margins_of_few_classes_must_lead_by_more(among: int, least: float) -> None:
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
         found = by_margins(margins([1.0, 2.0**lead] + [0.5] * (among - 2)), CONFIG)

@@ -202,7 +202,7 @@ def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:
     known = int(margins.natural.isfinite().sum())  # classes with images: the others are no rivals
     if known >= LEAST_CLASSES and first == int(stretched.argmax()):
         lead = min(_lead(driven), _lead(stretched))
-    few = _scarcity(known, config)
+    few = 1.0 + config.margin_few * max(0, MANY_CLASSES - known)
     score = _ramp(lead, *(few * bound for bound in config.margin_lead))
     reason = (
         f"the network can be made surer of class {margins.classes[first]} than of any other, "
