@@ -263,7 +263,7 @@ def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
     ("margin", "leads", "by", "target", "asked"),
     [
         (4.0, False, "margins", 2, [[0, 1, 3], [2], [2]]),  # a class that nothing else had named
-        (1.2, False, "margins", None, [[0, 1, 3]]),  # the nearest to calling
+        (1.5, False, "margins", None, [[0, 1, 3]]),  # the nearest to calling
         (4.0, True, "probes", 0, [[0, 1, 3], [4, 2]]),  # probes call: nobody asks
     ],
 )
