@@ -77,10 +77,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
         ]
         aimed = [row for row in own if row["target"] is not None]
         right = sum(row["named"] == row["target"] for row in aimed)
-        low, high = _interval(*parts)
+        area = "–"
+        if all(len(part) for part in parts):
+            low, high = _interval(*parts)
+            area = f"{auroc(*parts):.3f} ({low:.3f} to {high:.3f})"
         lines.append(
             f"| {seed} | {called[0]} of {len(parts[0])} | {called[1]} of {len(parts[1])} "
-            f"| {right} of {len(aimed)} | {auroc(*parts):.3f} ({low:.3f} to {high:.3f}) |"
+            f"| {right} of {len(aimed)} | {area} |"
         )
     return "\n".join(lines)
 

@@ -26,3 +26,4 @@ def test_calls_and_classes_are_counted() -> None:
     assert (
         summary(rows).splitlines()[2] == "| 0 | 3 of 3 | 0 of 1 | 1 of 2 | 1.000 (1.000 to 1.000) |"
     )
+    assert summary(rows[:3]).splitlines()[2] == "| 0 | 3 of 3 | 0 of 0 | 1 of 2 | – |"
