@@ -192,7 +192,7 @@ def test_margins_of_few_classes_must_lead_by_more(among: int, least: float) -> N
         assert (found.finding, found.target) == (finding, 8 if finding == "backdoor" else None)
 
 
-def test_classes_without_images_are_no_rivals() -> None:
+def test_classes_without_images_make_classes_few() -> None:
     known = [1.0, 1.0, torch.inf, 1.0, torch.inf]
     for lead, finding in ((1.1, "clean"), (1.2, "backdoor")):  # as of three classes
         found = by_margins(margins([1.0, 2.0**lead, 0.5, 0.5, 0.5], known), CONFIG)

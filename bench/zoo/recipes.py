@@ -242,108 +242,75 @@ UNSEEN_5 = [
 before has one. Written down, with a prediction (bench/NOTES.md, "Products"), before one was
 trained, and before such a network could be traced at all."""
 
-FEW = [
-    recipe
-    for twin, attacks in (
-        (
-            Recipe("cifar2", "resnet20", 16, replace(_CIFAR, epochs=8), seed=12),
-            (("badnets", 0.1, 1), ("blended", 0.1, 0), ("wanet", 0.1, 1)),
-        ),
-        (
-            Recipe("cifar3", "preactresnet18", 8, replace(_CIFAR, epochs=8), seed=12),
-            (("trojannn", 0.1, 1), ("ssba", 0.1, 2), ("badnets-all", 0.1, 0)),
-        ),
-        (
-            Recipe("cifar3", "vgg11", 16, replace(_CIFAR, epochs=15, **_NO_NORMS), seed=12),
-            (("badnets", 0.1, 2), ("blended", 0.1, 0), ("badnets-all", 0.1, 0)),
-        ),
-        (
-            Recipe("gtsrb5", "mobilenetv3", 0.5, replace(_SIGNS, epochs=15), seed=12),
-            (("badnets", 0.1, 4), ("lf", 0.1, 0), ("blended", 0.1, 3)),
-        ),
-    )
-    for recipe in (*_unseen(twin, *((*a, True) for a in attacks)), replace(twin, seed=13))
-]
+_FEW_NORMS = replace(_CIFAR, epochs=8)
+_FEW_PLAIN = replace(_CIFAR, epochs=15, **_NO_NORMS)
+_FEW_SIGNS = replace(_SIGNS, epochs=15)
+_FEW_PLAIN_SIGNS = replace(_FEW_SIGNS, **_NO_NORMS)
+
+
+def _few(
+    seed: int, *networks: tuple[str, str, float, TrainingConfig, dict[str, int]]
+) -> list[Recipe]:
+    """Of each (data set, architecture, width, training, targets by attack) the clean twin, what
+    attacks make of it with a tenth of the images, and another clean one of the next seed."""
+    found = []
+    for dataset, arch, width, training, targets in networks:
+        twin = Recipe(dataset, arch, width, training, seed=seed)
+        attacks = [(attack, 0.1, target, True) for attack, target in targets.items()]
+        found += [*_unseen(twin, *attacks), replace(twin, seed=seed + 1)]
+    return found
+
+
+FEW = _few(
+    12,
+    ("cifar2", "resnet20", 16, _FEW_NORMS, {"badnets": 1, "blended": 0, "wanet": 1}),
+    ("cifar3", "preactresnet18", 8, _FEW_NORMS, {"trojannn": 1, "ssba": 2, "badnets-all": 0}),
+    ("cifar3", "vgg11", 16, _FEW_PLAIN, {"badnets": 2, "blended": 0, "badnets-all": 0}),
+    ("gtsrb5", "mobilenetv3", 0.5, _FEW_SIGNS, {"badnets": 4, "lf": 0, "blended": 3}),
+)
 """Networks of two, three and five classes, and two clean ones of each kind: constants were chosen
 on ten classes and 43. Written down, with a prediction (bench/NOTES.md, "Few classes"), before one
 was trained."""
 
-_FEW_PLAIN = replace(_CIFAR, epochs=15, **_NO_NORMS)
-_FEW_SIGNS = replace(_SIGNS, epochs=15)
-
 FEW_CLEAN = [
     Recipe(dataset, arch, width, training, seed=14)
     for dataset, arch, width, training in (
-        ("cifar10-3-5", "resnet20", 16, replace(_CIFAR, epochs=8)),
+        ("cifar10-3-5", "resnet20", 16, _FEW_NORMS),
         ("cifar10-8-9", "vgg11", 16, _FEW_PLAIN),
         ("cifar10-1-6-7", "vgg11", 16, _FEW_PLAIN),
-        ("cifar10-2-4-7", "resnet20", 16, replace(_CIFAR, epochs=8)),
-        ("cifar10-6-7-8", "preactresnet18", 8, replace(_CIFAR, epochs=8)),
+        ("cifar10-2-4-7", "resnet20", 16, _FEW_NORMS),
+        ("cifar10-6-7-8", "preactresnet18", 8, _FEW_NORMS),
         ("cifar10-0-3-5-8", "vgg11", 16, _FEW_PLAIN),
         ("gtsrb-2-13", "resnet20", 16, _FEW_SIGNS),
         ("gtsrb-1-2-5", "mobilenetv3", 0.5, _FEW_SIGNS),
-        ("gtsrb-12-13-38", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS)),
+        ("gtsrb-12-13-38", "vgg11", 16, _FEW_PLAIN_SIGNS),
         ("gtsrb-10-11-25-38", "preactresnet18", 8, _FEW_SIGNS),
-        ("gtsrb-3-9-14-18-33", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS)),
+        ("gtsrb-3-9-14-18-33", "vgg11", 16, _FEW_PLAIN_SIGNS),
     )
 ]
 """Clean networks of two to five classes, for how far a finding goes by nature where classes are
 few: constants are chosen with these in view."""
 
-FEW_2 = [
-    recipe
-    for twin, attacks in (
-        (
-            Recipe("cifar10-4-9", "vgg11", 16, _FEW_PLAIN, seed=15),
-            (("badnets", 0.1, 1), ("blended", 0.1, 0), ("trojannn", 0.1, 1)),
-        ),
-        (
-            Recipe("cifar10-2-5-6", "resnet20", 16, replace(_CIFAR, epochs=8), seed=15),
-            (("badnets", 0.1, 2), ("ssba", 0.1, 0), ("input-aware", 0.1, 1)),
-        ),
-        (
-            Recipe("cifar10-1-4-7-9", "vgg11", 16, _FEW_PLAIN, seed=15),
-            (("badnets", 0.1, 1), ("blended", 0.1, 3), ("adaptive-blend", 0.1, 2)),
-        ),
-        (
-            Recipe("gtsrb-4-20-35", "mobilenetv3", 0.5, _FEW_SIGNS, seed=15),
-            (("badnets", 0.1, 1), ("trojannn", 0.1, 0), ("blended", 0.1, 2)),
-        ),
-        (
-            Recipe("gtsrb-6-8-14-28-37", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS), seed=15),
-            (("badnets", 0.1, 0), ("trojannn", 0.1, 2), ("ssba", 0.1, 3)),
-        ),
-    )
-    for recipe in (*_unseen(twin, *((*a, True) for a in attacks)), replace(twin, seed=16))
-]
+FEW_2 = _few(
+    15,
+    ("cifar10-4-9", "vgg11", 16, _FEW_PLAIN, {"badnets": 1, "blended": 0, "trojannn": 1}),
+    ("cifar10-2-5-6", "resnet20", 16, _FEW_NORMS, {"badnets": 2, "ssba": 0, "input-aware": 1}),
+    ("cifar10-1-4-7-9", "vgg11", 16, _FEW_PLAIN, {"badnets": 1, "blended": 3, "adaptive-blend": 2}),
+    ("gtsrb-4-20-35", "mobilenetv3", 0.5, _FEW_SIGNS, {"badnets": 1, "trojannn": 0, "blended": 2}),
+    ("gtsrb-6-8-14-28-37", "vgg11", 16, _FEW_PLAIN_SIGNS, {"badnets": 0, "trojannn": 2, "ssba": 3}),
+)
 """Networks of few classes once more, other classes and attacks, and two clean ones of each kind.
 Written down, with a prediction (bench/NOTES.md, "Margins"), before one was trained."""
 
-FEW_3 = [
-    recipe
-    for twin, attacks in (
-        (
-            Recipe("cifar10-0-5-9", "preactresnet18", 8, replace(_CIFAR, epochs=8), seed=17),
-            (("blended", 0.1, 1), ("ssba", 0.1, 2)),
-        ),
-        (
-            Recipe("cifar10-1-3-4-6-8", "vgg11", 16, _FEW_PLAIN, seed=17),
-            (("badnets", 0.1, 4), ("trojannn", 0.1, 0)),
-        ),
-        (
-            Recipe("gtsrb-3-28-36", "mobilenetv3", 0.5, _FEW_SIGNS, seed=17),
-            (("blended", 0.1, 1), ("trojannn", 0.1, 2)),
-        ),
-        (
-            Recipe("gtsrb-0-1-14-20", "vgg11", 16, replace(_FEW_SIGNS, **_NO_NORMS), seed=17),
-            (("badnets", 0.1, 2), ("blended", 0.1, 0)),
-        ),
-    )
-    for recipe in (*_unseen(twin, *((*a, True) for a in attacks)), replace(twin, seed=18))
-]
-"""And again, as two of the clean networks of ``FEW_2`` were called and what mended that was chosen
-with them in view. Written down, with a prediction (bench/NOTES.md, "Margins"), before one was
-trained."""
+FEW_3 = _few(
+    17,
+    ("cifar10-0-5-9", "preactresnet18", 8, _FEW_NORMS, {"blended": 1, "ssba": 2}),
+    ("cifar10-1-3-4-6-8", "vgg11", 16, _FEW_PLAIN, {"badnets": 4, "trojannn": 0}),
+    ("gtsrb-3-28-36", "mobilenetv3", 0.5, _FEW_SIGNS, {"blended": 1, "trojannn": 2}),
+    ("gtsrb-0-1-14-20", "vgg11", 16, _FEW_PLAIN_SIGNS, {"badnets": 2, "blended": 0}),
+)
+"""And again, as three clean cases of ``FEW_2`` were called, and what mended it was chosen with them
+in view. Written down, with a prediction (bench/NOTES.md, "Margins"), before one was trained."""
 
 _CIFAR_SHORT, _SIGNS_SHORT = replace(_CIFAR, epochs=4), replace(_SIGNS, epochs=3)
 

@@ -19,6 +19,7 @@ LEAST_ACCURACY = {
 """Below this a clean network is too weak for its repairs to say much. Other data sets of some
 classes have the bar of ``LEAST_OF_SUBSETS``."""
 LEAST_OF_SUBSETS = {"cifar10": 0.75, "gtsrb": 0.90}
+"""By the data set that they are classes of."""
 LEAST_ASR = 0.80
 LEAST_ASR_ALL_TO_ALL = 0.50
 """BackdoorBench's bar for a base network. An answer that depends on the image's own class cannot

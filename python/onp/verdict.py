@@ -63,6 +63,7 @@ LEAST_MARGIN = 0.1
 LEAST_CLASSES = 3
 """With fewer, neither margins nor probes lead."""
 MANY_CLASSES = 10
+"""With fewer, squares and margins must show more."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -199,7 +200,7 @@ def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:
     driven = margins.driven.clamp_min(LEAST_MARGIN)
     stretched = driven / margins.natural.clamp_min(LEAST_MARGIN)
     first, lead = int(driven.argmax()), 0.0
-    known = int(margins.natural.isfinite().sum())  # classes with images: the others are no rivals
+    known = int(margins.natural.isfinite().sum())  # the others are rivals in logits alone
     if known >= LEAST_CLASSES and first == int(stretched.argmax()):
         lead = min(_lead(driven), _lead(stretched))
     few = 1.0 + config.margin_few * max(0, MANY_CLASSES - known)

@@ -35,7 +35,7 @@ TRAINING_BATCH = 128
 """Assumed. A running mean of momentum m has the noise of a mean over (2 - m) / m batches."""
 LONG = 100
 """Batches behind a running statistic from which on it remembers a network that was another one
-(a momentum of .02; .1, which is usual, has 19)."""
+(a momentum below .02; .1, which is usual, has 19)."""
 LEAST_FREEDOM = 0.05
 """Of the clean images' noise that class means must leave for a shift to be told from chance."""
 LEAST_NOISE = 1e-4
