@@ -253,8 +253,11 @@ struct Tile {
       Vec row[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        row[v] = load(weights + v * next_vector);
-        __builtin_prefetch(weights + v * next_vector + kRowsAhead * kChannelBlock);
+        const float* const from = weights + v * (kLanes < kChannelBlock ? kLanes : next_vector);
+        row[v] = load(from);
+        if (v * kLanes % kChannelBlock == 0) {  // the other half of a block is in the same line
+          __builtin_prefetch(from + kRowsAhead * kChannelBlock);
+        }
       }
 #pragma GCC unroll 32
       for (int p = 0; p < pixels; ++p) {
@@ -491,6 +494,8 @@ struct Tile {
     Vec sums[pixels][vectors];
     clear(sums);
     accumulate(input, weights, next_vector, length, sums);
+    // Unrolled early, or the sums would go through memory once more.
+#pragma GCC unroll 32
     for (int p = 0; p < pixels; ++p) {
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
@@ -501,7 +506,9 @@ struct Tile {
 
   template <int size>
   static void winograd(const StepArgs& step) {
-    constexpr Index kTiles = winograd_tiles(size) / kPixels * kPixels;
+    // Of large tiles as few as are multiplied together: with narrow layers what is transformed then
+    // stays in the first cache.
+    constexpr Index kTiles = size == 4 ? kPixels : winograd_tiles(size) / kPixels * kPixels;
     constexpr Index kPoints = winograd_points(size);
     const Index height = step.pixels / step.width;
     const Index total =
