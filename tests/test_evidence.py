@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -42,6 +42,8 @@ from onp.verdict import Verdict, by_squares
 from tests.networks import all_to_all, dim_images
 
 CLASSES = 5
+STANDARD = BUDGETS["standard"]
+NO_GLANCE = replace(STANDARD, synthesis=replace(STANDARD.synthesis, glance_steps=0))
 ANSWERS = torch.tensor([9, 8, 3, 0, 0])
 """Of the network that unlearning leaves: it names the classes 0 to 4 in turn."""
 
@@ -230,7 +232,7 @@ def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It measures success on other images than the verdict."""
-    here = scene(BUDGETS["standard"])
+    here = scene(NO_GLANCE)
     sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
 
     def contender(probe: Probe, success: float) -> Contender:
@@ -276,7 +278,7 @@ def test_margins_are_asked_where_nothing_else_calls(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What they call is probed, and a square counts, where the class's leads most."""
-    here = scene(BUDGETS["standard"])
+    here = scene(NO_GLANCE)
     calls: list[list[int]] = []
     learned: list[tuple[list[int], list[str]]] = []
     sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
@@ -362,7 +364,7 @@ def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
 
 
 def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = scene(BUDGETS["standard"])
+    here = scene(NO_GLANCE)
     asked: list[list[int]] = []
 
     def unlearned(model: nn.Module, *_: object, **__: object) -> Unlearned:
@@ -393,6 +395,73 @@ def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize(
+    ("sizes", "squares", "margin", "asked", "target"),
+    [
+        # Nothing leads: a glance at three classes is enough.
+        ({}, 0.3, 1.0, ["glance 012"], None),
+        # One leads two others, not four: at a glance still.
+        ({0: 0.7, 3: 0.7}, 0.3, 1.0, ["glance 012", "glance 34"], None),
+        # A lead that does not call is looked at again.
+        ({0: 0.7}, 0.3, 1.0, ["glance 012", "glance 34", "probed 012"], None),
+        ({0: 0.5}, 0.3, 1.0, ["glance 012", "glance 34", "probed 012", "probed 34"], 0),
+        # What squares or margins call is probed.
+        ({}, 0.02, 1.0, ["probed 301", "probed 3"], 3),
+        ({}, 0.3, 4.0, ["glance 012", "probed 012", "probed 3", "probed 3"], 3),
+    ],
+)
+def test_a_glance_is_enough_where_nothing_leads(
+    sizes: dict[int, float],
+    squares: float,
+    margin: float,
+    asked: list[str],
+    target: int | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A probe's size is 1 but where ``sizes`` says less."""
+    here = scene(STANDARD)
+    calls: list[str] = []
+    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
+
+    def contenders(targets: Sequence[int]) -> list[Contender]:
+        return [
+            Contender(
+                Probe(Additive(), one, state, (0.0, 1.0), sizes.get(one, 1.0)),
+                sites, 0.9, sites.bool(),
+            )
+            for one in targets
+        ]  # fmt: skip
+
+    def noted(name: str) -> Callable[..., list[Contender]]:
+        def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
+            calls.append(f"{name} {''.join(map(str, targets))}")
+            return contenders(targets)
+
+        return probed
+
+    def squared(_: Scene, targets: Sequence[int]) -> Squares:
+        successes = torch.full((16, 5), squares)
+        successes[6, 3] = 0.9
+        return Squares(targets, successes)
+
+    def margins(_: Scene, classes: Sequence[int]) -> Margins:
+        return Margins(classes, torch.tensor([1.0, 1.0, 1.0, margin, 1.0]), torch.ones(5))
+
+    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, ANSWERS))
+    monkeypatch.setattr(story, "responses", lambda *_: sites)
+    monkeypatch.setattr(Scene, "first_look", lambda _, targets: contenders(targets))
+    monkeypatch.setattr(Scene, "glance", noted("glance"))
+    monkeypatch.setattr(Scene, "probed", noted("probed"))
+    monkeypatch.setattr(Scene, "squares", squared)
+    monkeypatch.setattr(Scene, "margins", margins)
+    monkeypatch.setattr(
+        Scene, "raced", lambda _, some: [Contender(p, sites, 0.9, sites.bool()) for p in some]
+    )
+    found = from_probes(here)
+    assert calls == asked
+    assert found.verdict.target == target
+
+
+@pytest.mark.parametrize(
     ("rival", "small", "by", "target", "learned"),
     [
         (0.02, None, "squares", 3, True),  # the probes say nothing
@@ -413,7 +482,7 @@ def test_squares_and_probes(
 ) -> None:
     """A square for class 3 works on 90% of the images, for others in its place on ``rival``;
     probes are of size 1, but for those of one class."""
-    here = scene(BUDGETS["standard"])
+    here = scene(NO_GLANCE)
     asked: list[tuple[list[int], list[str]]] = []
     sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
 

@@ -44,6 +44,13 @@ class SynthesisConfig:
     rivals: int = 2
     """so many more, before a backdoor that probes call is believed: among few classes one stands
     out by chance."""
+    glance_steps: int = 20
+    """Where nothing has called a backdoor yet, they are probed at a glance first: in so many steps
+    (0: not),"""
+    glance_images: int = 16
+    """on so many images each,"""
+    glance_score: float = 0.3
+    """which is enough where what the probes say is less than this."""
     look_steps: int = 8
     """A first look at every class: so many steps of a patch, and no other family,"""
     look_images: int = 8
@@ -348,7 +355,7 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
-        synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15),
+        synthesis=SynthesisConfig(steps=20, images_per_step=16, glance_steps=0, renewal_steps=15),
         replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64, alone=0.0),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)

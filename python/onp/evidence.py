@@ -3,7 +3,7 @@ family, and where none of them calls one, how far the classes' margins can be dr
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from onp.agent.contenders import counted_contenders, leading, strength, successes_of
 from onp.agent.race import Contender, race
 from onp.clean import Clean
-from onp.config import Config
+from onp.config import Config, VerdictConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.families import Family, Range
@@ -109,19 +109,30 @@ class Scene:
 
     def first_look(self, targets: Sequence[int]) -> list[Contender]:
         """A patch of a few steps for each of the classes, the strongest first: that of many a
-        backdoor needs next to nothing, though its trigger is no patch. Their rankings and masks,
-        [S] each, are empty: nothing is raced. Costs 2 * look_steps * look_images image-forwards a
-        class, and those of judging it on ``LOOK_JUDGED`` images."""
+        backdoor needs next to nothing, though its trigger is no patch."""
         config = self.config.synthesis
+        looked = self._glance(targets, LOOK, config.look_steps, config.look_images)
+        return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
+
+    def glance(self, targets: Sequence[int]) -> list[Contender]:
+        """Of every family, as short as the quick budget has them."""
+        config = self.config.synthesis
+        return self._glance(targets, FAMILIES, config.glance_steps, config.glance_images)
+
+    def _glance(
+        self, targets: Sequence[int], families: Sequence[Family], steps: int, draw: int
+    ) -> list[Contender]:
+        """A trigger of each family for each of the targets. Their rankings and masks, [S] each,
+        are empty: nothing is raced. Costs 2 * steps * draw image-forwards a trigger, and those of
+        judging it on ``LOOK_JUDGED`` images."""
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                steps=config.look_steps, draw=config.look_images, families=LOOK,
+                steps=steps, draw=draw, families=families,
                 valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
             none = [torch.zeros(self.evaluator.trace.sites)] * len(probes)
-            looked = self._reached(probes, none, LOOK_JUDGED)
-        return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
+            return self._reached(probes, none, LOOK_JUDGED)
 
     def squares(self, targets: Sequence[Target], judged: int = SQUARES_JUDGED) -> Squares:
         """A square in every place for each of the targets. Costs 2 * square_steps * square_images
@@ -316,9 +327,9 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
 
 def from_probes(scene: Scene, called: bool = False) -> Evidence:
     """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
-    either names, with every family. If a probe leads, further classes are probed, as a lead counts
-    over the nearest. Where neither they nor the squares call a backdoor, nor the norms have
-    (``called``), margins may. What is called has its class's probes raced."""
+    either names, with every family: at a glance first where nothing has called a backdoor (norms:
+    ``called``), which is enough if nothing leads. Where neither they nor the squares nor the norms
+    call one, margins may. What is called has its class's probes raced."""
     config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
     images, labels = scene.clean.images, scene.clean.labels
     with ledger.stage("unlearn"):
@@ -337,13 +348,15 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     named = in_turn(nearest, left_over)
     if isinstance(seen.target, int):
         named = in_turn([seen.target, *nearest], [seen.target, *left_over])
-    named = named[: synthesis.classes + synthesis.rivals]
-    contenders = scene.probed(named[: synthesis.classes])
-    said = by_probes(contenders, len(named), config.verdict)
-    rivals = named[synthesis.classes :]
-    if said.target is not None and rivals:
-        contenders = contenders + scene.probed(rivals)
-        said = by_probes(contenders, len(named), config.verdict)
+    named, rivals = named[: synthesis.classes], named[synthesis.classes :][: synthesis.rivals]
+    glances = bool(synthesis.glance_steps) and not called and seen.target is None
+    if glances:
+        least = synthesis.glance_score
+        contenders, said = nearest_probed(scene.glance, named, rivals, least, config.verdict)
+        glances = said.score < least
+    if not glances:
+        least = config.verdict.threshold
+        contenders, said = nearest_probed(scene.probed, named, rivals, least, config.verdict)
     verdict = seen if seen.score > said.score else said
     margins = None
     if verdict.target is None and not called:
@@ -351,11 +364,30 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
         if isinstance(verdict.target, int):
             place = squares.best_place(verdict.target)
+            contenders = scene.probed(named) if glances else contenders
     contenders, counted = standing_for(scene, verdict, contenders, SQUARES[place])
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
         unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
+
+
+def nearest_probed(
+    probed: Callable[[Sequence[int]], list[Contender]],
+    named: Sequence[int],
+    rivals: Sequence[int],
+    least: float,
+    config: VerdictConfig,
+) -> tuple[list[Contender], Verdict]:
+    """Probe the classes that are named and, where that scores ``least``, their rivals too, as a
+    lead counts over the nearest. And what the probes say."""
+    among = len(named) + len(rivals)
+    contenders = probed(named)
+    said = by_probes(contenders, among, config)
+    if said.score >= least and rivals:
+        contenders = contenders + probed(rivals)
+        said = by_probes(contenders, among, config)
+    return contenders, said
 
 
 def standing_for(
