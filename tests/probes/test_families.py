@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from onp.ledger import Ledger
 from onp.probes import synthesis
 from onp.probes.families import Family
+from onp.probes.gradients import Loss, pixel_gradients
 from onp.probes.low_frequency import dct_basis
 from onp.probes.probe import LabelShift
 from onp.probes.square import Square
-from onp.probes.synthesis import FAMILIES, gradients_towards, synthesise
+from onp.probes.synthesis import FAMILIES, synthesise
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import trace
 
@@ -60,23 +60,6 @@ def test_the_dct_basis_is_orthonormal_at_its_reference_size() -> None:
     torch.testing.assert_close(basis @ basis.T, torch.eye(16), rtol=0, atol=1e-5)
 
 
-def test_chunks_give_the_gradients_of_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3)).eval()
-    network = FrozenNetwork(trace(model, (3, 8, 8)), model)
-    images, answers = torch.rand(20, 3, 8, 8), torch.arange(20) % 3
-    gates = torch.tensor([1.0, 0.0, 1.0, 0.5])
-    whole = images.clone().requires_grad_(True)
-    logits = network(whole, gates)
-    (expected,) = torch.autograd.grad(F.cross_entropy(logits, answers, reduction="sum"), whole)
-    for chunk in (7, 20, 10**6):
-        monkeypatch.setattr("onp.probes.synthesis.CPU_CHUNK", chunk)
-        right, gradients = gradients_towards(network, images, answers, gates)
-        torch.testing.assert_close(gradients, expected)
-        assert torch.equal(right, logits.argmax(1) == answers)
-    assert not images.requires_grad
-
-
 def test_synthesis_finds_what_a_network_looks_for() -> None:
     """A linear network that answers class 1 on a bright corner: all small triggers exist for it."""
     torch.manual_seed(0)
@@ -119,14 +102,14 @@ def test_targets_may_be_classes_and_shifts_of_labels() -> None:
     asked: list[list[int]] = []
 
     def asks(
-        frozen: FrozenNetwork, pixels: Tensor, answers: Tensor, gates: Tensor | None
+        frozen: FrozenNetwork, pixels: Tensor, answers: Tensor, loss: Loss, gates: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         asked.append(answers.tolist())
-        return gradients_towards(frozen, pixels, answers, gates)
+        return pixel_gradients(frozen, pixels, answers, loss, gates)
 
     shift = LabelShift(3, 2)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(synthesis, "gradients_towards", asks)
+        patch.setattr(synthesis, "pixel_gradients", asks)
         probes = synthesis.synthesise(
             network, images, labels, [1, shift], families=FAMILIES[:2], steps=1, draw=4,
             valid=(0.0, 1.0), seed=0, ledger=Ledger(),

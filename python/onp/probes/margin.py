@@ -19,7 +19,7 @@ from torch import Tensor
 from onp.clean import Clean
 from onp.ledger import Ledger
 from onp.probes.families import Range
-from onp.probes.probe import CPU_CHUNK
+from onp.probes.gradients import passes, pixel_gradients
 from onp.suspect.network import FrozenNetwork
 
 STEP = 0.02
@@ -87,32 +87,27 @@ def largest_margins(
     return Margins(classes, torch.cat(found), torch.tensor(natural))
 
 
+def _sureness(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Margins of the classes int64 [N], logits [N, K]: summed."""
+    return margins_of(logits, wanted).sum()
+
+
 def _driven(
     network: FrozenNetwork, images: Tensor, wanted: Tensor, steps: int, valid: Range, ledger: Ledger
 ) -> Tensor:
     """The largest margin on the way of images [N, C, H, W] driven to the classes int64 [N], [N]."""
     velocity = torch.zeros_like(images)
-    size = CPU_CHUNK if images.device.type == "cpu" else len(images)
     length = STEP * (valid[1] - valid[0]) * images[0].numel() ** 0.5
     best = torch.full((len(images),), -torch.inf, device=images.device)
     for step in range(steps):
-        reached, gradients = [], []
-        for part, want in zip(images.split(size), wanted.split(size), strict=True):
-            leaf = part.detach().requires_grad_(True)
-            margins = margins_of(network(leaf, None), want)
-            gradients += torch.autograd.grad(margins.sum(), leaf)
-            reached.append(margins.detach())
-        best = torch.maximum(best, torch.cat(reached))
-        gradient = torch.cat(gradients)
+        logits, gradient = pixel_gradients(network, images, wanted, _sureness)
+        best = torch.maximum(best, margins_of(logits, wanted))
         norms = gradient.flatten(1).norm(dim=1).clamp_min(1e-12).view(-1, 1, 1, 1)
         velocity = MOMENTUM * velocity + gradient / norms
         images = (images + length * (1 - step / steps) * velocity).clamp(*valid)
         ledger.count(2 * len(images))
         ledger.tick(step + 1, steps)
     with torch.no_grad():
-        last = [
-            margins_of(network(part, None), want)
-            for part, want in zip(images.split(size), wanted.split(size), strict=True)
-        ]
+        last = [margins_of(network(part, None), want) for part, want in passes(images, wanted)]
     ledger.count(len(images))
     return torch.maximum(best, torch.cat(last)).nan_to_num(-torch.inf).clamp(-MOST, MOST)

@@ -12,29 +12,19 @@ from onp.ledger import Ledger
 from onp.optimizers import Adam
 from onp.probes.additive import Additive
 from onp.probes.families import Family, Range
+from onp.probes.gradients import pixel_gradients
 from onp.probes.low_frequency import LowFrequency
 from onp.probes.patch import Patch
-from onp.probes.probe import CPU_CHUNK, Probe, Target, answers_of
+from onp.probes.probe import Probe, Target, answers_of
 from onp.probes.warp import Warp
 from onp.suspect.network import FrozenNetwork
 
 FAMILIES: tuple[Family, ...] = (Patch(), Additive(), LowFrequency(), Warp())
 
 
-def gradients_towards(
-    network: FrozenNetwork, images: Tensor, answers: Tensor, gates: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Which images [N, C, H, W] get the answers int64 [N], bool [N], and the gradients of the
-    cross-entropy to them, summed, by the images."""
-    right, gradients = [], []
-    size = CPU_CHUNK if images.device.type == "cpu" else len(images)
-    for part, wanted in zip(images.split(size), answers.split(size), strict=True):
-        leaf = part.detach().requires_grad_(True)
-        logits = network(leaf, gates)
-        loss = F.cross_entropy(logits, wanted, reduction="sum")
-        gradients += torch.autograd.grad(loss, leaf)
-        right.append(logits.argmax(1) == wanted)
-    return torch.cat(right), torch.cat(gradients)
+def towards(logits: Tensor, answers: Tensor) -> Tensor:
+    """The loss of images that are to get the answers int64 [N], logits [N, K]: summed."""
+    return F.cross_entropy(logits, answers, reduction="sum")
 
 
 def synthesise(
@@ -84,8 +74,8 @@ def synthesise(
             [f.apply(state, batch, valid) for f, state in zip(families, states, strict=True)]
         )  # [families * targets, draw, C, H, W], family-major
         pixels = triggered.flatten(0, 1)
-        right, gradients = gradients_towards(network, pixels.detach(), answers, gates)
-        success = right.float().view(-1, draw).mean(1)
+        logits, gradients = pixel_gradients(network, pixels, answers, towards, gates)
+        success = (logits.argmax(1) == answers).float().view(-1, draw).mean(1)
         weight = ((success - 0.8) / 0.2).clamp(0.05, 1.0)
         penalties = torch.cat([f.penalty(state) for f, state in zip(families, states, strict=True)])
         optimizer.zero_grad()
