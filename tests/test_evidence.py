@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -17,6 +17,7 @@ from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
 from onp.evidence import (
+    LOOK,
     Evidence,
     Scene,
     Squares,
@@ -24,13 +25,15 @@ from onp.evidence import (
     from_shifting_squares,
     from_statistics,
     gather,
-    in_turn,
+    nearest,
 )
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.families import Family
+from onp.probes.generator import Generator
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
+from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
 from onp.probes.responses import activations
@@ -41,31 +44,20 @@ from onp.suspect.trace import trace
 from onp.verdict import Verdict, by_squares
 from tests.networks import all_to_all, dim_images
 
-CLASSES = 5
+CLASSES = 10
 STANDARD = BUDGETS["standard"]
-NO_GLANCE = replace(STANDARD, synthesis=replace(STANDARD.synthesis, glance_steps=0))
-ANSWERS = torch.tensor([9, 8, 3, 0, 0])
-"""Of the network that unlearning leaves: it names the classes 0 to 4 in turn."""
 
 
-def scene(config: Config) -> Scene:
-    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, CLASSES))
+def scene(config: Config, classes: int = CLASSES) -> Scene:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(144, classes))
     clean = Clean(
-        torch.rand(20, 3, 8, 8), torch.arange(20) % CLASSES, torch.full((20, CLASSES), -1.6)
+        torch.rand(20, 3, 8, 8), torch.arange(20) % classes, torch.full((20, classes), -1.6)
     )
     evaluator = MaskEvaluator(
         trace(model.eval(), (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
     )
     before = [torch.rand(20, 4, 6, 6)]
     return Scene(model, evaluator, clean, before, config, (0.0, 1.0), seed=0)
-
-
-def no_square_leads(_: Scene, targets: Sequence[int], *__: int) -> Squares:
-    return Squares(targets, torch.full((16, len(targets)), 0.4))
-
-
-def no_margin_leads(_: Scene, classes: Sequence[int]) -> Margins:
-    return Margins(classes, torch.ones(len(classes)), torch.ones(len(classes)))
 
 
 def said(score: float, by: str = "probes") -> Evidence:
@@ -135,6 +127,40 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     assert [one.probe for one in quick.counted] == (["norms"] if agreement > 0.7 else counted)
 
 
+@pytest.mark.parametrize(
+    ("classes", "agreement", "success", "counted"),
+    [
+        (5, 0.9, 0.9, ["square", "norms"]),
+        (5, 0.7, 0.9, ["square", "norms"]),  # probes would have to call the class themselves
+        (5, 0.9, 0.1, ["norms"]),  # it does not work
+        (10, 0.9, 0.9, ["norms"]),
+    ],
+)
+def test_among_few_classes_a_square_counts_beside_the_norms_triggers(
+    classes: int,
+    agreement: float,
+    success: float,
+    counted: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, none = scene(STANDARD, classes), torch.zeros(4)
+    play = Play(monkeypatch, success=success)
+    verdict = Verdict("backdoor", 0.7, 3, "norm statistics", {"agreement": agreement}, "")
+    replayed = Probe(Generator(), 3, [], (0.0, 1.0), 1.0)
+    norms = Contender(replayed, none, 0.9, none.bool())
+    first = Evidence(verdict, [norms], [norms], verdict)
+    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    found = gather(here, None)
+    assert found.verdict is verdict
+    names = {"generator": "norms"}
+    families = [one.probe.family.name for one in found.counted]
+    assert [names.get(name, name) for name in families] == counted
+    assert play.asked == ([] if classes == 10 else ["square 3"])
+    assert found.statistics is verdict
+    if "square" in counted:
+        assert found.counted[0].probe.family is SQUARES[6]  # where squares lead to the class
+
+
 def test_where_norms_have_called_margins_are_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[bool] = []
 
@@ -149,10 +175,9 @@ def test_where_norms_have_called_margins_are_not_asked(monkeypatch: pytest.Monke
         monkeypatch.setattr(story, "from_statistics", lambda *_, first=first: first)
         gather(scene(BUDGETS["standard"]), None)
     assert asked == [False, False, True]
-    here = scene(BUDGETS["standard"])
-    monkeypatch.setattr(Scene, "squares", no_square_leads)
-    monkeypatch.setattr(Scene, "margins", lambda *_: pytest.fail("asked"))
-    assert from_probes(here, called=True).margins is None
+    play = Play(monkeypatch)
+    assert from_probes(scene(STANDARD), called=True).margins is None
+    assert play.driven == []
 
 
 @pytest.mark.parametrize("memory", [19, 199])
@@ -176,169 +201,154 @@ def test_norms_that_remember_much_need_more_excess(
     assert found.verdict.score == pytest.approx(((counted - low) / (high - low) + 1) / 2)
 
 
+class Play:
+    """Stand-ins for what a scene asks. Triggers reach ``success`` and are of size 1, but for those
+    of the classes in ``sizes``. A square for class 3 works on 90% in one place, for
+    others there on ``rival``; class 3 can be driven ``margin`` times as far as any other."""
+
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        sizes: dict[int, float] | None = None,
+        rival: float = 0.3,
+        margin: float = 1.0,
+        success: float = 0.9,
+    ) -> None:
+        self.asked: list[str] = []
+        """What was learned at length, for which classes."""
+        self.driven: list[list[int]] = []
+        self.races: list[set[Target]] = []
+        sizes = {} if sizes is None else sizes
+        none = torch.zeros(4)
+
+        def triggers(targets: Sequence[int], families: Sequence[Family]) -> list[Contender]:
+            state = [torch.zeros(1, 1, 3, 8, 8)]
+            return [
+                Contender(
+                    Probe(family, one, state, (0.0, 1.0), sizes.get(one, 1.0)),
+                    none, success, none.bool(),
+                )
+                for family in families
+                for one in targets
+            ]  # fmt: skip
+
+        def probed(
+            _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES
+        ) -> list[Contender]:
+            name = "probes" if families is FAMILIES else families[0].name
+            self.asked.append(f"{name} {''.join(map(str, targets))}")
+            return triggers(targets, families)
+
+        def squares(_: Scene, targets: Sequence[int]) -> Squares:
+            successes = torch.full((16, len(targets)), rival)
+            successes[6, list(targets).index(3)], successes[9] = 0.9, 0.8
+            return Squares(targets, successes)
+
+        def margins(_: Scene, classes: Sequence[int]) -> Margins:
+            self.driven.append(list(classes))
+            driven = torch.tensor([margin if one == 3 else 1.0 for one in classes])
+            return Margins(classes, driven, torch.ones(len(classes)))
+
+        def raced(_: Scene, probes: Sequence[Probe]) -> list[Contender]:
+            self.races.append({probe.target for probe in probes})
+            return [Contender(probe, none, 0.9, none.bool()) for probe in probes]
+
+        monkeypatch.setattr(Scene, "looks", lambda _, targets: triggers(targets, LOOK))
+        monkeypatch.setattr(Scene, "probed", probed)
+        monkeypatch.setattr(Scene, "squares", squares)
+        monkeypatch.setattr(Scene, "margins", margins)
+        monkeypatch.setattr(Scene, "raced", raced)
+
+
 @pytest.mark.parametrize(
-    ("rival", "rivals", "called", "looks"),
+    ("sizes", "rival", "margin", "by", "target", "asked"),
     [
-        (0.2, 2, True, 2),  # weaker than the suspect: believed
-        (0.8, 2, False, 2),  # hardly weaker
-        (2.0, 2, False, 2),  # both stronger: three had told by chance
-        (2.0, 0, True, 1),  # nobody looked
+        # A look at every class is all where nothing calls a backdoor,
+        ({}, 0.3, 1.0, "probes", None, []),
+        ({0: 0.7}, 0.3, 1.0, "probes", None, []),  # hardly smaller than for the four others
+        ({0: 0.4, 4: 0.5}, 0.3, 1.0, "probes", None, []),  # than for one
+        ({}, 0.2, 1.0, "squares", None, []),  # nothing calls, squares come nearest to it
+        ({}, 0.3, 1.35, "margins", None, []),
+        # and what is called is probed, with the two that are nearest.
+        ({4: 0.5, 1: 0.9}, 0.3, 1.0, "probes", 4, ["probes 410"]),
+        ({}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
+        ({0: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),  # less sure, another
+        ({3: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
+        ({3: 0.1}, 0.02, 1.0, "probes", 3, ["probes 301"]),  # as sure: they do without a square
+        ({0: 0.1}, 0.3, 4.0, "probes", 0, ["probes 012"]),  # margins are not asked
+        ({}, 0.3, 4.0, "margins", 3, ["probes 301", "square 3"]),
     ],
 )
-def test_a_probe_must_lead_further_classes_too(
-    rival: float, rivals: int, called: bool, looks: int, monkeypatch: pytest.MonkeyPatch
+def test_what_calls_a_backdoor_and_what_is_probed_then(
+    sizes: dict[int, float],
+    rival: float,
+    margin: float,
+    by: str,
+    target: int | None,
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Three classes are probed, one of them four times as strong; then, as that calls a backdoor,
-    ``rivals`` more whose probes are ``rival`` times as strong as the suspect's. Only the probes of
-    a class that is called are raced."""
-    quick = BUDGETS["quick"]
-    here = scene(replace(quick, synthesis=replace(quick.synthesis, rivals=rivals)))
-    asked: list[list[int]] = []
-    races: list[list[Target]] = []
-
-    def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
-        size = [1.0, 4.0, 4.0] if not asked else [1 / rival] * len(targets)
-        asked.append(list(targets))
-        state, sites = [torch.zeros(1, 1, 3, 8, 8)], torch.zeros(here.evaluator.trace.sites)
-        return [
-            Contender(Probe(Additive(), target, state, (0.0, 1.0), one), sites, 1.0, sites.bool())
-            for target, one in zip(targets, size, strict=True)
-        ]
-
-    def raced(_: Scene, probes: Sequence[Probe]) -> list[Contender]:
-        races.append([probe.target for probe in probes])
-        sites = torch.ones(here.evaluator.trace.sites)
-        return [Contender(probe, sites, 1.0, sites.bool(), score=0.95) for probe in probes]
-
-    monkeypatch.setattr(Scene, "probed", probed)
-    monkeypatch.setattr(Scene, "squares", no_square_leads)
-    monkeypatch.setattr(Scene, "margins", no_margin_leads)
-    monkeypatch.setattr(Scene, "raced", raced)
-    found = from_probes(here)
-    assert (found.verdict.target is not None) == called
-    assert len(asked) == looks
-    classes = [target for targets in asked for target in targets]
-    assert len(set(classes)) == len(classes) == len(found.contenders)
-    assert len(classes) == 3 + (rivals if looks > 1 else 0)
-    assert races == ([asked[0][:1]] if called else [])
-    if called:
-        assert found.verdict.target == asked[0][0]
-        assert [one.probe.target for one in found.counted] == asked[0][:1]
-    else:
-        assert not found.counted
+    play = Play(monkeypatch, sizes, rival, margin)
+    found = from_probes(scene(STANDARD))
+    assert (found.verdict.by, found.verdict.target) == (by, target)
+    assert play.asked == asked
+    assert play.races == ([] if target is None else [{target}])  # of the others none is raced
+    assert {one.probe.target for one in found.looked} == set(range(CLASSES))
+    assert found.squares is not None
+    without = target is None or by == "margins"
+    assert play.driven == ([list(range(CLASSES))] if without else [])
+    assert (found.margins is not None) == without
+    assert {one.probe.target for one in found.counted} == (set() if target is None else {target})
+    learned = any(one.startswith("square") for one in asked)
+    assert (bool(found.counted) and found.counted[0].probe.family is SQUARES[6]) == learned
+    assert found.unlearned is None
 
 
 def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """It measures success on other images than the verdict."""
-    here = scene(NO_GLANCE)
-    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
-
-    def contender(probe: Probe, success: float) -> Contender:
-        return Contender(probe, sites, success, sites.bool())
-
-    def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
-        first = here.evaluator.ledger.total == 0
-        here.evaluator.ledger.count(1)
-        sizes = [0.25 if first and number == 0 else 1.0 for number in range(len(targets))]
-        probes = zip(targets, sizes, strict=True)
-        return [contender(Probe(Additive(), k, state, (0.0, 1.0), z), 1.0) for k, z in probes]
+    here, none = scene(STANDARD), torch.zeros(4)
+    Play(monkeypatch, {0: 0.25})
 
     def raced(_: Scene, probes: Sequence[Probe]) -> list[Contender]:
-        return [contender(probe, 0.1) for probe in probes]
+        return [Contender(probe, none, 0.1, none.bool()) for probe in probes]
 
-    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, ANSWERS))
-    monkeypatch.setattr(Scene, "first_look", lambda *_: looked_at)
-    looked_at = [contender(Probe(Additive(), k, state, (0.0, 1.0), 1.0), 1.0) for k in range(5)]
-    monkeypatch.setattr(Scene, "probed", probed)
-    monkeypatch.setattr(Scene, "squares", no_square_leads)
-    monkeypatch.setattr(Scene, "margins", no_margin_leads)
     monkeypatch.setattr(Scene, "raced", raced)
-    monkeypatch.setattr(story, "responses", lambda *_: sites)
     found = from_probes(here)
     assert found.verdict.target == 0
     assert [(one.probe.target, one.success) for one in found.counted] == [(0, 0.1)]
 
 
-@pytest.mark.parametrize(
-    ("margin", "leads", "by", "target", "asked"),
-    [
-        (4.0, False, "margins", 2, [[0, 1, 3], [2], [2]]),  # a class that nothing else had named
-        (1.5, False, "margins", None, [[0, 1, 3]]),  # the nearest to calling
-        (4.0, True, "probes", 0, [[0, 1, 3], [4, 2]]),  # probes call: nobody asks
-    ],
-)
-def test_margins_are_asked_where_nothing_else_calls(
-    margin: float,
-    leads: bool,
-    by: str,
-    target: int | None,
-    asked: list[list[int]],
+def test_of_many_classes_those_are_looked_at_that_unlearning_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What they call is probed, and a square counts, where the class's leads most."""
-    here = scene(NO_GLANCE)
-    calls: list[list[int]] = []
-    learned: list[tuple[list[int], list[str]]] = []
-    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
-    answers = torch.tensor([9, 8, 0, 3, 1])  # 0, 1, 3, 4, 2
-
-    def contender(probe: Probe, success: float) -> Contender:
-        return Contender(probe, sites, success, sites.bool())
-
-    def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
-        one = [Probe(Additive(), target, state, (0.0, 1.0), 1.0) for target in targets]
-        return [contender(probe, 0.9) for probe in one]
-
-    def margins(_: Scene, classes: Sequence[int]) -> Margins:
-        calls.append(list(classes))
-        driven = torch.tensor([margin if one == 2 else 1.0 for one in classes])
-        return Margins(classes, driven, torch.ones(5))
-
-    def squares(_: Scene, targets: Sequence[int]) -> Squares:
-        successes = torch.full((16, 5), 0.3)
-        successes[11, list(targets).index(2)] = 0.45
-        successes[3] = 0.48  # better, but so it is for all
-        return Squares(targets, successes)
-
-    def probed(
-        _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES[:1]
-    ) -> list[Contender]:
-        learned.append((list(targets), [family.name for family in families]))
-        size = 0.25 if leads and 0 in targets else 1.0
-        return [
-            contender(Probe(family, one, state, (0.0, 1.0), size if one == 0 else 1.0), 0.9)
-            for family in families
-            for one in targets
-        ]
-
+    synthesis = replace(STANDARD.synthesis, looked_at=3)
+    here = scene(replace(STANDARD, synthesis=synthesis))
+    answers, sites = torch.tensor([0, 1, 9, 8, 3]), torch.rand(4)
     monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, answers))
     monkeypatch.setattr(story, "responses", lambda *_: sites)
-    monkeypatch.setattr(Scene, "first_look", look)
-    monkeypatch.setattr(Scene, "squares", squares)
-    monkeypatch.setattr(Scene, "margins", margins)
-    monkeypatch.setattr(Scene, "probed", probed)
-    monkeypatch.setattr(Scene, "raced", lambda _, some: [contender(one, 0.9) for one in some])
+    play = Play(monkeypatch)
     found = from_probes(here)
-    assert (found.verdict.by, found.verdict.target) == (by, target)
-    assert [targets for targets, _ in learned] == asked
-    assert calls == ([] if leads else [[0, 1, 3, 4, 2]])
-    assert (found.margins is None) == leads
-    assert bool(found.counted) == (target is not None)
-    assert {one.probe.target for one in found.counted} <= {target}
-    if target == 2:
-        assert learned[-1] == ([2], ["square"])
-        assert found.counted[0].probe.family is SQUARES[11]
+    assert {one.probe.target for one in found.looked} == {2, 3, 4}
+    assert play.driven == [[2, 3, 4]]
+    assert found.unlearned is not None
+    assert found.unlearning is sites
 
 
-def test_two_orders_name_in_turn_and_each_class_once() -> None:
-    assert in_turn([4, 1, 2, 0], [1, 4, 0, 2]) == [4, 1, 2, 0]
-    assert in_turn([1, 2, 3], [3, 2, 1]) == [1, 3, 2]
-    assert in_turn([], []) == []
+def test_families_name_the_nearest_classes_in_turn() -> None:
+    none = torch.zeros(4)
+    sizes = {Patch(): [1.0, 0.2, 0.5, 0.1], Additive(): [0.3, 0.1, 0.2, 1.0]}
+    looked = [
+        Contender(Probe(family, target, [], (0.0, 1.0), size), none, 1.0, none.bool())
+        for family, own in sizes.items()
+        for target, size in enumerate(own)
+    ]
+    assert nearest(looked) == [3, 1, 2, 0]
+    assert nearest([]) == []
 
 
-def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
+def test_a_look_finds_the_class_that_a_small_trigger_reaches() -> None:
     """Class 3 is near for whatever makes one channel a little brighter; no class is for others."""
     torch.manual_seed(0)
     here = scene(BUDGETS["standard"])
@@ -352,182 +362,16 @@ def test_a_first_look_finds_the_class_that_a_small_patch_reaches() -> None:
     evaluator = MaskEvaluator(
         trace(model, (3, 8, 8)), model, device=torch.device("cpu"), ledger=Ledger()
     )
-    looked = replace(here, model=model, evaluator=evaluator).first_look(range(CLASSES))
-    assert [one.probe.family.name for one in looked] == ["patch"] * CLASSES
-    targets = [one.probe.target for one in looked]
-    assert targets[0] == 3
-    assert sorted(targets) == list(range(CLASSES))
-    assert advantage(looked[0], looked) > 0.5
+    looked = replace(here, model=model, evaluator=evaluator).looks(range(CLASSES))
+    assert [one.probe.family for one in looked[::CLASSES]] == list(LOOK)
+    assert [one.probe.target for one in looked[:CLASSES]] == list(range(CLASSES))
+    assert nearest(looked)[0] == 3
+    assert max(advantage(one, looked) for one in looked if one.probe.target == 3) > 0.5
+    assert all(advantage(one, looked) < 0.5 for one in looked if one.probe.target != 3)
     config = here.config.synthesis
     steps = 2 * config.look_steps * config.look_images
-    assert evaluator.ledger.total == CLASSES * (steps + 16) + 20  # 16 are of other classes
-
-
-def test_what_the_first_look_names_is_probed_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = scene(NO_GLANCE)
-    asked: list[list[int]] = []
-
-    def unlearned(model: nn.Module, *_: object, **__: object) -> Unlearned:
-        return Unlearned(model, ANSWERS)
-
-    def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
-        assert list(targets) == [0, 1, 2, 3, 4]
-        nothing = torch.zeros(4)
-        return [
-            Contender(Probe(Additive(), target, [], (0.0, 1.0), 1.0), nothing, 1.0, nothing.bool())
-            for target in (4, 0, 1, 2, 3)
-        ]
-
-    def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
-        asked.append(list(targets))
-        mask = torch.zeros(here.evaluator.trace.sites, dtype=torch.bool)
-        probe = Probe(Additive(), targets[0], [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
-        return [Contender(probe, torch.zeros(len(mask)), 1.0, mask)]
-
-    monkeypatch.setattr(story, "unlearn", unlearned)
-    monkeypatch.setattr(Scene, "first_look", look)
-    monkeypatch.setattr(Scene, "probed", probed)
-    monkeypatch.setattr(Scene, "squares", no_square_leads)
-    monkeypatch.setattr(Scene, "margins", no_margin_leads)
-    found = from_probes(here)
-    assert asked == [[4, 0, 1]]
-    assert [one.probe.target for one in found.looked] == [4, 0, 1, 2, 3]
-
-
-@pytest.mark.parametrize(
-    ("sizes", "squares", "margin", "asked", "target"),
-    [
-        # Nothing leads: a glance at three classes is enough.
-        ({}, 0.3, 1.0, ["glance 012"], None),
-        # One leads two others, not four: at a glance still.
-        ({0: 0.7, 3: 0.7}, 0.3, 1.0, ["glance 012", "glance 34"], None),
-        # A lead that does not call is looked at again.
-        ({0: 0.7}, 0.3, 1.0, ["glance 012", "glance 34", "probed 012"], None),
-        ({0: 0.5}, 0.3, 1.0, ["glance 012", "glance 34", "probed 012", "probed 34"], 0),
-        # What squares or margins call is probed.
-        ({}, 0.02, 1.0, ["probed 301", "probed 3"], 3),
-        ({}, 0.3, 4.0, ["glance 012", "probed 012", "probed 3", "probed 3"], 3),
-    ],
-)
-def test_a_glance_is_enough_where_nothing_leads(
-    sizes: dict[int, float],
-    squares: float,
-    margin: float,
-    asked: list[str],
-    target: int | None,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A probe's size is 1 but where ``sizes`` says less."""
-    here = scene(STANDARD)
-    calls: list[str] = []
-    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
-
-    def contenders(targets: Sequence[int]) -> list[Contender]:
-        return [
-            Contender(
-                Probe(Additive(), one, state, (0.0, 1.0), sizes.get(one, 1.0)),
-                sites, 0.9, sites.bool(),
-            )
-            for one in targets
-        ]  # fmt: skip
-
-    def noted(name: str) -> Callable[..., list[Contender]]:
-        def probed(_: Scene, targets: Sequence[int], *__: object) -> list[Contender]:
-            calls.append(f"{name} {''.join(map(str, targets))}")
-            return contenders(targets)
-
-        return probed
-
-    def squared(_: Scene, targets: Sequence[int]) -> Squares:
-        successes = torch.full((16, 5), squares)
-        successes[6, 3] = 0.9
-        return Squares(targets, successes)
-
-    def margins(_: Scene, classes: Sequence[int]) -> Margins:
-        return Margins(classes, torch.tensor([1.0, 1.0, 1.0, margin, 1.0]), torch.ones(5))
-
-    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, ANSWERS))
-    monkeypatch.setattr(story, "responses", lambda *_: sites)
-    monkeypatch.setattr(Scene, "first_look", lambda _, targets: contenders(targets))
-    monkeypatch.setattr(Scene, "glance", noted("glance"))
-    monkeypatch.setattr(Scene, "probed", noted("probed"))
-    monkeypatch.setattr(Scene, "squares", squared)
-    monkeypatch.setattr(Scene, "margins", margins)
-    monkeypatch.setattr(
-        Scene, "raced", lambda _, some: [Contender(p, sites, 0.9, sites.bool()) for p in some]
-    )
-    found = from_probes(here)
-    assert calls == asked
-    assert found.verdict.target == target
-
-
-@pytest.mark.parametrize(
-    ("rival", "small", "by", "target", "learned"),
-    [
-        (0.02, None, "squares", 3, True),  # the probes say nothing
-        (0.02, (0, 0.55), "squares", 3, True),  # less, and of another class
-        (0.02, (3, 0.55), "squares", 3, True),
-        (0.02, (3, 0.1), "probes", 3, False),  # as sure as squares: they do without one
-        (0.3, (0, 0.55), "probes", 0, False),  # squares do not call
-        (0.2, None, "squares", None, False),  # neither does, squares come nearer to it
-    ],
-)
-def test_squares_and_probes(
-    rival: float,
-    small: tuple[int, float] | None,
-    by: str,
-    target: int | None,
-    learned: bool,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """A square for class 3 works on 90% of the images, for others in its place on ``rival``;
-    probes are of size 1, but for those of one class."""
-    here = scene(NO_GLANCE)
-    asked: list[tuple[list[int], list[str]]] = []
-    sites, state = torch.zeros(here.evaluator.trace.sites), [torch.zeros(1, 1, 3, 8, 8)]
-
-    def contender(probe: Probe) -> Contender:
-        return Contender(probe, sites, 0.9, sites.bool())
-
-    def look(_: Scene, targets: Sequence[int]) -> list[Contender]:
-        return [contender(Probe(Additive(), target, state, (0.0, 1.0), 1.0)) for target in targets]
-
-    def squares(_: Scene, targets: Sequence[int]) -> Squares:
-        assert list(targets) == [0, 1, 2, 3, 4]
-        successes = torch.full((16, 5), rival)
-        successes[6, 3], successes[9] = 0.9, 0.8
-        return Squares(targets, successes)
-
-    def probed(
-        _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES
-    ) -> list[Contender]:
-        asked.append((list(targets), [family.name for family in families]))
-        sizes = {} if small is None else dict([small])
-        return [
-            contender(Probe(family, target, state, (0.0, 1.0), sizes.get(target, 1.0)))
-            for family in families
-            for target in targets
-        ]
-
-    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, ANSWERS))
-    monkeypatch.setattr(story, "responses", lambda *_: sites)
-    monkeypatch.setattr(Scene, "first_look", look)
-    monkeypatch.setattr(Scene, "squares", squares)
-    monkeypatch.setattr(Scene, "margins", no_margin_leads)
-    monkeypatch.setattr(Scene, "probed", probed)
-    monkeypatch.setattr(Scene, "raced", lambda _, probes: [contender(one) for one in probes])
-    found = from_probes(here)
-    assert (found.verdict.by, found.verdict.target) == (by, target)
-    called = rival < 0.1
-    assert asked[0][0] == ([3, 0, 1] if called else [0, 1, 2])  # what a square calls is probed
-    assert (asked[-1] == ([3], ["square"])) == learned
-    assert found.squares is not None
-    if target is None:
-        assert found.counted == []
-        return
-    first = found.counted[0].probe
-    assert first.target == target
-    assert (first.family == Square(1, 2)) == learned
+    each = steps + 18  # on which it is judged are of other classes
+    assert evaluator.ledger.total == CLASSES * len(LOOK) * each + 20
 
 
 def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:

@@ -112,7 +112,7 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/9"
+    assert report["schema"] == "onp.repair/10"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]
@@ -127,7 +127,7 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert all(log["flips"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
     assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
-    assert report["first_look"] == []  # the norms were sure
+    assert report["looks"] == []  # the norms were sure
     assert report["squares"] is None
     assert report["margins"] is None
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
@@ -178,7 +178,7 @@ def test_a_clean_network_comes_back_untouched(budget: str) -> None:
     result = onp.sanitize(model, clean, seed=0, budget=budget)
     assert result.verdict == "clean"
     assert not result.mask.any()
-    looked = result.report["first_look"]
+    looked = result.report["looks"]
     assert {look["target"] for look in looked} == set(clean.labels.tolist())
     squares = result.report["squares"]
     assert {square["target"] for square in squares} == set(clean.labels.tolist())

@@ -40,24 +40,31 @@ def probed(*probes: tuple[Family, int, float, float]) -> list[Contender]:
     ]
 
 
+def led_by(lead: float, classes: int) -> list[Contender]:
+    """The last class leads all others by so much (binary logarithm)."""
+    sizes = [1.0] * (classes - 1) + [2**-lead]
+    return probed(*((ADDITIVE, k, size, 1.0) for k, size in enumerate(sizes)))
+
+
 @pytest.mark.parametrize("lead", [-1.0, 0.0, 0.3, 0.6, 0.65, 0.9, 2.0])
 def test_the_score_is_the_lead(lead: float) -> None:
-    contenders = probed((ADDITIVE, 4, 2**-lead, 1.0), *((ADDITIVE, k, 1.0, 1.0) for k in range(4)))
-    assert advantage(contenders[0], contenders) == pytest.approx(lead)
-    verdict = by_probes(contenders, 5, CONFIG)
+    contenders = led_by(lead, 10)
+    assert advantage(contenders[-1], contenders) == pytest.approx(lead)
+    verdict = by_probes(contenders, CONFIG)
     assert verdict.score == pytest.approx(min(max(lead / CONFIG.lead, 0.0), 1.0))
     assert (verdict.finding == "backdoor") == (lead > LEAST)
-    assert verdict.target == (4 if lead > LEAST else None)
+    assert verdict.target == (9 if lead > LEAST else None)
     assert verdict.evidence["success"] == 1.0
 
 
 def test_the_best_family_speaks() -> None:
     contenders = probed(
-        (ADDITIVE, 1, 1.0, 0.9), (ADDITIVE, 2, 1.0, 0.9), (PATCH, 1, 1.0, 0.9), (PATCH, 2, 0.5, 0.9)
+        *((ADDITIVE, k, 1.0, 0.9) for k in range(10)),
+        *((PATCH, k, 0.5 if k == 2 else 1.0, 0.9) for k in range(10)),
     )
-    verdict = by_probes(contenders, 5, CONFIG)
+    verdict = by_probes(contenders, CONFIG)
     assert (verdict.target, verdict.evidence["advantage"]) == (2, 1.0)
-    assert "patch, for class 2) is 2^1.0 times" in verdict.reason
+    assert "patch, for class 2) are 2^1.0 times" in verdict.reason
 
 
 def test_a_probe_that_hardly_works_leads_by_chance() -> None:
@@ -68,26 +75,25 @@ def test_a_probe_that_hardly_works_leads_by_chance() -> None:
         (PATCH, 1, 1.0, 0.01),
     )
     assert advantage(contenders[2], contenders) > 3
-    assert by_probes(contenders, 5, CONFIG).finding == "clean"
-    none = by_probes(contenders[2:], 5, CONFIG)
+    assert by_probes(contenders, CONFIG).finding == "clean"
+    none = by_probes(contenders[2:], CONFIG)
     assert (none.finding, none.score) == ("clean", 0.0)
     assert "no probe works" in none.reason
 
 
-@pytest.mark.parametrize(("among", "times"), [(3, 2.2), (4, 1.6), (5, 1.0), (9, 1.0)])
+@pytest.mark.parametrize(("among", "times"), [(5, 4.0), (9, 1.6), (10, 1.0), (40, 1.0)])
 def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
     least = times * LEAST
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
-        contenders = probed((PATCH, 0, 2**-lead, 1.0), (PATCH, 1, 1.0, 1.0))
-        assert by_probes(contenders, among, CONFIG).finding == finding
+        assert by_probes(led_by(lead, among), CONFIG).finding == finding
 
 
-def test_of_two_classes_no_probe_leads() -> None:
-    contenders = probed((PATCH, 0, 0.05, 1.0), (PATCH, 1, 1.0, 1.0))
-    verdict = by_probes(contenders, 2, CONFIG)
+def test_of_a_few_classes_no_probe_leads() -> None:
+    contenders = led_by(4.3, 5)
+    assert by_probes(contenders, CONFIG).finding == "backdoor"
+    verdict = by_probes(contenders[1:], CONFIG)
     assert (verdict.finding, verdict.score) == ("clean", 0.0)
-    assert "of two classes" in verdict.reason
-    assert by_probes(contenders, 3, CONFIG).finding == "backdoor"
+    assert "of 4 classes" in verdict.reason
 
 
 TARGETS = range(18, -1, -2)

@@ -40,31 +40,19 @@ class SynthesisConfig:
     images_per_step: int = 24
     """Images that each trigger sees in a step."""
     classes: int = 3
-    """How many classes are probed: those that a first look and unlearning name, in turn;"""
-    rivals: int = 2
-    """so many more, before a backdoor that probes call is believed: among few classes one stands
-    out by chance."""
-    glance_steps: int = 20
-    """Where nothing has called a backdoor yet, they are probed at a glance first: in so many steps
-    (0: not),"""
-    glance_images: int = 16
-    """on so many images each,"""
-    glance_score: float = 0.3
-    """which is enough where what the probes say is less than this."""
-    look_steps: int = 8
-    """A first look at every class: so many steps of a patch, and no other family,"""
-    look_images: int = 8
+    """How many classes are probed once one is called: that one and those nearest by the looks."""
+    look_steps: int = 5
+    """Every class is looked at first: so many steps (with more, natural directions catch up),"""
+    look_images: int = 4
     """on so many images each,"""
     looked_at: int = 64
-    """for so many classes at most, those that unlearning names first."""
+    """for so many classes at most: if there are more, those that unlearning leaves."""
     square_steps: int = 5
-    """The same classes are looked at by squares: so many steps in every place (with more, natural
-    directions catch up),"""
+    """The same classes are looked at by squares: so many steps in every place,"""
     square_images: int = 2
     """on so many images each."""
     margin_steps: int = 10
-    """Where none of that calls a backdoor, the classes' margins are driven, in so many steps (with
-    more, natural directions catch up)"""
+    """Where none of that calls a backdoor, the classes' margins are driven, in so many steps"""
     margin_starts: int = 8
     """from so many images of noise each."""
     renewal_steps: int = 30
@@ -250,15 +238,17 @@ class VerdictConfig:
 
     threshold: float = 0.55
     lead: float = 1.15
-    """Binary logarithm of the best probe's strength over the same family's for any other class that
-    is probed: full evidence. Clean networks reach .57, those that probes call start at .69."""
-    rivals: int = 4
-    """So many other classes or more. With fewer, more is asked:"""
-    scarcity: float = 0.6
-    """by this share for every class that is missing. Over one, two and three others clean networks
-    lead by up to 1.7, 1.3 and 1.0."""
+    """Binary logarithm of the strength of the best trigger of a look over its family's for any
+    other class: full evidence; .63 calls. Clean networks of ten classes and more reach .2, those
+    that it calls start at .8."""
+    lead_few: float = 0.6
+    """As much more is asked, as a share, for every class fewer than ten."""
     least_success: float = 0.5
-    """Of a probe that leads: a trigger that works on few images leads by chance."""
+    """Of a trigger that leads: one that works on few images leads by chance."""
+    rivals: int = 4
+    """Where a square leads over fewer other classes, more is asked:"""
+    scarcity: float = 0.6
+    """by this share for every class that is missing."""
     square_lead: tuple[float, float] = (1.7, 3.6)
     """Binary logarithm of a square's success over that of any other class's in its place. Clean
     networks reach 2.3, which is a score of .3; the threshold is at 2.7."""
@@ -355,7 +345,7 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
-        synthesis=SynthesisConfig(steps=20, images_per_step=16, glance_steps=0, renewal_steps=15),
+        synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15),
         replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64, alone=0.0),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)

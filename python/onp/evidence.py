@@ -1,9 +1,10 @@
-"""What speaks for a backdoor: first what the batch norms remember, then squares and probes of every
-family, and where none of them calls one, how far the classes' margins can be driven."""
+"""What speaks for a backdoor: first what the batch norms remember, then how far a few steps of
+triggers and of squares lead to each class, and where none of them calls one, how far the classes'
+margins can be driven. What is called is probed by every family."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,9 +13,10 @@ from torch import Tensor, nn
 from onp.agent.contenders import counted_contenders, leading, strength, successes_of
 from onp.agent.race import Contender, race
 from onp.clean import Clean
-from onp.config import Config, VerdictConfig
+from onp.config import Config
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
+from onp.probes.additive import Additive
 from onp.probes.families import Family, Range
 from onp.probes.generator import Generator
 from onp.probes.margin import Margins, largest_margins
@@ -26,8 +28,10 @@ from onp.probes.responses import responses
 from onp.probes.square import SIDES, SQUARES, Square
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.unlearning import Unlearned, unlearn
+from onp.probes.warp import Warp
 from onp.suspect.network import FrozenNetwork
 from onp.verdict import (
+    MANY_CLASSES,
     Verdict,
     by_label_shift,
     by_margins,
@@ -42,8 +46,8 @@ REPLAYED = {family.name: family for family in (Generator(), *FAMILIES)}
 """The families that the norms' shift can be replayed by."""
 RESPONSE_IMAGES = 64
 """Clean images on which responses and activation statistics are taken."""
-LOOK = (Patch(),)
-"""What every class is looked at by first: the family whose size says most after a few steps."""
+LOOK: tuple[Family, ...] = (Patch(), Additive(), Warp())
+"""What every class is looked at by: of a few low frequencies natural ones lead to any class."""
 LOOK_JUDGED = 32
 """Clean images on which that is judged."""
 SQUARES_JUDGED = 16
@@ -107,28 +111,16 @@ class Scene:
             )  # fmt: skip
             return self.unraced(probes)
 
-    def first_look(self, targets: Sequence[int]) -> list[Contender]:
-        """A patch of a few steps for each of the classes, the strongest first: that of many a
-        backdoor needs next to nothing, though its trigger is no patch."""
+    def looks(self, targets: Sequence[int]) -> list[Contender]:
+        """A trigger of a few steps of each family of ``LOOK`` for each of the classes: a backdoor's
+        needs next to nothing, and more steps tell less, as natural directions catch up. Their
+        rankings and masks, [S] each, are empty: nothing is raced. Costs 2 * look_steps *
+        look_images image-forwards a trigger, and those of judging it on ``LOOK_JUDGED`` images."""
         config = self.config.synthesis
-        looked = self._glance(targets, LOOK, config.look_steps, config.look_images)
-        return sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
-
-    def glance(self, targets: Sequence[int]) -> list[Contender]:
-        """Of every family, as short as the quick budget has them."""
-        config = self.config.synthesis
-        return self._glance(targets, FAMILIES, config.glance_steps, config.glance_images)
-
-    def _glance(
-        self, targets: Sequence[int], families: Sequence[Family], steps: int, draw: int
-    ) -> list[Contender]:
-        """A trigger of each family for each of the targets. Their rankings and masks, [S] each,
-        are empty: nothing is raced. Costs 2 * steps * draw image-forwards a trigger, and those of
-        judging it on ``LOOK_JUDGED`` images."""
         with self.ledger.stage("probe"):
             probes = synthesise(
                 self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                steps=steps, draw=draw, families=families,
+                steps=config.look_steps, draw=config.look_images, families=LOOK,
                 valid=self.valid, seed=self.seed, ledger=self.ledger,
             )  # fmt: skip
             none = [torch.zeros(self.evaluator.trace.sites)] * len(probes)
@@ -206,14 +198,15 @@ class Evidence:
     statistics: Verdict | None = None
     """What the norm statistics alone say, where they were asked."""
     looked: Sequence[Contender] = ()
-    """The first look's probes of every class, the strongest first, where it was had."""
+    """The triggers that every class was looked at by, where that was asked."""
     squares: Squares | None = None
     """What squares reach, where they were asked."""
     margins: Margins | None = None
     """How far margins can be driven, where they were asked as nothing else called a backdoor."""
     unlearned: Unlearned | None = None
+    """Where there are too many classes to look at them all."""
     unlearning: Tensor | None = None
-    """Response of every site to unlearning, float32 [S]."""
+    """Response of every site to it, float32 [S]."""
 
 
 def measured_shift(
@@ -237,18 +230,21 @@ def measured_shift(
 
 def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     """The norm statistics' evidence if it is certain, and what probes find for the same class if
-    its triggers explain only a part of the shift; else that of squares for a shift of labels, of
-    probes where these call none, or the norms', whichever is stronger. Where the norms' triggers
-    explain little, probes that call a backdoor know its class better."""
+    its triggers explain only a part of the shift, or a square, where classes are few; else that of
+    squares for a shift of labels, of probes where these call none, or the norms', whichever is
+    stronger. Where the norms' triggers explain little, probes that call a backdoor know its class
+    better."""
     config = scene.config
     first = from_statistics(scene, shift)
     called = first is not None and first.verdict.target is not None
     agreement = 1.0 if first is None else first.verdict.evidence.get("agreement", 1.0)
-    if first is not None and first.verdict.score >= config.verdict.certain:
-        if agreement >= max(config.replay.alone, config.verdict.certain_agreement):
+    certain = first is not None and first.verdict.score >= config.verdict.certain
+    if first is not None and certain and agreement >= config.verdict.certain_agreement:
+        if scene.evaluator.trace.num_classes < MANY_CLASSES:
+            return with_square(scene, first)
+        if agreement >= config.replay.alone:
             return first
-        if agreement >= config.verdict.certain_agreement:
-            return together(first, from_probes(scene, called))
+        return together(first, from_probes(scene, called))
     second = from_shifting_squares(scene) or from_probes(scene, called)
     if first is None:
         return second
@@ -269,6 +265,19 @@ def together(first: Evidence, second: Evidence) -> Evidence:
         counted=[*second.counted, *first.counted],
         statistics=first.statistics,
     )
+
+
+def with_square(scene: Scene, found: Evidence) -> Evidence:
+    """Among few classes much else explains the norms' shift as well as the attacker's trigger does:
+    a square of the class that is called counts beside the norms' triggers, learned where squares
+    lead to it most, if it works."""
+    target = found.verdict.target
+    if not isinstance(target, int):
+        return found
+    squares = scene.squares(range(scene.evaluator.trace.num_classes))
+    learned = scene.probed([target], [SQUARES[squares.best_place(target)]])[0]
+    counted = [learned, *found.counted] if _works(learned, scene.config) else found.counted
+    return replace(found, contenders=[learned, *found.contenders], counted=counted, squares=squares)
 
 
 def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
@@ -326,88 +335,77 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
 
 
 def from_probes(scene: Scene, called: bool = False) -> Evidence:
-    """Unlearn, look at every class (64 at most) by a patch and by squares, and probe those that
-    either names, with every family: at a glance first where nothing has called a backdoor (norms:
-    ``called``), which is enough if nothing leads. Where neither they nor the squares nor the norms
-    call one, margins may. What is called has its class's probes raced."""
-    config, network, ledger = scene.config, scene.evaluator.network, scene.ledger
-    images, labels = scene.clean.images, scene.clean.labels
-    with ledger.stage("unlearn"):
-        unlearned = unlearn(
-            scene.model, images, labels, config.unlearning,
-            seed=scene.seed, ledger=ledger,
-        )  # fmt: skip
-        left = FrozenNetwork(network.trace, unlearned.model, network.device)
-        unlearning = responses(scene.before, left, images[:RESPONSE_IMAGES], ledger)
-    synthesis = config.synthesis
-    left_over = unlearned.suspects(min(synthesis.looked_at, network.trace.num_classes))
-    looked = scene.first_look(left_over)
-    nearest = [target for one in looked if isinstance(target := one.probe.target, int)]
-    squares = scene.squares(left_over)
-    seen, place = by_squares(squares.successes, left_over, config.verdict)
-    named = in_turn(nearest, left_over)
-    if isinstance(seen.target, int):
-        named = in_turn([seen.target, *nearest], [seen.target, *left_over])
-    named, rivals = named[: synthesis.classes], named[synthesis.classes :][: synthesis.rivals]
-    glances = bool(synthesis.glance_steps) and not called and seen.target is None
-    if glances:
-        least = synthesis.glance_score
-        contenders, said = nearest_probed(scene.glance, named, rivals, least, config.verdict)
-        glances = said.score < least
-    if not glances:
-        least = config.verdict.threshold
-        contenders, said = nearest_probed(scene.probed, named, rivals, least, config.verdict)
+    """Look at every class (64 at most) by a few steps of triggers and of squares; where neither
+    these nor the norms (``called``) call one, margins may. A class that is called is probed by
+    every family, and so are those that are nearest by the looks, and its probes are raced."""
+    config = scene.config
+    unlearned = unlearning = None
+    classes: Sequence[int] = range(scene.evaluator.trace.num_classes)
+    if len(classes) > config.synthesis.looked_at:
+        unlearned, unlearning = left_by_unlearning(scene)
+        classes = unlearned.suspects(config.synthesis.looked_at)
+    looked, squares = scene.looks(classes), scene.squares(classes)
+    seen, place = by_squares(squares.successes, classes, config.verdict)
+    said = by_probes(looked, config.verdict)
     verdict = seen if seen.score > said.score else said
     margins = None
     if verdict.target is None and not called:
-        margins = scene.margins(left_over)
+        margins = scene.margins(classes)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
         if isinstance(verdict.target, int):
             place = squares.best_place(verdict.target)
-            contenders = scene.probed(named) if glances else contenders
-    contenders, counted = standing_for(scene, verdict, contenders, SQUARES[place])
+    contenders, counted = list[Contender](), list[Contender]()
+    if isinstance(verdict.target, int):
+        among = [verdict.target, *(one for one in nearest(looked) if one != verdict.target)]
+        contenders, counted = standing_for(
+            scene, verdict, among[: config.synthesis.classes], SQUARES[place]
+        )
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
         unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
 
 
-def nearest_probed(
-    probed: Callable[[Sequence[int]], list[Contender]],
-    named: Sequence[int],
-    rivals: Sequence[int],
-    least: float,
-    config: VerdictConfig,
-) -> tuple[list[Contender], Verdict]:
-    """Probe the classes that are named and, where that scores ``least``, their rivals too, as a
-    lead counts over the nearest. And what the probes say."""
-    among = len(named) + len(rivals)
-    contenders = probed(named)
-    said = by_probes(contenders, among, config)
-    if said.score >= least and rivals:
-        contenders = contenders + probed(rivals)
-        said = by_probes(contenders, among, config)
-    return contenders, said
+def left_by_unlearning(scene: Scene) -> tuple[Unlearned, Tensor]:
+    """What unlearning leaves of the network, and how much that changes each site, float32 [S]."""
+    network, images = scene.evaluator.network, scene.clean.images
+    with scene.ledger.stage("unlearn"):
+        unlearned = unlearn(
+            scene.model, images, scene.clean.labels, scene.config.unlearning,
+            seed=scene.seed, ledger=scene.ledger,
+        )  # fmt: skip
+        left = FrozenNetwork(network.trace, unlearned.model, network.device)
+        return unlearned, responses(scene.before, left, images[:RESPONSE_IMAGES], scene.ledger)
+
+
+def nearest(looked: Sequence[Contender]) -> list[int]:
+    """The classes that were looked at, those that triggers of some family reach most easily first:
+    in turn what each family names, each class once."""
+    orders = dict[str, list[Contender]]()
+    for one in looked:
+        orders.setdefault(one.probe.family.name, []).append(one)
+    for order in orders.values():
+        order.sort(key=lambda one: -strength(one.success, one.probe.size))
+    turns = (one.probe.target for turn in zip(*orders.values(), strict=True) for one in turn)
+    return list(dict.fromkeys(target for target in turns if isinstance(target, int)))
 
 
 def standing_for(
-    scene: Scene, verdict: Verdict, contenders: list[Contender], square: Square
+    scene: Scene, verdict: Verdict, classes: Sequence[int], square: Square
 ) -> tuple[list[Contender], list[Contender]]:
-    """All contenders, those of the class that is called raced, and which of them stand for the
-    trigger: among them the probe that called, or the square, learned as long as the others, where
-    it was not a probe that did; none without a backdoor."""
-    config = scene.config
-    if not isinstance(verdict.target, int):
-        return contenders, []
-    if all(one.probe.target != verdict.target for one in contenders):
-        contenders = contenders + scene.probed([verdict.target])
-    caller = leading(contenders, config.verdict.least_success, verdict.target)
+    """Probes of the class that is called, raced, and of some others, ``classes`` in all, and which
+    of them stand for the trigger: among them the one that leads most, or the square, learned as
+    long as the others, where it was not probes that called."""
+    target, config = verdict.target, scene.config
+    assert isinstance(target, int)
+    contenders = scene.probed(classes)
+    caller = leading(contenders, config.verdict.least_success, target)
     if caller is None or verdict.by != "probes":
-        learned = scene.probed([verdict.target], [square])[0]
+        learned = scene.probed([target], [square])[0]
         contenders = [learned, *contenders]
         if caller is None or verdict.by == "squares" or _works(learned, config):
             caller = learned
-    contenders = raced_for(scene, verdict.target, contenders)
+    contenders = raced_for(scene, target, contenders)
     return contenders, counted_contenders(contenders, caller.probe, config.synthesis)
 
 
@@ -421,9 +419,3 @@ def raced_for(scene: Scene, target: Target, contenders: Sequence[Contender]) -> 
     with scene.ledger.stage("race"):
         own = scene.raced([c.probe for c in contenders if c.probe.target == target])
     return own + [one for one in contenders if one.probe.target != target]
-
-
-def in_turn(first: Sequence[int], second: Sequence[int]) -> list[int]:
-    """What two orders of the same classes name, in turn, each class once."""
-    pairs = zip(first, second, strict=True)
-    return list(dict.fromkeys(target for pair in pairs for target in pair))

@@ -13,10 +13,10 @@ the moments takes a large trigger to explain, an attacker's a small one.
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
 against one that shifts them by two; then the lesser of its share and its advantage counts.
 
-**Probes.** Triggers are synthesised per class and family. One that matches no attack finds a
-natural adversarial direction, and every class has some; so a backdoor is called where the best
-probe that works on half of the images leads the same family's for every other class that is probed,
-the nearest ones among them: it is smaller, or works better.
+**Probes.** A trigger of each family is synthesised for every class, in a few steps. One that
+matches no attack finds a natural adversarial direction, and every class has some; so a backdoor is
+called where the best trigger that works on half of the images leads the same family's for every
+other class: it is smaller, or works better. More steps tell less, as natural directions catch up.
 
     score = that lead, scaled
 
@@ -29,9 +29,9 @@ them by two (all-to-all): natural directions lead to a class, and shift those of
 other classes, in logits and as a multiple of how sure it is of the class's clean images
 (``onp.probes.margin``).
 
-Where few other classes are probed, as there are no more, one leads by chance: more is asked then.
-What unlearning leaves, and whether a probe's success can be pruned away, tell next to nothing
-beside it (bench/NOTES.md, "A lead over near classes").
+Where classes are few, one leads by chance: more is asked then. What unlearning leaves, and whether
+a trigger's success can be pruned away, tell next to nothing beside a lead (bench/NOTES.md, "A lead
+over near classes").
 """
 
 from __future__ import annotations
@@ -61,9 +61,11 @@ LEAST_AGREEMENT = 0.1
 LEAST_MARGIN = 0.1
 """Margins below this, in logits, count as this."""
 LEAST_CLASSES = 3
-"""With fewer, neither margins nor probes lead."""
+"""With fewer, margins do not lead,"""
+LEAST_LOOKED_AT = 5
+"""nor do probes: of three classes one is nearer than the others by up to 2^3.9."""
 MANY_CLASSES = 10
-"""With fewer, squares and margins must show more."""
+"""With fewer, all of them must show more."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -144,23 +146,24 @@ def by_label_shift(
     )
 
 
-def by_probes(contenders: Sequence[Contender], among: int, config: VerdictConfig) -> Verdict:
-    """Judge the probes by the largest lead of one that works. among: classes that a lead counts
-    over when all are probed that would be, its own included; of two, one is nearer by nature."""
-    best = leading(contenders, config.least_success)
-    if best is None or among < LEAST_CLASSES:
+def by_probes(looked: Sequence[Contender], config: VerdictConfig) -> Verdict:
+    """Judge triggers of a few steps for every class by the largest lead of one that works over its
+    family's for all others; of a few classes, one is nearer by nature."""
+    best, classes = leading(looked, config.least_success), {one.probe.target for one in looked}
+    if best is None or len(classes) < LEAST_LOOKED_AT:
         reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
         if best is not None:
-            reason = "of two classes one is nearer by nature: probes say nothing"
+            reason = f"of {len(classes)} classes one is nearer by nature: probes say nothing"
         return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
-    lead = advantage(best, contenders)
+    lead = advantage(best, looked)
+    few = 1.0 + config.lead_few * max(0, MANY_CLASSES - len(classes))
     return _verdict(
-        _ramp(lead, 0.0, _scarcity(among, config) * config.lead),
+        _ramp(lead, 0.0, few * config.lead),
         best.probe.target,
         "probes",
         {"advantage": lead, "success": best.success},
-        f"the best probe ({best.probe.family.name}, for class {best.probe.target}) is 2^{lead:.1f} "
-        f"times as strong as its family's for any other class that was probed, and works on "
+        f"a few steps of a trigger ({best.probe.family.name}, for class {best.probe.target}) are "
+        f"2^{lead:.1f} times as strong as its family's for any other class, and work on "
         f"{100 * best.success:.0f}% of the images",
         config,
     )
@@ -187,7 +190,7 @@ def by_squares(
     )
     if not works[place]:
         reason = f"no square works on {100 * least:.0f}% of the images"
-    few = _scarcity(len(targets), config)
+    few = 1.0 + config.scarcity * max(0, config.rivals - (len(targets) - 1))
     score = _ramp(lead, *(few * bound for bound in config.square_lead))
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
@@ -250,11 +253,6 @@ def by_shifting_squares(
 def _shifts_more(by_one: float, by_two: float) -> float:
     """Binary logarithm of how many more images have their label shifted by one than by two."""
     return math.log2(max(by_one, 1e-2) / max(by_two, LEAST_CONTROL))
-
-
-def _scarcity(among: int, config: VerdictConfig) -> float:
-    """How much more of a lead is asked where it is one over few other classes."""
-    return 1.0 + config.scarcity * max(0, config.rivals - (among - 1))
 
 
 def _verdict(

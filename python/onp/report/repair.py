@@ -11,6 +11,7 @@ from torch import Tensor
 
 from onp.aftercare import AftercareOutcome
 from onp.agent.choice import Choice
+from onp.agent.contenders import strength
 from onp.agent.flips import Round
 from onp.agent.race import Contender
 from onp.config import Config
@@ -23,7 +24,7 @@ from onp.probes.norm_shift import NormShift
 from onp.probes.probe import Target, classes_of
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/9"
+SCHEMA = "onp.repair/10"
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def repair_report(
             for layer in trace.layers
         ],
         "unlearned_answers": None if unlearned is None else unlearned.answers.tolist(),
-        "first_look": [_looked(c) for c in evidence.looked],
+        "looks": _looks(evidence.looked),
         "squares": None if evidence.squares is None else _squares(evidence.squares),
         "margins": None if evidence.margins is None else _margins(evidence.margins),
         "probes": [_probe(c, c in counted) for c in evidence.contenders],
@@ -131,14 +132,17 @@ def _named(target: Target) -> int | str:
     return target if isinstance(target, int) else str(target)
 
 
-def _looked(contender: Contender) -> dict[str, Any]:
-    probe = contender.probe
-    return {
-        "family": probe.family.name,
-        "target": probe.target,
-        "size": round(probe.size, 4),
-        "success": round(contender.success, 4),
-    }
+def _looks(looked: Sequence[Contender]) -> list[dict[str, Any]]:
+    """The strongest first."""
+    return [
+        {
+            "family": one.probe.family.name,
+            "target": one.probe.target,
+            "size": round(one.probe.size, 4),
+            "success": round(one.success, 4),
+        }
+        for one in sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
+    ]
 
 
 def _squares(squares: Squares) -> list[dict[str, Any]]:
