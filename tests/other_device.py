@@ -22,6 +22,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 from onp import demo
 from onp.config import BUDGETS
 from onp.probes.norm_shift import NormShift
+from onp.verdict import Verdict
 
 NAME = "other"
 _setup_privateuseone_for_python_backend(NAME)  # of the whole process
@@ -138,8 +139,10 @@ def main() -> None:
     model = clean_twin() if clean else suspect()
     config = BUDGETS[budget]
     config = replace(config, agent=replace(config.agent, steps=1))  # learning is there as well
-    if clean:  # whatever leads is called, so that probes are raced, searched against and renewed
-        config = replace(config, verdict=replace(config.verdict, threshold=0.0))
+    if clean:  # all is asked, and then a class is called, probed, raced and searched against
+        evidence: Any = importlib.import_module("onp.evidence")
+        evidence.from_shifting_squares = lambda _: None
+        evidence.by_margins = lambda *_: Verdict("backdoor", 1.0, 1, "margins", {}, "")
     with Device():
         result = story.sanitize(model, demo.clean_images(), seed=0, budget=config, backend="torch")
     print(result.verdict, int(result.mask.sum()), sorted(result.report["seconds"]))

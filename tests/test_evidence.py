@@ -144,7 +144,7 @@ def test_among_few_classes_a_square_counts_beside_the_norms_triggers(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     here, none = scene(STANDARD, classes), torch.zeros(4)
-    play = Play(monkeypatch, success=success)
+    play = Play(monkeypatch, at_length=(0.9, success))
     verdict = Verdict("backdoor", 0.7, 3, "norm statistics", {"agreement": agreement}, "")
     replayed = Probe(Generator(), 3, [], (0.0, 1.0), 1.0)
     norms = Contender(replayed, none, 0.9, none.bool())
@@ -202,9 +202,10 @@ def test_norms_that_remember_much_need_more_excess(
 
 
 class Play:
-    """Stand-ins for what a scene asks. Triggers reach ``success`` and are of size 1, but for those
-    of the classes in ``sizes``. A square for class 3 works on 90% in one place, for
-    others there on ``rival``; class 3 can be driven ``margin`` times as far as any other."""
+    """Stand-ins for what a scene asks. Looks reach ``success``, probes and squares at length
+    ``at_length`` each, and all are of size 1, but for those of the classes in ``sizes``. A square
+    for class 3 works on 90% in one place, for others there on ``rival``; class 3 can be driven
+    ``margin`` times as far as any other."""
 
     def __init__(
         self,
@@ -213,6 +214,7 @@ class Play:
         rival: float = 0.3,
         margin: float = 1.0,
         success: float = 0.9,
+        at_length: tuple[float, float] = (0.9, 0.9),
     ) -> None:
         self.asked: list[str] = []
         """What was learned at length, for which classes."""
@@ -221,7 +223,9 @@ class Play:
         sizes = {} if sizes is None else sizes
         none = torch.zeros(4)
 
-        def triggers(targets: Sequence[int], families: Sequence[Family]) -> list[Contender]:
+        def triggers(
+            targets: Sequence[int], families: Sequence[Family], success: float
+        ) -> list[Contender]:
             state = [torch.zeros(1, 1, 3, 8, 8)]
             return [
                 Contender(
@@ -237,7 +241,7 @@ class Play:
         ) -> list[Contender]:
             name = "probes" if families is FAMILIES else families[0].name
             self.asked.append(f"{name} {''.join(map(str, targets))}")
-            return triggers(targets, families)
+            return triggers(targets, families, at_length[families is not FAMILIES])
 
         def squares(_: Scene, targets: Sequence[int]) -> Squares:
             successes = torch.full((16, len(targets)), rival)
@@ -253,7 +257,7 @@ class Play:
             self.races.append({probe.target for probe in probes})
             return [Contender(probe, none, 0.9, none.bool()) for probe in probes]
 
-        monkeypatch.setattr(Scene, "looks", lambda _, targets: triggers(targets, LOOK))
+        monkeypatch.setattr(Scene, "looks", lambda _, targets: triggers(targets, LOOK, success))
         monkeypatch.setattr(Scene, "probed", probed)
         monkeypatch.setattr(Scene, "squares", squares)
         monkeypatch.setattr(Scene, "margins", margins)
@@ -318,6 +322,40 @@ def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
     found = from_probes(here)
     assert found.verdict.target == 0
     assert [(one.probe.target, one.success) for one in found.counted] == [(0, 0.1)]
+
+
+@pytest.mark.parametrize("square", [0.3, 0.1])
+def test_where_no_probe_at_length_works_a_square_counts(
+    square: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it works, in the place where squares lead to the class that is called; if it does not
+    either, the strongest probe."""
+    play = Play(monkeypatch, {4: 0.5}, at_length=(0.2, square))
+    found = from_probes(scene(STANDARD))
+    assert (found.verdict.by, found.verdict.target) == ("probes", 4)
+    assert play.asked == ["probes 401", "square 4"]
+    assert found.squares is not None
+    place = SQUARES[found.squares.best_place(4)]
+    assert place is not SQUARES[6]  # where they lead to class 3
+    learned = [one.probe.family for one in found.contenders if one.probe.family in SQUARES]
+    assert learned == [place]
+    assert (found.counted[0].probe.family is place) == (square > 0.25)
+
+
+def test_where_norms_explain_little_and_nothing_else_calls_a_square_counts_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for classes, counted in ((5, ["square", "generator"]), (10, ["generator"])):
+        here, none = scene(STANDARD, classes), torch.zeros(4)
+        play = Play(monkeypatch)
+        verdict = Verdict("backdoor", 0.7, 3, "norm statistics", {"agreement": 0.5}, "")
+        norms = Contender(Probe(Generator(), 3, [], (0.0, 1.0), 1.0), none, 0.9, none.bool())
+        first = Evidence(verdict, [norms], [norms], verdict)
+        monkeypatch.setattr(story, "from_statistics", lambda *_, first=first: first)
+        monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
+        found = gather(here, None)
+        assert [one.probe.family.name for one in found.counted] == counted
+        assert play.driven == []
 
 
 def test_of_many_classes_those_are_looked_at_that_unlearning_leaves(
@@ -398,6 +436,7 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     )
     clean = Clean(images, labels, model(images).detach().log_softmax(1))
     looked = replace(here, model=model, evaluator=evaluator, clean=clean).squares(range(CLASSES))
+    assert looked.targets == list(range(CLASSES))
     assert looked.successes.shape == (16, CLASSES)
     assert int(looked.successes[15].argmax()) == 2
     assert float(looked.successes[15, 2]) > 0.9

@@ -300,7 +300,9 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
     config = replace(
         BUDGETS["quick"],
         unlearning=UnlearningConfig(max_steps=2, gentle_steps=2),
-        synthesis=SynthesisConfig(steps=4, images_per_step=4, classes=2, renewal_steps=2),
+        synthesis=SynthesisConfig(
+            steps=4, images_per_step=4, classes=2, looked_at=4, renewal_steps=2
+        ),
         agent=AgentConfig(rounds=2, images=8),
     )
     found = Verdict("backdoor", 1.0, int(labels[0]), "probes", {}, "taken for granted")

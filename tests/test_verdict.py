@@ -96,6 +96,14 @@ def test_of_a_few_classes_no_probe_leads() -> None:
     assert "of 4 classes" in verdict.reason
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5, 10])
+def test_where_norms_have_called_only_the_class_is_asked_for(classes: int) -> None:
+    for lead in (LEAST - 0.01, LEAST + 0.01):
+        verdict = by_probes(led_by(lead, classes), CONFIG, called=True)
+        named = lead > LEAST and classes > 2
+        assert verdict.target == (classes - 1 if named else None)
+
+
 TARGETS = range(18, -1, -2)
 
 

@@ -143,7 +143,7 @@ class Scene:
             ]  # fmt: skip
             nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
             reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
-        return Squares(targets, torch.tensor(reached).view(-1, len(targets)))
+        return Squares(list(targets), torch.tensor(reached).view(-1, len(targets)))
 
     def margins(self, classes: Sequence[int]) -> Margins:
         """How far the margins of the classes can be driven."""
@@ -239,8 +239,9 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     called = first is not None and first.verdict.target is not None
     agreement = 1.0 if first is None else first.verdict.evidence.get("agreement", 1.0)
     certain = first is not None and first.verdict.score >= config.verdict.certain
+    few = scene.evaluator.trace.num_classes < MANY_CLASSES
     if first is not None and certain and agreement >= config.verdict.certain_agreement:
-        if scene.evaluator.trace.num_classes < MANY_CLASSES:
+        if few:
             return with_square(scene, first)
         if agreement >= config.replay.alone:
             return first
@@ -250,7 +251,7 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
         return second
     named = second.verdict.target is not None and agreement < config.verdict.certain_agreement
     if called and not named and first.verdict.score > second.verdict.score:
-        return first
+        return with_square(scene, first) if few else first
     return replace(second, statistics=first.verdict)
 
 
@@ -346,14 +347,14 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
         classes = unlearned.suspects(config.synthesis.looked_at)
     looked, squares = scene.looks(classes), scene.squares(classes)
     seen, place = by_squares(squares.successes, classes, config.verdict)
-    said = by_probes(looked, config.verdict)
+    said = by_probes(looked, config.verdict, called)
     verdict = seen if seen.score > said.score else said
     margins = None
     if verdict.target is None and not called:
         margins = scene.margins(classes)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
-        if isinstance(verdict.target, int):
-            place = squares.best_place(verdict.target)
+    if isinstance(verdict.target, int) and verdict.by != "squares":
+        place = squares.best_place(verdict.target)
     contenders, counted = list[Contender](), list[Contender]()
     if isinstance(verdict.target, int):
         among = [verdict.target, *(one for one in nearest(looked) if one != verdict.target)]
@@ -395,7 +396,7 @@ def standing_for(
 ) -> tuple[list[Contender], list[Contender]]:
     """Probes of the class that is called, raced, and of some others, ``classes`` in all, and which
     of them stand for the trigger: among them the one that leads most, or the square, learned as
-    long as the others, where it was not probes that called."""
+    long as the others, where it was not probes that called or none of them works."""
     target, config = verdict.target, scene.config
     assert isinstance(target, int)
     contenders = scene.probed(classes)
@@ -403,8 +404,11 @@ def standing_for(
     if caller is None or verdict.by != "probes":
         learned = scene.probed([target], [square])[0]
         contenders = [learned, *contenders]
-        if caller is None or verdict.by == "squares" or _works(learned, config):
+        if verdict.by == "squares" or _works(learned, config):
             caller = learned
+    if caller is None:
+        own = (one for one in contenders if one.probe.target == target)
+        caller = max(own, key=lambda one: one.success)
     contenders = raced_for(scene, target, contenders)
     return contenders, counted_contenders(contenders, caller.probe, config.synthesis)
 

@@ -61,9 +61,10 @@ LEAST_AGREEMENT = 0.1
 LEAST_MARGIN = 0.1
 """Margins below this, in logits, count as this."""
 LEAST_CLASSES = 3
-"""With fewer, margins do not lead,"""
+"""With fewer, neither margins nor probes lead,"""
 LEAST_LOOKED_AT = 5
-"""nor do probes: of three classes one is nearer than the others by up to 2^3.9."""
+"""and with fewer than these probes call no backdoor: one of three classes is nearer than the others
+by up to 2^3.9."""
 MANY_CLASSES = 10
 """With fewer, all of them must show more."""
 LEAST_CONTROL = 0.1
@@ -146,17 +147,18 @@ def by_label_shift(
     )
 
 
-def by_probes(looked: Sequence[Contender], config: VerdictConfig) -> Verdict:
+def by_probes(looked: Sequence[Contender], config: VerdictConfig, called: bool = False) -> Verdict:
     """Judge triggers of a few steps for every class by the largest lead of one that works over its
-    family's for all others; of a few classes, one is nearer by nature."""
+    family's for all others. Of a few classes, one is nearer by nature: more is asked, but where the
+    norms have ``called`` a backdoor, whose class is all that is in question then."""
     best, classes = leading(looked, config.least_success), {one.probe.target for one in looked}
-    if best is None or len(classes) < LEAST_LOOKED_AT:
+    if best is None or len(classes) < (LEAST_CLASSES if called else LEAST_LOOKED_AT):
         reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
         if best is not None:
             reason = f"of {len(classes)} classes one is nearer by nature: probes say nothing"
         return _verdict(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
     lead = advantage(best, looked)
-    few = 1.0 + config.lead_few * max(0, MANY_CLASSES - len(classes))
+    few = 1.0 if called else 1.0 + config.lead_few * max(0, MANY_CLASSES - len(classes))
     return _verdict(
         _ramp(lead, 0.0, few * config.lead),
         best.probe.target,

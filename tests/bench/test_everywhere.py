@@ -24,8 +24,7 @@ NEEDS_BATCH_NORM = {"clp", "bnp", "onp-recalibrate"}
 _QUICK = BUDGETS["quick"]
 _ONP: dict[str, Any] = {
     "budget": replace(
-        _QUICK, synthesis=replace(_QUICK.synthesis, steps=2, renewal_steps=1, images_per_step=4),
-        unlearning=replace(_QUICK.unlearning, max_steps=2, gentle_steps=2),
+        _QUICK, synthesis=replace(_QUICK.synthesis, steps=2, renewal_steps=1, images_per_step=4)
     )
 }  # fmt: skip
 SHORT: dict[str, dict[str, Any]] = {

@@ -19,13 +19,16 @@ from onp.probes.probe import Probe, Target
 
 TOGETHER = 16
 """Probes whose triggered images are run in one call."""
+LEAST_STRENGTH = 1e-6
+"""So that a lead stays finite."""
 SMALLEST = 0.05
 """Sizes below this share of the reference count as this: smaller ones are equally suspicious."""
 
 
 def strength(success: float, size: float) -> float:
-    """Success per size: what a probe achieves for how much of its bound it uses."""
-    return max(success, 1e-2) / max(size, SMALLEST)
+    """Success per size: what a probe achieves for how much of its bound it uses; none for a size
+    that is no number."""
+    return max(success, 1e-2) / max(size, SMALLEST) if math.isfinite(size) else 0.0
 
 
 def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
@@ -39,7 +42,8 @@ def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
     ]
     if not rivals:
         return 0.0
-    return math.log2(strength(contender.success, contender.probe.size) / max(rivals))
+    own = strength(contender.success, contender.probe.size)
+    return math.log2(max(own, LEAST_STRENGTH) / max(*rivals, LEAST_STRENGTH))
 
 
 def leading(
@@ -129,5 +133,6 @@ def successes_of(
         for probe, other, chance in zip(some, others, parts, strict=True):
             wanted = probe.wanted(labels)[other][:, None]
             excess = chance.gather(1, wanted) - clean[other].gather(1, wanted)
-            found.append(float(excess.clamp_min(0).mean()) if len(chance) else 0.0)
+            excess = excess.nan_to_num(0.0).clamp_min(0)  # an answer that is no number is none
+            found.append(float(excess.mean()) if len(chance) else 0.0)
     return found

@@ -84,7 +84,7 @@ def largest_margins(
         own = sure[clean.labels == one]
         mean = (own.sum() + PRIOR * sure.mean()) / (len(own) + PRIOR)
         natural.append(float(mean) if len(own) else torch.inf)
-    return Margins(classes, torch.cat(found), torch.tensor(natural))
+    return Margins(list(classes), torch.cat(found), torch.tensor(natural))
 
 
 def _sureness(logits: Tensor, wanted: Tensor) -> Tensor:

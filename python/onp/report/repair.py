@@ -21,7 +21,7 @@ from onp.ledger import Ledger
 from onp.metrics import interval
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
-from onp.probes.probe import Target, classes_of
+from onp.probes.probe import Probe, Target, classes_of
 from onp.suspect.trace import Trace
 
 SCHEMA = "onp.repair/10"
@@ -119,13 +119,17 @@ def _probe(contender: Contender, counted: bool) -> dict[str, Any]:
     return {
         "family": contender.probe.family.name,
         "target": _named(target),
-        "size": round(contender.probe.size, 4),
+        "size": _size(contender.probe),
         "success_before": round(contender.success, 4),
         "success_after_its_own_mask": round(left, 4) if raced else None,
         "worth": round(contender.score, 4) if raced else None,
         "sites": contender.size,
         "counted": counted,
     }
+
+
+def _size(probe: Probe) -> float | None:
+    return round(probe.size, 4) if math.isfinite(probe.size) else None
 
 
 def _named(target: Target) -> int | str:
@@ -138,7 +142,7 @@ def _looks(looked: Sequence[Contender]) -> list[dict[str, Any]]:
         {
             "family": one.probe.family.name,
             "target": one.probe.target,
-            "size": round(one.probe.size, 4),
+            "size": _size(one.probe),
             "success": round(one.success, 4),
         }
         for one in sorted(looked, key=lambda one: -strength(one.success, one.probe.size))
