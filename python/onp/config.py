@@ -97,7 +97,8 @@ class ReplayConfig:
     the others too."""
     alone: float = 0.85
     """Agreement with the shift from which on these triggers stand for the attacker's alone. Below
-    it squares and probes are asked, too, and what they find for the same class counts as well."""
+    it squares and probes are asked, too, and what they find for the same class counts as well. With
+    fewer than ten classes a square counts beside them, however they agree."""
     poisoned: float = 0.06
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
@@ -146,7 +147,7 @@ class RaceConfig:
     """Shares of all sites that a ranking's masks prune."""
     least_success: float = 0.25
     """Probes that make fewer images answer their class (mean probability) are not raced, nor do
-    they count where the norms have called."""
+    they, or a square, count where the norms have called."""
     first_images: int = 48
     """Clean images (and as many triggered ones) that every candidate sees."""
     second_images: int = 128
@@ -198,7 +199,7 @@ class CostConfig:
     """Of a triggered image's nats over a clean one's."""
     strengths: tuple[float, ...] = (1.0, 1.5)
     """Multiples of a replayed trigger's change, in turn: what it would be had .06 of the images
-    been poisoned, and .04."""
+    been poisoned, and .04. What counts beside it comes so, too."""
     price: float = 0.0005
     """Of a pruned site, in the search."""
 
@@ -239,7 +240,7 @@ class VerdictConfig:
     threshold: float = 0.55
     lead: float = 1.15
     """Binary logarithm of the strength of the best trigger of a look over its family's for any
-    other class: full evidence; .63 calls. Clean networks of ten classes and more reach .2, those
+    other class: full evidence; .63 calls. Clean networks of ten classes and more reach .4, those
     that it calls start at .8."""
     lead_few: float = 0.6
     """As much more is asked, as a share, for every class fewer than ten."""
@@ -273,7 +274,8 @@ class VerdictConfig:
     """Times as large is chance where norms remember many batches (``norm_shift.LONG``): the network
     moved meanwhile. Clean networks reach an excess of 2.6 then, backdoored ones start at 3.4."""
     certain: float = 0.6
-    """Score of the norm statistics from which on no other probes are asked,"""
+    """Score of the norm statistics from which on nothing else is asked whether there is a backdoor,
+    """
     certain_agreement: float = 0.65
     """if the triggers agree so far with the norms' shift: what explains little of it may lead to
     another class (.49 to .61 where it did; .67 and more where it was right)."""

@@ -13,7 +13,7 @@ the moments takes a large trigger to explain, an attacker's a small one.
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
 against one that shifts them by two; then the lesser of its share and its advantage counts.
 
-**Probes.** A trigger of each family is synthesised for every class, in a few steps. One that
+**Probes.** Triggers of three families are synthesised for every class, in a few steps. One that
 matches no attack finds a natural adversarial direction, and every class has some; so a backdoor is
 called where the best trigger that works on half of the images leads the same family's for every
 other class: it is smaller, or works better. More steps tell less, as natural directions catch up.
@@ -176,7 +176,7 @@ def by_squares(
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
     the largest lead over the other classes in one place of one that works, on the more images the
-    fewer classes there are. And that place. With fewer than four no lead is enough: rivals count
+    fewer classes there are. And that place. With fewer than five no lead is enough: rivals count
     ``square_floor`` at least."""
     least = config.least_success + config.square_few * max(0, MANY_CLASSES - len(targets))
     best, whose = successes.max(1)
