@@ -25,7 +25,7 @@ LAYERS = [
     {"graph", "features", "suspect", "data", "triggers", "environment"},
     {"evaluate", "clean", "probes", "metrics"},
     {"agent"},
-    {"verdict", "evidence", "aftercare"},
+    {"verdict", "scene", "evidence", "aftercare"},
     {"search", "renewal", "result", "report", "prepare"},
     {"sanitize"},
     {"demo", "batch"},

@@ -17,10 +17,7 @@ from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
 from onp.evidence import (
-    LOOK,
     Evidence,
-    Scene,
-    Squares,
     from_probes,
     from_shifting_squares,
     from_statistics,
@@ -40,6 +37,7 @@ from onp.probes.responses import activations
 from onp.probes.square import SQUARES, Square
 from onp.probes.synthesis import FAMILIES
 from onp.probes.unlearning import Unlearned
+from onp.scene import LOOK, Scene, Squares
 from onp.suspect.trace import trace
 from onp.verdict import Verdict, by_squares
 from tests.networks import all_to_all, dim_images

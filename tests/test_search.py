@@ -18,12 +18,13 @@ from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import AgentConfig, ChoiceConfig, Config
 from onp.evaluate import MaskEvaluator
-from onp.evidence import Evidence, Scene
+from onp.evidence import Evidence
 from onp.graph import build_graph
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.responses import activations
+from onp.scene import Scene
 from onp.search import FINALISTS, Found, Search
 from onp.suspect.trace import trace
 from onp.verdict import Verdict

@@ -15,15 +15,7 @@ from onp.agent.race import Contender
 from onp.config import BUDGETS, Config
 from onp.data import ImageSet, draw_balanced
 from onp.evaluate import MaskEvaluator
-from onp.evidence import (
-    REPLAYED,
-    RESPONSE_IMAGES,
-    Evidence,
-    Scene,
-    Squares,
-    gather,
-    measured_shift,
-)
+from onp.evidence import Evidence, gather, measured_shift
 from onp.files import write_atomically
 from onp.graph import build_graph
 from onp.ledger import Ledger
@@ -33,6 +25,7 @@ from onp.probes.norm_shift import by_site
 from onp.probes.probe import LabelShift, Probe
 from onp.probes.responses import activations
 from onp.probes.square import Square
+from onp.scene import REPLAYED, RESPONSE_IMAGES, Scene, Squares
 from onp.search import Search
 from onp.suspect.trace import trace as trace_network
 from onp.verdict import Verdict

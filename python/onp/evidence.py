@@ -7,28 +7,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, nn
 
-from onp.agent.contenders import counted_contenders, leading, strength, successes_of
-from onp.agent.race import Contender, race
+from onp.agent.contenders import counted_contenders, leading, strength
+from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
-from onp.ledger import Ledger
-from onp.probes.additive import Additive
-from onp.probes.families import Family, Range
-from onp.probes.generator import Generator
-from onp.probes.margin import Margins, largest_margins
+from onp.probes.families import Range
+from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift, norm_shift
-from onp.probes.patch import Patch
-from onp.probes.probe import LabelShift, Probe, Target
-from onp.probes.replay import Replayed, replay
+from onp.probes.probe import LabelShift, Target
 from onp.probes.responses import responses
-from onp.probes.square import SIDES, SQUARES, Square
-from onp.probes.synthesis import FAMILIES, synthesise
+from onp.probes.square import SQUARES, Square
 from onp.probes.unlearning import Unlearned, unlearn
-from onp.probes.warp import Warp
+from onp.scene import RESPONSE_IMAGES, Scene, Squares
 from onp.suspect.network import FrozenNetwork
 from onp.verdict import (
     MANY_CLASSES,
@@ -42,148 +35,10 @@ from onp.verdict import (
     target_of,
 )
 
-REPLAYED = {family.name: family for family in (Generator(), *FAMILIES)}
-"""The families that the norms' shift can be replayed by."""
-RESPONSE_IMAGES = 64
-"""Clean images on which responses and activation statistics are taken."""
-LOOK: tuple[Family, ...] = (Patch(), Additive(), Warp())
-"""What every class is looked at by: of a few low frequencies natural ones lead to any class."""
-LOOK_JUDGED = 32
-"""Clean images on which that is judged."""
-SQUARES_JUDGED = 16
-"""and those that squares are judged on,"""
 SHIFTS_JUDGED = 64
-"""where they are after a shift of labels: fewer of them have to work."""
+"""Clean images on which squares are judged that shift labels: fewer of them have to work."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
-
-
-@dataclass(frozen=True)
-class Squares:
-    """What squares of every place reach."""
-
-    targets: Sequence[Target]
-    successes: Tensor
-    """Mean excess probability of the target, float32 [places, targets]."""
-
-    def best_place(self, target: Target) -> int:
-        """Where the target's square works best over the others' in the same place."""
-        column = list(self.targets).index(target)
-        own = self.successes[:, column]
-        others = self.successes.index_fill(1, torch.tensor(column), 0.0)
-        return int((own - others.max(1).values).argmax())
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What every stage works on."""
-
-    model: nn.Module
-    """In eval mode, on the evaluator's device."""
-    evaluator: MaskEvaluator
-    clean: Clean
-    before: list[Tensor]
-    """Every site layer's activations on the first ``RESPONSE_IMAGES``."""
-    config: Config
-    valid: Range
-    seed: int
-
-    @property
-    def ledger(self) -> Ledger:
-        return self.evaluator.ledger
-
-    def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
-        """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
-        return replay(
-            shift, self.clean, self.config.replay, REPLAYED[family],
-            target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
-        )  # fmt: skip
-
-    def probed(
-        self, targets: Sequence[Target], families: Sequence[Family] = FAMILIES
-    ) -> list[Contender]:
-        """Contenders of one trigger of each family for each of the targets, not raced."""
-        with self.ledger.stage("probe"):
-            probes = synthesise(
-                self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                steps=self.config.synthesis.steps, draw=self.config.synthesis.images_per_step,
-                families=families, valid=self.valid, seed=self.seed, ledger=self.ledger,
-            )  # fmt: skip
-            return self.unraced(probes)
-
-    def looks(self, targets: Sequence[int]) -> list[Contender]:
-        """A trigger of a few steps of each family of ``LOOK`` for each of the classes: a backdoor's
-        needs next to nothing, and more steps tell less, as natural directions catch up. Their
-        rankings and masks, [S] each, are empty: nothing is raced. Costs 2 * look_steps *
-        look_images image-forwards a trigger, and those of judging it on ``LOOK_JUDGED`` images."""
-        config = self.config.synthesis
-        with self.ledger.stage("probe"):
-            probes = synthesise(
-                self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                steps=config.look_steps, draw=config.look_images, families=LOOK,
-                valid=self.valid, seed=self.seed, ledger=self.ledger,
-            )  # fmt: skip
-            none = [torch.zeros(self.evaluator.trace.sites)] * len(probes)
-            return self._reached(probes, none, LOOK_JUDGED)
-
-    def squares(self, targets: Sequence[Target], judged: int = SQUARES_JUDGED) -> Squares:
-        """A square in every place for each of the targets. Costs 2 * square_steps * square_images
-        image-forwards a target and place, and those of judging them on ``judged`` images."""
-        config, few = self.config.synthesis, self.clean[:judged]
-        with self.ledger.stage("probe"):
-            probes = [
-                probe
-                for row in range(SIDES)  # each by itself, as large images take room
-                for probe in synthesise(
-                    self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                    steps=config.square_steps, draw=config.square_images,
-                    families=SQUARES[row * SIDES : (row + 1) * SIDES],
-                    valid=self.valid, seed=self.seed, ledger=self.ledger,
-                )
-            ]  # fmt: skip
-            nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-            reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
-        return Squares(list(targets), torch.tensor(reached).view(-1, len(targets)))
-
-    def margins(self, classes: Sequence[int]) -> Margins:
-        """How far the margins of the classes can be driven."""
-        config = self.config.synthesis
-        with self.ledger.stage("probe"):
-            return largest_margins(
-                self.evaluator.network, self.clean, classes,
-                steps=config.margin_steps, starts=config.margin_starts,
-                valid=self.valid, seed=self.seed, ledger=self.ledger,
-            )  # fmt: skip
-
-    def raced(self, probes: Sequence[Probe]) -> list[Contender]:
-        """The probes' contenders, best first."""
-        return race(
-            self.evaluator, self.clean.images, self.clean.labels, probes, self._rankings(probes),
-            self.config.race, self.config.score,
-        )  # fmt: skip
-
-    def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
-        """The probes with what they reach."""
-        return self._reached(probes, self._rankings(probes), self.config.race.first_images)
-
-    def _reached(
-        self, probes: Sequence[Probe], rankings: Sequence[Tensor], images: int
-    ) -> list[Contender]:
-        """The probes with rankings float32 [S] and what they reach on the first ``images``."""
-        nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-        few = self.clean[:images]
-        reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
-        return [
-            Contender(probe, ranking, success, nothing)
-            for probe, ranking, success in zip(probes, rankings, reached, strict=True)
-        ]
-
-    def _rankings(self, probes: Sequence[Probe]) -> list[Tensor]:
-        seen = self.clean.images[:RESPONSE_IMAGES]
-        return [
-            responses(self.before, self.evaluator.network, probe(seen), self.ledger)
-            for probe in probes
-        ]
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,9 @@ from torch import Tensor
 
 from onp.agent.contenders import getting_through
 from onp.agent.race import Contender
-from onp.evidence import Evidence, Scene
+from onp.evidence import Evidence
 from onp.probes.synthesis import synthesise
+from onp.scene import Scene
 
 
 def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:

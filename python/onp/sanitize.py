@@ -17,7 +17,7 @@ from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
 from onp.evaluate import Backend, MaskEvaluator
-from onp.evidence import RESPONSE_IMAGES, Scene, gather, measured_shift
+from onp.evidence import gather, measured_shift
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
 from onp.prepare import (
@@ -35,6 +35,7 @@ from onp.probes.responses import activations
 from onp.renewal import renew
 from onp.report.repair import RunFacts, repair_report
 from onp.result import Result
+from onp.scene import RESPONSE_IMAGES, Scene
 from onp.search import Search
 from onp.suspect.surgery import apply_mask, remove_mask
 from onp.suspect.trace import trace as trace_network

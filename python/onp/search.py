@@ -21,11 +21,12 @@ from onp.agent.race import Contender, heads_of
 from onp.agent.relaxed import RelaxedCost
 from onp.agent.state import State
 from onp.agent.weights import load_policy
-from onp.evidence import Evidence, Scene
+from onp.evidence import Evidence
 from onp.features import node_features
 from onp.graph import NeuronGraph
 from onp.probes.probe import Probe, Strengthened, Trigger
 from onp.probes.responses import activation_statistics
+from onp.scene import Scene
 
 log = logging.getLogger("onp")
 

@@ -21,10 +21,11 @@ from onp.agent.elite import Elite
 from onp.agent.race import Contender
 from onp.config import Config
 from onp.errors import UsageError
-from onp.evidence import Evidence, Squares
+from onp.evidence import Evidence
 from onp.probes.margin import Margins
 from onp.probes.probe import Probe
 from onp.probes.square import SQUARES
+from onp.scene import Squares
 from onp.verdict import Verdict
 
 SITES = 40

@@ -17,13 +17,14 @@ from onp.config import Config, ReplayConfig
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.evaluate import MaskEvaluator
-from onp.evidence import REPLAYED, RESPONSE_IMAGES, Scene, from_statistics, measured_shift
+from onp.evidence import from_statistics, measured_shift
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import LabelShift, Target
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import activations
+from onp.scene import REPLAYED, RESPONSE_IMAGES, Scene
 from onp.suspect.load import load_suspect
 from onp.suspect.trace import trace
 from tests.probes.shifted import measure, seen, triggered
@@ -156,7 +157,7 @@ def test_only_a_class_that_the_shift_was_measured_on_is_named(
     count = 200 if measured else int((clean.labels != 4).sum())
     found = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1))
     sure = Replayed(replace(found.probe, target=4), share=0.9, agreement=0.9)
-    monkeypatch.setattr("onp.evidence.replay", lambda *_, **__: sure)
+    monkeypatch.setattr("onp.scene.replay", lambda *_, **__: sure)
     model = load_suspect(demo.CHECKPOINT, demo.ARCH).model
     evaluator = MaskEvaluator(shift.moments.network.trace, model)
     before = activations(evaluator.network, clean.floats()[:RESPONSE_IMAGES])

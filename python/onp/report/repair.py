@@ -16,12 +16,13 @@ from onp.agent.flips import Round
 from onp.agent.race import Contender
 from onp.config import Config
 from onp.environment import describe
-from onp.evidence import Evidence, Squares
+from onp.evidence import Evidence
 from onp.ledger import Ledger
 from onp.metrics import interval
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import Probe, Target, classes_of
+from onp.scene import Squares
 from onp.suspect.trace import Trace
 
 SCHEMA = "onp.repair/10"
