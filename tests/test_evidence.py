@@ -217,6 +217,7 @@ class Play:
         self.asked: list[str] = []
         """What was learned at length, for which classes."""
         self.driven: list[list[int]] = []
+        self.squared = 0
         self.races: list[set[Target]] = []
         sizes = {} if sizes is None else sizes
         none = torch.zeros(4)
@@ -242,6 +243,7 @@ class Play:
             return triggers(targets, families, at_length[families is not FAMILIES])
 
         def squares(_: Scene, targets: Sequence[int]) -> Squares:
+            self.squared += 1
             successes = torch.full((16, len(targets)), rival)
             successes[6, list(targets).index(3)], successes[9] = 0.9, 0.8
             return Squares(targets, successes)
@@ -354,6 +356,7 @@ def test_where_norms_explain_little_and_nothing_else_calls_a_square_counts_too(
         found = gather(here, None)
         assert [one.probe.family.name for one in found.counted] == counted
         assert play.driven == []
+        assert play.squared == 1  # what was asked already serves
 
 
 def test_of_many_classes_those_are_looked_at_that_unlearning_leaves(

@@ -274,8 +274,7 @@ class VerdictConfig:
     """Times as large is chance where norms remember many batches (``norm_shift.LONG``): the network
     moved meanwhile. Clean networks reach an excess of 2.6 then, backdoored ones start at 3.4."""
     certain: float = 0.6
-    """Score of the norm statistics from which on nothing else is asked whether there is a backdoor,
-    """
+    """Score of the norm statistics from which on they alone say that there is a backdoor,"""
     certain_agreement: float = 0.65
     """if the triggers agree so far with the norms' shift: what explains little of it may lead to
     another class (.49 to .61 where it did; .67 and more where it was right)."""

@@ -97,7 +97,7 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     few = scene.evaluator.trace.num_classes < MANY_CLASSES
     if first is not None and certain and agreement >= config.verdict.certain_agreement:
         if few:
-            return with_square(scene, first)
+            return with_square(scene, first, None)
         if agreement >= config.replay.alone:
             return first
         return together(first, from_probes(scene, called))
@@ -106,7 +106,7 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
         return second
     named = second.verdict.target is not None and agreement < config.verdict.certain_agreement
     if called and not named and first.verdict.score > second.verdict.score:
-        return with_square(scene, first) if few else first
+        return with_square(scene, first, second.squares) if few else first
     return replace(second, statistics=first.verdict)
 
 
@@ -123,14 +123,15 @@ def together(first: Evidence, second: Evidence) -> Evidence:
     )
 
 
-def with_square(scene: Scene, found: Evidence) -> Evidence:
+def with_square(scene: Scene, found: Evidence, squares: Squares | None) -> Evidence:
     """Among few classes much else explains the norms' shift as well as the attacker's trigger does:
     a square of the class that is called counts beside the norms' triggers, learned where squares
-    lead to it most, if it works."""
+    (those given, if the class was asked for) lead to it most, if it works."""
     target = found.verdict.target
     if not isinstance(target, int):
         return found
-    squares = scene.squares(range(scene.evaluator.trace.num_classes))
+    if squares is None or target not in squares.targets:
+        squares = scene.squares(range(scene.evaluator.trace.num_classes))
     learned = scene.probed([target], [SQUARES[squares.best_place(target)]])[0]
     counted = [learned, *found.counted] if _works(learned, scene.config) else found.counted
     return replace(found, contenders=[learned, *found.contenders], counted=counted, squares=squares)

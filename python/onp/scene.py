@@ -84,13 +84,11 @@ class Scene:
         self, targets: Sequence[Target], families: Sequence[Family] = FAMILIES
     ) -> list[Contender]:
         """Contenders of one trigger of each family for each of the targets, not raced."""
+        config = self.config.synthesis
         with self.ledger.stage("probe"):
-            probes = synthesise(
-                self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                steps=self.config.synthesis.steps, draw=self.config.synthesis.images_per_step,
-                families=families, valid=self.valid, seed=self.seed, ledger=self.ledger,
-            )  # fmt: skip
-            return self.unraced(probes)
+            return self.unraced(
+                self._learned(targets, families, config.steps, config.images_per_step)
+            )
 
     def looks(self, targets: Sequence[int]) -> list[Contender]:
         """A trigger of a few steps of each family of ``LOOK`` for each of the classes: a backdoor's
@@ -99,11 +97,7 @@ class Scene:
         look_images image-forwards a trigger, and those of judging it on ``LOOK_JUDGED`` images."""
         config = self.config.synthesis
         with self.ledger.stage("probe"):
-            probes = synthesise(
-                self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                steps=config.look_steps, draw=config.look_images, families=LOOK,
-                valid=self.valid, seed=self.seed, ledger=self.ledger,
-            )  # fmt: skip
+            probes = self._learned(targets, LOOK, config.look_steps, config.look_images)
             none = [torch.zeros(self.evaluator.trace.sites)] * len(probes)
             return self._reached(probes, none, LOOK_JUDGED)
 
@@ -115,11 +109,9 @@ class Scene:
             probes = [
                 probe
                 for row in range(SIDES)  # each by itself, as large images take room
-                for probe in synthesise(
-                    self.evaluator.network, self.clean.images, self.clean.labels, targets,
-                    steps=config.square_steps, draw=config.square_images,
-                    families=SQUARES[row * SIDES : (row + 1) * SIDES],
-                    valid=self.valid, seed=self.seed, ledger=self.ledger,
+                for probe in self._learned(
+                    targets, SQUARES[row * SIDES : (row + 1) * SIDES],
+                    config.square_steps, config.square_images,
                 )
             ]  # fmt: skip
             nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
@@ -146,6 +138,16 @@ class Scene:
     def unraced(self, probes: Sequence[Probe]) -> list[Contender]:
         """The probes with what they reach."""
         return self._reached(probes, self._rankings(probes), self.config.race.first_images)
+
+    def _learned(
+        self, targets: Sequence[Target], families: Sequence[Family], steps: int, draw: int
+    ) -> list[Probe]:
+        """A trigger of each family for each of the targets, of so many steps on ``draw`` images."""
+        return synthesise(
+            self.evaluator.network, self.clean.images, self.clean.labels, targets,
+            steps=steps, draw=draw, families=families,
+            valid=self.valid, seed=self.seed, ledger=self.ledger,
+        )  # fmt: skip
 
     def _reached(
         self, probes: Sequence[Probe], rankings: Sequence[Tensor], images: int

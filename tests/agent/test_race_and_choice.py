@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -180,3 +181,27 @@ def test_a_probe_that_leads_by_far_counts_whatever_its_mask_is_worth() -> None:
     assert counted_contenders(rows, called, SynthesisConfig(counted=1)) == [best]
     near = SynthesisConfig(counted_margin=1.0)  # all are nearly as repairable
     assert counted_contenders(rows, called, near) == [best, far, barely]
+
+
+@pytest.mark.parametrize("place", [0, 2, 3])
+def test_a_size_that_is_no_number_neither_leads_nor_hides_a_lead(place: int) -> None:
+    """Wherever it stands among the contenders."""
+    sizes = [1.0, 1.0, 1.0, 1.0]
+    sizes[place] = math.nan
+    found = [contender(target, 0.9, size, 0.5) for target, size in enumerate(sizes)]
+    found[1] = contender(1, 0.9, 0.25, 0.5)
+    best = leading(found, 0.5)
+    assert best is found[1]
+    assert advantage(best, found) == pytest.approx(2.0)
+    assert all(math.isfinite(advantage(one, found)) for one in found)
+
+
+def test_an_answer_that_is_no_number_reaches_nothing() -> None:
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    open_ = torch.zeros(CHANNELS, dtype=torch.bool)
+    lost = replace(probe, parameters=[torch.full_like(one, math.nan) for one in probe.parameters])
+    expected = success_of(probe, evaluator, open_, images, labels)
+    reached = successes_of([lost, probe], evaluator, open_, images, labels)
+    assert reached == [0.0, pytest.approx(expected)]
+    assert expected > 0.3
