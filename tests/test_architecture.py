@@ -28,6 +28,7 @@ LAYERS = [
     {"verdict", "scene", "evidence", "aftercare"},
     {"search", "renewal", "result", "report", "prepare"},
     {"sanitize"},
+    {"checkpoint"},
     {"demo", "batch"},
     {"cli"},
     {"__main__"},

@@ -47,7 +47,6 @@ class FakeResult:
     """What onp.sanitize returns, as far as the command line looks at it."""
 
     model: nn.Module
-    verdict: str = "backdoor"
     report: dict[str, Any] = field(default_factory=lambda: dict(REPORT))
 
     def compact(self) -> nn.Module:
@@ -99,13 +98,13 @@ def _workplace(
         return {"report": REPORT, "before": scores, "after": scores}
 
     for module, functions in {
-        "onp.sanitize": {"sanitize": repair},
         "onp.metrics": {"score": score},
         "onp.demo": {"run": run},
     }.items():
         fake = ModuleType(module)
         vars(fake).update(functions)
         monkeypatch.setitem(sys.modules, module, fake)
+    monkeypatch.setattr("onp.checkpoint.sanitize", repair)
 
 
 NET = ["--arch", "cli_networks:net", "--trust"]
@@ -141,7 +140,7 @@ def test_quick_options_leave_torch_alone(option: str) -> None:
     assert ("sanitize" if option == "--help" else "onp 0.") in done.stdout
 
 
-@pytest.mark.parametrize("command", ["sanitize", "evaluate", "demo", "doctor"])
+@pytest.mark.parametrize("command", ["sanitize", "batch", "evaluate", "demo", "doctor"])
 def test_every_command_has_help(command: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([command, "--help"]) == 0
     assert command in capsys.readouterr().out
@@ -219,8 +218,9 @@ def test_aftercare_is_asked_for(
 def test_fail_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert main([*SANITIZE, "--fail-on", "backdoor"]) == 1
     assert Path("out.safetensors").exists()
-    clean = lambda model, *_, **__: FakeResult(model, verdict="clean")  # noqa: E731
-    monkeypatch.setattr(sys.modules["onp.sanitize"], "sanitize", clean)
+    report = REPORT | {"verdict": "clean"}
+    clean = lambda model, *_, **__: FakeResult(model, report=report)  # noqa: E731
+    monkeypatch.setattr("onp.checkpoint.sanitize", clean)
     assert main([*SANITIZE, "--fail-on", "backdoor"]) == 0
 
 
@@ -322,7 +322,7 @@ def test_failures_during_the_repair(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr(sys.modules["onp.sanitize"], "sanitize", fail)
+    monkeypatch.setattr("onp.checkpoint.sanitize", fail)
     assert main(SANITIZE) == code
     assert message in _error(capsys)
     assert not Path("out.safetensors").exists()
@@ -334,7 +334,7 @@ def test_unforeseen_errors_are_2_with_a_traceback(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr(sys.modules["onp.sanitize"], "sanitize", fail)
+    monkeypatch.setattr("onp.checkpoint.sanitize", fail)
     assert main(SANITIZE) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error

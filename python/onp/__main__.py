@@ -10,14 +10,12 @@ from typing import cast
 import typer
 
 from onp.cli import app
-from onp.errors import OnpError, ResourceError, UsageError
+from onp.errors import UsageError, explained
 
 # typer carries click inside or beside it, depending on its version: ask it for the class.
 _ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
 
-_INTERNAL = 2
 _INTERRUPTED = 130
-_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -33,8 +31,6 @@ def main(arguments: list[str] | None = None) -> int:
         if code == _INTERRUPTED:  # some versions of typer turn KeyboardInterrupt into this
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
-    except OnpError as error:
-        return _fail(str(error), error.exit_code)
     except _ClickException as error:
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         return _fail(f"{message} (see onp --help)", UsageError.exit_code)
@@ -44,10 +40,10 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:
-        if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
-            return _fail("memory ran out; try fewer clean samples", ResourceError.exit_code)
-        traceback.print_exc()
-        return _fail(f"internal: {type(error).__name__}: {error}", _INTERNAL)
+        told = explained(error)
+        if not told.foreseen:
+            traceback.print_exc()
+        return _fail(told.message, told.exit_code)
 
 
 def _fail(message: str, code: int) -> int:

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -10,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from onp import __version__
-from onp.errors import UsageError
+from onp.errors import OnpError, UsageError
 
 app = typer.Typer(
     name="onp",
@@ -63,6 +67,24 @@ Mean = Annotated[
     str | None, typer.Option(help="Instead of --preset: a mean a channel, as .5,.5,.5.")
 ]
 Std = Annotated[str | None, typer.Option(help="Goes with --mean: a deviation a channel.")]
+Split = Annotated[str | None, typer.Option(help="Folder of the data to draw from.")]
+CleanSamples = Annotated[int, typer.Option(min=1, help="Images drawn from the data.")]
+BudgetOption = Annotated[Budget, typer.Option(help="How much work to spend on a model.")]
+Compact = Annotated[
+    bool, typer.Option("--compact", help="Cut pruned channels out: a smaller network.")
+]
+Recalibrate = Annotated[
+    bool,
+    typer.Option(
+        "--recalibrate", help="Then estimate norm statistics anew: may bring attacks back."
+    ),
+]
+Finetune = Annotated[
+    bool,
+    typer.Option(
+        "--finetune", help="Then tune the weights too, on the images and against the probes."
+    ),
+]
 Seed = Annotated[int, typer.Option(min=0, help="Same seed, same threads, same result.")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
@@ -96,12 +118,12 @@ def sanitize(
     out: Annotated[Path, typer.Option(help="Where the repaired weights go (.safetensors).")],
     arch: Arch = None,
     report: Annotated[Path | None, typer.Option(help="Also write the report here (JSON).")] = None,
-    split: Annotated[str | None, typer.Option(help="Folder of the data to draw from.")] = None,
-    clean_samples: Annotated[int, typer.Option(min=1, help="Images drawn from the data.")] = 500,
+    split: Split = None,
+    clean_samples: CleanSamples = 500,
     preset: PresetOption = None,
     mean: Mean = None,
     std: Std = None,
-    budget: Annotated[Budget, typer.Option(help="How much work to spend.")] = Budget.standard,
+    budget: BudgetOption = Budget.standard,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -109,21 +131,9 @@ def sanitize(
     fail_on: Annotated[
         Finding | None, typer.Option(help="Exit with 1 if this is the verdict.")
     ] = None,
-    compact: Annotated[
-        bool, typer.Option("--compact", help="Cut pruned channels out: a smaller network.")
-    ] = False,
-    recalibrate: Annotated[
-        bool,
-        typer.Option(
-            "--recalibrate", help="Then estimate norm statistics anew: may bring attacks back."
-        ),
-    ] = False,
-    finetune: Annotated[
-        bool,
-        typer.Option(
-            "--finetune", help="Then tune the weights too, on the images and against the probes."
-        ),
-    ] = False,
+    compact: Compact = False,
+    recalibrate: Recalibrate = False,
+    finetune: Finetune = False,
     profile: Annotated[
         bool, typer.Option("--profile", help="Say where time and image-forwards went.")
     ] = False,
@@ -143,45 +153,125 @@ def sanitize(
         check_writable(path)
 
     with watch.step("import"):
+        from onp.checkpoint import RepairOptions, repair_checkpoint
         from onp.data import load_dataset
         from onp.report import console
         from onp.report.progress import progress_on_stderr
-        from onp.sanitize import sanitize as repair
-        from onp.suspect.files import read_weights, save_weights
         from onp.suspect.load import load_suspect
 
     with watch.step("read"):
         _check_device(device)
-        preprocess = _preprocess(preset, mean, std)
+        options = RepairOptions(
+            budget.value, seed, _preprocess(preset, mean, std), device, threads,
+            recalibrate, finetune, compact,
+        )  # fmt: skip
         suspect = load_suspect(model, arch, trust)
         clean = load_dataset(str(data), split, draw=clean_samples, seed=seed)
-    with watch.step("repair"), progress_on_stderr(quiet) as progress:
-        result = repair(
-            suspect.model,
-            clean,
-            seed=seed,
-            budget=budget.value,
-            device=device,
-            preprocess=preprocess,
-            threads=threads,
-            recalibrate=recalibrate,
-            finetune=finetune,
-            progress=progress,
+    with progress_on_stderr(quiet) as progress:
+        full_report = repair_checkpoint(
+            suspect, clean, out, options, progress=progress, watch=watch
         )
-
-    with watch.step("write"):
-        repaired = result.compact() if compact else result.model
-        origin = {"path": str(model), "sha256": suspect.file.sha256, "loader": suspect.file.loader}
-        metadata = {"onp": __version__, "arch": suspect.arch, "suspect_sha256": suspect.file.sha256}
-        save_weights(out, repaired.state_dict(), metadata)
-        written = {"path": str(out), "sha256": read_weights(out).sha256, "compact": compact}
-    full_report = result.report | {"arch": suspect.arch, "suspect": origin, "repaired": written}
     if profile:
-        full_report["profile"] = profile_of(watch, "repair", result.report)
+        full_report["profile"] = profile_of(watch, "repair", full_report)
     if report is not None:
         write_json(report, full_report)
     _show(full_report, console.repair_text, as_json)
-    if fail_on is not None and result.verdict == fail_on.value:
+    if fail_on is not None and full_report["verdict"] == fail_on.value:
+        raise typer.Exit(1)
+
+
+@app.command()
+def batch(
+    data: Data,
+    out: Annotated[
+        Path, typer.Option(help="Folder for repaired weights, reports and the journal.")
+    ],
+    models: Annotated[
+        list[Path] | None, typer.Argument(help="Checkpoints, or folders that hold some.")
+    ] = None,
+    listing: Annotated[
+        Path | None,
+        typer.Option("--list", help="CSV of checkpoints instead: columns model and, if any, arch."),
+    ] = None,
+    arch: Arch = None,
+    jobs: Annotated[
+        int | None, typer.Option(min=1, help="Models at a time; default: one a core, one on a GPU.")
+    ] = None,
+    timeout: Annotated[
+        int | None, typer.Option(min=1, max=10**6, help="Seconds for a model; default: any.")
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option(help="i/n: the i-th of n parts, for as many machines.")
+    ] = None,
+    split: Split = None,
+    clean_samples: CleanSamples = 500,
+    preset: PresetOption = None,
+    mean: Mean = None,
+    std: Std = None,
+    budget: BudgetOption = Budget.standard,
+    seed: Seed = 0,
+    device: Device = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="CPU threads a model; default: the cores shared out.")
+    ] = None,
+    as_json: AsJson = False,
+    fail_on: Annotated[
+        Finding | None, typer.Option(help="Exit with 1 if this is the verdict on any model.")
+    ] = None,
+    compact: Compact = False,
+    recalibrate: Recalibrate = False,
+    finetune: Finetune = False,
+    trust: Trust = False,
+    quiet: Quiet = False,
+) -> None:
+    """Repair many classifiers with the same clean images. Run it again to go on where it stopped.
+
+    One that fails, or takes its process down, does not touch the others; exit code 2 tells of it.
+    """
+    from onp.batch.jobs import check_distinct, jobs_of_list, jobs_of_paths, shard_of
+
+    if bool(models) == (listing is not None):
+        raise UsageError("name checkpoints or folders, or a --list of them, one of both")
+    found = jobs_of_list(listing, arch, out) if listing else jobs_of_paths(models or [], arch, out)
+    check_distinct(found)
+    found = shard_of(found, shard) if shard else found
+
+    from onp.batch.run import journal_of, repair_batch, summary
+    from onp.checkpoint import RepairOptions
+    from onp.data import load_dataset
+    from onp.environment import cores
+    from onp.files import make_folder
+    from onp.prepare import checked_device
+    from onp.report import console
+    from onp.report.progress import progress_on_stderr
+    from onp.suspect.load import checked_arch
+
+    checked_device(device)  # without a context on it: children have theirs
+    for kind in {job.arch for job in found}:
+        checked_arch(kind, trust)
+    options = RepairOptions(
+        budget.value, seed, _preprocess(preset, mean, std), device, threads,
+        recalibrate, finetune, compact,
+    )  # fmt: skip
+    clean = load_dataset(str(data), split, draw=clean_samples, seed=seed)
+    make_folder(out)
+    by_default = cores() // (threads or 1) if device.startswith("cpu") else 1
+    outcomes = []
+    with _interrupted_by_sigterm(), progress_on_stderr(quiet) as progress:
+        progress("batch", 0, len(found), "")
+        for outcome in repair_batch(
+            found, clean, out, options, children=min(jobs or max(1, by_default), len(found)),
+            timeout=timeout, trust=trust, journal=journal_of(shard),
+        ):  # fmt: skip
+            outcomes.append(outcome)
+            progress(
+                "batch", len(outcomes), len(found), console.outcome_text(asdict(outcome.entry))
+            )
+    told = summary(outcomes, out / journal_of(shard))
+    _show(told, console.batch_text, as_json)
+    if told["failed"]:
+        raise typer.Exit(OnpError.exit_code)
+    if fail_on is not None and told[fail_on.value]:
         raise typer.Exit(1)
 
 
@@ -251,6 +341,16 @@ def doctor(as_json: AsJson = False) -> None:
     from onp.report import console
 
     _show(describe(), console.environment_text, as_json)
+
+
+@contextmanager
+def _interrupted_by_sigterm() -> Iterator[None]:
+    """Schedulers end a command by SIGTERM: here it ends as by Ctrl-C, with its children."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _check_distinct(**paths: Path | None) -> None:

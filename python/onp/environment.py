@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -13,6 +14,7 @@ from onp import __version__
 
 _PACKAGES = ("numpy", "safetensors", "triton", "torchvision")
 _MAPPINGS = Path("/proc/self/maps")
+_QUOTA = Path("/sys/fs/cgroup/cpu.max")
 
 
 def describe() -> dict[str, Any]:
@@ -32,6 +34,19 @@ def describe() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "libgomp": _loaded_libraries("libgomp"),
     }
+
+
+def cores() -> int:
+    """CPUs that this process may use at a time: those it is bound to, or fewer where its control
+    group has a share of them (``docker --cpus``)."""
+    bound = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    try:
+        quota, period = _QUOTA.read_text().split()
+        return max(1, min(bound, int(quota) // int(period)))
+    except (OSError, ValueError):  # no such file, or "max"
+        return bound
 
 
 def _version(package: str) -> str | None:

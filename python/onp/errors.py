@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 
 def quoted(text: object, limit: int = 80) -> str:
     """Untrusted text for a one-line message: quoted, printable ASCII, cut at ``limit``."""
@@ -57,3 +59,28 @@ class NotBuiltError(OnpError):
 
 class NativeError(OnpError):
     """The native core refused its arguments."""
+
+
+_OUT_OF_MEMORY = ("can't allocate memory", "out of memory")
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What to tell of an error."""
+
+    message: str
+    """One line."""
+    exit_code: int
+    foreseen: bool = True
+    """Or else its traceback is worth showing."""
+
+
+def explained(error: Exception) -> Explained:
+    """What to tell of any error."""
+    if isinstance(error, OnpError):
+        return Explained(" ".join(str(error).split()), error.exit_code)
+    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
+        message = "memory ran out; try fewer clean samples, or models at a time"
+        return Explained(message, ResourceError.exit_code)
+    message = " ".join(f"internal: {type(error).__name__}: {error}".split())
+    return Explained(message, OnpError.exit_code, foreseen=False)

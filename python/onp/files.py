@@ -14,6 +14,7 @@ from onp.errors import OnpError, ResourceError, UsageError
 
 _CALLERS_FAULT = {
     errno.EACCES,
+    errno.EEXIST,
     errno.EISDIR,
     errno.ELOOP,
     errno.ENAMETOOLONG,
@@ -36,6 +37,15 @@ def check_writable(path: Path) -> None:
     temporary.unlink()
 
 
+def make_folder(path: Path) -> None:
+    """Make the folder and those above it, if they are not there. Raises UsageError or
+    ResourceError, naming ``path``."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise file_error("make the folder", path, error) from None
+
+
 def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
     """Let ``write`` fill a temporary file beside ``path``, then put it in place of ``path``.
 
@@ -49,9 +59,9 @@ def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
         try:
             write(temporary)
             temporary.chmod(mode)  # ``write`` may have put a new file in its place
-            _sync(temporary)
+            sync(temporary)
             os.replace(temporary, target)
-            _sync(target.parent)
+            sync(target.parent)
         finally:
             temporary.unlink(missing_ok=True)
     except OSError as error:
@@ -62,6 +72,12 @@ def write_json(path: Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically. NaN and infinities raise ValueError."""
     text = json.dumps(value, indent=2, allow_nan=False) + "\n"
     write_atomically(path, lambda temporary: _write_text(temporary, text))
+
+
+def remove_temporaries(folder: Path, pid: int) -> None:
+    """Remove what a process that was killed had begun to write in ``folder``."""
+    for path in folder.glob(f".onp-{pid}-*.tmp"):
+        path.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -86,7 +102,8 @@ def _create_temporary(path: Path) -> tuple[Path, int]:
         os.close(handle)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """See to it that the file, or the names in the folder, are on the disk."""
     handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.fsync(handle)

@@ -72,6 +72,35 @@ def scores_text(scores: Mapping[str, Any]) -> str:
     return _aligned(rows)
 
 
+def batch_text(summary: Mapping[str, Any]) -> str:
+    """A batch: a line for each model with a backdoor, then for each that failed, then the counts.
+
+    Reads ``entries`` (list of what ``outcome_text`` reads), ``models``, ``backdoor``, ``clean``,
+    ``failed``, ``done_before`` (counts) and ``journal`` (path).
+    """
+    entries = summary["entries"]
+    found = [outcome_text(one) for one in entries if one["verdict"] == "backdoor"]
+    failed = [outcome_text(one) for one in entries if one["error"] is not None]
+    counts = [f"{summary[kind]} {kind}" for kind in ("backdoor", "clean", "failed")]
+    before = f", {summary['done_before']} done before" * bool(summary["done_before"])
+    last = f"{summary['models']} models: {', '.join(counts)}{before} ({summary['journal']})"
+    return "\n".join([*found, *failed, last])
+
+
+def outcome_text(entry: Mapping[str, Any]) -> str:
+    """One model of a batch: ``model`` (path) and ``error``, or ``verdict``, ``target_classes``,
+    ``pruned`` (sites), ``accuracy_before`` and ``accuracy_after``."""
+    model = _printable(entry["model"])
+    if entry["error"] is not None:
+        error = entry["error"].removeprefix(f"{entry['model']}: ")  # where it is named as well
+        return f"failed    {model}: {_printable(error)}"
+    if entry["verdict"] != "backdoor":
+        return f"{entry['verdict']:<8}  {model}"
+    classes = ", ".join(map(str, entry["target_classes"]))
+    accuracy = f"{_percent(entry['accuracy_before'])} -> {_percent(entry['accuracy_after'])}"
+    return f"backdoor  {model}: class {classes}, {entry['pruned']} sites pruned, {accuracy}"
+
+
 def demo_text(outcome: Mapping[str, Any]) -> str:
     """The demo: ``report`` for ``repair_text``, ``before`` and ``after`` for ``scores_text``."""
     parts = [
@@ -116,6 +145,11 @@ def _rate(value: float | None, count: int, kind: str) -> str:
 
 def _percent(value: float) -> str:
     return f"{100 * value:.2f}%"
+
+
+def _printable(text: str) -> str:
+    """Names of files may hold anything, ends of lines among it."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _plain(value: Any) -> str:

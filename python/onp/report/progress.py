@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from rich.console import Console
@@ -66,4 +66,5 @@ class _Lines:
         if stage == self._stage and done < total and not due:
             return
         self._stage, self._printed_at = stage, now
-        print(f"{stage} {done}/{total} {message}".rstrip(), file=self._stream, flush=True)
+        with suppress(BrokenPipeError):  # whoever stops listening does not stop the work
+            print(f"{stage} {done}/{total} {message}".rstrip(), file=self._stream, flush=True)

@@ -71,6 +71,12 @@ def read_weights(path: str | Path, max_bytes: int = MAX_BYTES) -> SuspectFile:
     return SuspectFile(path, digest, loader, state_dict)
 
 
+def sha256_of(path: str | Path, max_bytes: int = MAX_BYTES) -> str:
+    """The sha256 that ``read_weights`` would tell of ``path``, without parsing it. Raises what that
+    raises for what is no file, cannot be read, or is too large or empty."""
+    return _read_once(Path(path), max_bytes)[1]
+
+
 def save_weights(
     path: str | Path, state_dict: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -33,12 +35,7 @@ def load_suspect(source: str | Path, arch: str | None = None, trust: bool = Fals
     ``trust``. Raises UsageError for a wrong path or ``arch``, and UnsafeOrCorruptModel for weights
     that are unsafe, damaged or not of that network.
     """
-    if arch is None:
-        raise UsageError(
-            f"--arch is missing: one of {', '.join(architectures.NAMES)}, or "
-            "package.module:factory, such as torchvision.models:efficientnet_b3(num_classes=10)"
-        )
-    factory = import_callable(arch, "--arch", trust) if is_code_spec(arch) else None
+    arch, factory = checked_arch(arch, trust)
     file = read_weights(source)
     if factory is None:
         return Suspect(architectures.build(arch, file.state_dict), arch, file)
@@ -50,3 +47,17 @@ def load_suspect(source: str | Path, arch: str | None = None, trust: bool = Fals
         raise UsageError(f"--arch {arch} must return a torch.nn.Module, got {type(model).__name__}")
     load_by_name(model, file.state_dict)
     return Suspect(model.float().eval(), arch, file)
+
+
+def checked_arch(arch: str | None, trust: bool) -> tuple[str, Callable[..., Any] | None]:
+    """The kind of network, and its factory if it is not a known name. Raises UsageError where it is
+    missing or unknown, or code that is not trusted or not there."""
+    if arch is None:
+        raise UsageError(
+            f"--arch is missing: one of {', '.join(architectures.NAMES)}, or "
+            "package.module:factory, such as torchvision.models:efficientnet_b3(num_classes=10)"
+        )
+    if is_code_spec(arch):
+        return arch, import_callable(arch, "--arch", trust)
+    architectures.check_name(arch)
+    return arch, None

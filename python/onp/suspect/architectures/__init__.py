@@ -37,8 +37,13 @@ def build(arch: str, state_dict: Mapping[str, Tensor]) -> nn.Module:
 
     Raises UsageError for an unknown name and UnsafeOrCorruptModel where the weights do not fit.
     """
-    if arch not in _BUILDERS:
-        raise UsageError(f"unknown architecture {arch!r}; --arch takes one of {', '.join(NAMES)}")
+    check_name(arch)
     model = _BUILDERS[arch](Shapes(arch, state_dict))
     load_by_name(model, state_dict)
     return model.eval()
+
+
+def check_name(arch: str) -> None:
+    """Raise UsageError unless ``arch`` is one of ``NAMES``."""
+    if arch not in _BUILDERS:
+        raise UsageError(f"unknown architecture {arch!r}; --arch takes one of {', '.join(NAMES)}")
