@@ -17,10 +17,12 @@ from onp import demo
 from onp.agent.policy import PruningPolicy
 from onp.agent.weights import save_policy
 from onp.config import BUDGETS, AgentConfig, SearchPrecision, SynthesisConfig, UnlearningConfig
-from onp.data import ImageSet, Normalize
+from onp.data import PRESETS, ImageSet, Normalize
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.features import NAMES
+from onp.ledger import Ledger
 from onp.metrics import predict
+from onp.prepare import baseline, frozen_copy
 from onp.result import Result
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
@@ -255,6 +257,31 @@ def test_unusable_clean_data_is_refused(
     torch.manual_seed(0)
     with pytest.raises(error, match=message):
         onp.sanitize(suspect(), clean)
+
+
+def test_the_wrong_normalisation_is_refused_and_the_right_one_named() -> None:
+    clean, usual = demo.clean_images(), PRESETS["cifar10"]
+    assert usual is not None
+    for preset in ("cifar10", "imagenet"):
+        with pytest.raises(BadData, match=r"42% .* 100% behind .*'none': take --preset none"):
+            onp.sanitize(suspect(), clean, preprocess=PRESETS[preset])
+    # A network that wants what the preset gives: it takes that back itself.
+    undo = Normalize(
+        [-mean / std for mean, std in zip(usual.mean, usual.std, strict=True)],
+        [1 / std for std in usual.std],
+    )
+    wants = nn.Sequential(undo, suspect())
+    with pytest.raises(BadData, match="take --preset cifar10"):
+        onp.sanitize(wants, clean)
+    images, labels = clean.floats()[:64], clean.labels[:64]
+    ledger = Ledger()
+    for model, preprocess in ((suspect(), None), (wants, usual)):
+        whole, device = frozen_copy(model, preprocess, None)
+        trace = onp.trace(whole, (3, 32, 32))
+        evaluator = onp.MaskEvaluator(trace, whole, device=device, ledger=ledger)
+        seen = baseline(whole, evaluator, images, labels, preprocess=preprocess)
+        assert float((seen.answers == labels).float().mean()) > 0.9
+    assert ledger.forwards["start"] == 2 * (64 + 16)  # who is sure is not asked again
 
 
 def test_unusable_options_are_refused() -> None:

@@ -96,7 +96,9 @@ def sanitize(
         if isinstance(clean, ImageSet):
             check_class_names(clean, trace.num_classes)
         evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
-        seen = baseline(suspect, evaluator, images, labels)
+        seen = baseline(
+            suspect, evaluator, images, labels, preprocess=preprocess, input_range=input_range
+        )
         graph = build_graph(trace, suspect, config.graph)
 
     with ledger.stage("statistics"):
