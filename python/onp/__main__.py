@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from typing import cast
 
 import typer
 
-from onp.cli import app
+from onp.cli import app, flush_stdout
 from onp.errors import UsageError, explained
 
 # typer carries click inside or beside it, depending on its version: ask it for the class.
@@ -27,18 +26,15 @@ def main(arguments: list[str] | None = None) -> int:
     """
     try:
         code = app(arguments, standalone_mode=False)
-        sys.stdout.flush()
         if code == _INTERRUPTED:  # some versions of typer turn KeyboardInterrupt into this
             raise KeyboardInterrupt
+        flush_stdout()
         return code if isinstance(code, int) else 0
     except _ClickException as error:
         message = error.format_message().rstrip(".")  # type: ignore[attr-defined]
         return _fail(f"{message} (see onp --help)", UsageError.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         return _fail("interrupted", _INTERRUPTED)
-    except BrokenPipeError:  # the reader of stdout has gone; nothing is left to say to it
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
     except Exception as error:
         told = explained(error)
         if not told.foreseen:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -246,7 +248,8 @@ def batch(
     from onp.report.progress import progress_on_stderr
     from onp.suspect.load import checked_arch
 
-    checked_device(device)  # without a context on it: children have theirs
+    if checked_device(device).type != "cuda":  # a context there is for the children
+        _check_device(device)
     for kind in {job.arch for job in found}:
         checked_arch(kind, trust)
     options = RepairOptions(
@@ -399,4 +402,15 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def _show(result: dict[str, Any], as_text: Any, as_json: bool) -> None:
-    print(json.dumps(result, allow_nan=False) if as_json else as_text(result))
+    text = json.dumps(result, allow_nan=False) if as_json else as_text(result)
+    with suppress(BrokenPipeError):
+        print(text)
+    flush_stdout()
+
+
+def flush_stdout() -> None:
+    """If its reader has gone, nothing is left to say to it, and the exit code is as it would be."""
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 
@@ -73,14 +74,30 @@ class Explained:
     exit_code: int
     foreseen: bool = True
     """Or else its traceback is worth showing."""
+    ran_out: bool = False
+    """Memory, disk or the like: the same may work elsewhere, or later."""
 
 
 def explained(error: Exception) -> Explained:
-    """What to tell of any error."""
+    """What to tell of any error. One that memory's running out led to is told as that."""
+    if any(_ran_out_of_memory(one) for one in _origins(error)):
+        message = "memory ran out; try fewer clean samples"
+        return Explained(message, ResourceError.exit_code, ran_out=True)
     if isinstance(error, OnpError):
-        return Explained(" ".join(str(error).split()), error.exit_code)
-    if isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY):
-        message = "memory ran out; try fewer clean samples, or models at a time"
-        return Explained(message, ResourceError.exit_code)
+        ran_out = isinstance(error, ResourceError)
+        return Explained(" ".join(str(error).split()), error.exit_code, ran_out=ran_out)
     message = " ".join(f"internal: {type(error).__name__}: {error}".split())
     return Explained(message, OnpError.exit_code, foreseen=False)
+
+
+def _ran_out_of_memory(error: BaseException) -> bool:
+    if isinstance(error, OnpError):
+        return False
+    return isinstance(error, MemoryError) or any(text in str(error) for text in _OUT_OF_MEMORY)
+
+
+def _origins(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what it was raised for, and so on."""
+    while error is not None:
+        yield error
+        error = error.__cause__ or error.__context__

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -74,10 +75,22 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda temporary: _write_text(temporary, text))
 
 
-def remove_temporaries(folder: Path, pid: int) -> None:
-    """Remove what a process that was killed had begun to write in ``folder``."""
-    for path in folder.glob(f".onp-{pid}-*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_temporaries(paths: Iterable[Path]) -> None:
+    """Remove what was begun to be written to the paths by processes that were killed. Nobody may
+    be writing to them."""
+    begun: dict[Path, set[str]] = {}
+    for path in paths:
+        target = Path(os.path.realpath(path))
+        begun.setdefault(target.parent, set()).add(_mark(target))
+    for folder, marks in begun.items():
+        for temporary in folder.glob(".onp-*.tmp"):
+            if temporary.name.split("-")[1] in marks:
+                temporary.unlink(missing_ok=True)
+
+
+def _mark(target: Path) -> str:
+    """What temporary files for it have in their names."""
+    return hashlib.sha256(os.fsencode(target.name)).hexdigest()[:12]
 
 
 def _write_text(path: Path, text: str) -> None:
@@ -87,7 +100,7 @@ def _write_text(path: Path, text: str) -> None:
 def _create_temporary(path: Path) -> tuple[Path, int]:
     """An empty file in the directory that ``path`` leads to, and the mode the umask gave it."""
     target = Path(os.path.realpath(path))
-    temporary = target.parent / f".onp-{os.getpid()}-{os.urandom(6).hex()}.tmp"
+    temporary = target.parent / f".onp-{_mark(target)}-{os.urandom(6).hex()}.tmp"
     try:
         if target.is_dir():
             raise UsageError(f"cannot write {path}: it is a directory")

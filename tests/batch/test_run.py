@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import time
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -12,16 +16,17 @@ import numpy as np
 import pytest
 import torch
 
+import onp
 from onp import demo
 from onp.__main__ import main
 from onp.batch.jobs import Job
 from onp.batch.journal import Entry, entries_of
-from onp.batch.run import _digest, _lost, _settings, journal_of, repair_batch
-from onp.batch.supervisor import Lost
+from onp.batch.run import _digest, _settings, journal_of, repair_batch
 from onp.batch.worker import Task, _reply
 from onp.checkpoint import RepairOptions
 from onp.data import PRESETS
 from onp.errors import BadData
+from onp.files import _create_temporary
 from onp.suspect.files import sha256_of
 
 CLEAN_TWIN = Path(__file__).parents[1] / "data" / "demo_clean.safetensors"
@@ -120,10 +125,13 @@ def test_text_names_what_was_found(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_model_that_takes_too_long_fails() -> None:
     job, out = Job(Path("hub/twin.safetensors"), demo.ARCH, Path("out/t.safetensors")), Path("out")
     out.mkdir()
+    begun = _create_temporary(job.out)[0]  # by a run that was killed
+    other = _create_temporary(out / "other.safetensors")[0]
     (outcome,) = repair_batch([job], demo.clean_images(), out, RepairOptions(), timeout=0.01)
     assert outcome.entry.error == "it took more than 0.01 s"
     assert outcome.entry.exit_code == 5
     assert entries_of(out / "journal.jsonl") == [outcome.entry]
+    assert (begun.exists(), other.exists()) == (False, True)
 
 
 def test_what_no_batch_has_written_is_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
@@ -153,15 +161,6 @@ def test_a_child_that_is_not_what_it_was_is_done(
     assert reply.result.entry.sha256 == sha256_of(CLEAN_TWIN)
 
 
-def test_what_a_killed_child_had_begun_to_write_is_removed() -> None:
-    Path("out").mkdir()
-    for name in (".onp-7-aa.tmp", ".onp-77-aa.tmp"):
-        Path("out", name).touch()
-    job = Job(Path("m"), None, Path("out/t.safetensors"))
-    _lost(Task(job, Entry("m", "t.safetensors", "s")), Lost("why", 7))
-    assert [path.name for path in Path("out").iterdir()] == [".onp-77-aa.tmp"]
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -186,6 +185,36 @@ def test_wrong_usage_is_4_before_any_work(
     assert captured.out == ""
     assert message in captured.err
     assert not Path("out").exists()
+
+
+def test_sigterm_is_an_interrupt(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "onp", "batch", "hub", "--out", "out", *OPTIONS]
+    path = str(Path(onp.__file__).parents[1])
+    process = subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": path}, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while not Path("out/journal.jsonl").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)  # children, too, have this pipe
+    assert process.returncode == 130
+    assert errors.splitlines()[-1] == "onp: error: interrupted"
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_exit_code_does_not_depend_on_who_reads() -> None:
+    command = [sys.executable, "-m", "onp", "batch", "hub/bad.pt", "--out", "out", *OPTIONS]
+    path = str(Path(onp.__file__).parents[1])
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [*command, "--quiet"], env=os.environ | {"PYTHONPATH": path},
+        stdout=write, stderr=subprocess.PIPE, text=True, check=False,
+    )  # fmt: skip
+    os.close(write)
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_every_shard_has_a_journal_of_its_own() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,11 +55,16 @@ def _jobs_in(folder: Path, arch: str | None, out: Path) -> list[Job]:
     below = out.resolve()
     if below in (folder.resolve(), *folder.resolve().parents):
         raise UsageError(f"--out {out} holds the models of {folder}: take another folder")
-    inside = [
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    inside = sorted(
         file
-        for file in sorted(folder.rglob("*"))
+        for at, _, names in os.walk(folder, onerror=fail)
+        for file in (Path(at, name) for name in names)
         if file.suffix in SUFFIXES and file.is_file() and below not in file.resolve().parents
-    ]
+    )
     if not inside:
         raise UsageError(f"no {', '.join(SUFFIXES)} file in {folder}")
     return [Job(file, arch, _repaired(out, file.relative_to(folder))) for file in inside]
@@ -107,7 +113,7 @@ def check_distinct(jobs: Sequence[Job]) -> None:
         if other is not job:
             raise UsageError(
                 f"{other.model} and {job.model} would both be written to {job.out}: name a folder "
-                "that holds both, or repair them into different ones"
+                "that holds both, or repair them by themselves, into another --out"
             )
         if models & {job.out.resolve(), job.report.resolve()}:
             raise UsageError(f"{job.out} would be written over a model: take another --out")

@@ -13,6 +13,8 @@ from onp.errors import UsageError
 from onp.files import file_error, sync
 
 SCHEMA = "onp.batch/1"
+_NO_LOCKS = {errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK}
+"""What file systems of clusters say that know none."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,7 @@ class Journal:
 
     def __init__(self, path: Path) -> None:
         """Open or make it. Raises UsageError or ResourceError where that cannot be, and UsageError
-        if another process has it open."""
+        if another process has it open (as far as the file system can tell)."""
         self.path = path
         try:
             self._file = open(path, "ab+", buffering=0)  # noqa: SIM115 (closed by close)
@@ -62,13 +64,14 @@ class Journal:
             raise file_error("write", path, error) from None
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            sync(path.parent)
         except BlockingIOError:
             self.close()
-            raise UsageError(f"another batch is writing {path}: wait for it, or --shard") from None
+            raise UsageError(f"another batch is writing {path}: wait for it") from None
         except OSError as error:
-            self.close()
-            raise file_error("write", path, error) from None
+            if error.errno not in _NO_LOCKS:
+                self.close()
+                raise file_error("write", path, error) from None
+        sync(path.parent)
 
     def append(self, entry: Entry) -> None:
         """Add the entry; it is on the disk before this returns. Raises UsageError or ResourceError

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,7 +37,7 @@ def repair_batch(
     children: int = 1,
     timeout: float | None = None,
     trust: bool = False,
-    journal: str = "journal.jsonl",
+    journal: str = journal_of(None),
 ) -> Iterator[Outcome]:
     """Repair the jobs' checkpoints; yields what each came to, in the order in which they are done.
 
@@ -47,8 +47,8 @@ def repair_batch(
     that failed is. An error of one model, even one that ends its process, or more than ``timeout``
     seconds, does not touch the others. If ``options`` leave the threads open, the cores are dealt
     out to the children. These are spawned, so the caller's main module must be importable. Raises
-    UsageError, before any work, where two jobs would write one file or one that is not a batch's,
-    and ``OnpError`` where the journal cannot be kept.
+    UsageError, before any work, where two jobs would write one file, or one that is there in a
+    folder without a journal, and ``OnpError`` where the journal cannot be kept.
     """
     check_distinct(jobs)
     journals = sorted(out.glob("journal*.jsonl"))
@@ -66,20 +66,35 @@ def repair_batch(
         place, settings = str(job.out.relative_to(out)), _settings(job.arch, images, options)
         entry = Entry(model=str(job.model), out=place, settings=settings)
         tasks.append(Task(job, entry, tuple(known.get((place, settings), ()))))
-    with TemporaryDirectory(prefix="onp-batch-") as folder, closing(Journal(out / journal)) as kept:
-        save_images(clean, told := Path(folder) / "clean.pt")
+    begun = {path for job in jobs for path in (job.out, job.report)}
+    with _folder() as folder, closing(Journal(out / journal)) as kept:
+        save_images(clean, told := folder / "clean.pt")
+        remove_temporaries(begun)  # of a run that was killed
         arguments = (told, options, trust)
-        for task, result in supervise(tasks, serve, arguments, children=children, timeout=timeout):
-            outcome = _lost(task, result) if isinstance(result, Lost) else result
-            if not outcome.before:
-                kept.append(outcome.entry)
-            yield outcome
+        running = supervise(tasks, serve, arguments, children=children, timeout=timeout)
+        try:
+            with closing(running):
+                for task, result in running:
+                    outcome = _lost(task, result) if isinstance(result, Lost) else result
+                    if not outcome.before:
+                        kept.append(outcome.entry)
+                    yield outcome
+        finally:
+            remove_temporaries(begun)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder for the time of a batch."""
+    try:
+        folder = TemporaryDirectory(prefix="onp-batch-", ignore_cleanup_errors=True)
+    except OSError as error:
+        raise ResourceError(f"cannot make a temporary folder: {error.strerror}") from None
+    with folder as name:
+        yield Path(name)
 
 
 def _lost(task: Task, lost: Lost) -> Outcome:
-    """The outcome of a task whose child is gone, with what that had begun to write."""
-    if lost.pid is not None:
-        remove_temporaries(task.job.out.parent, lost.pid)
     return Outcome(replace(task.entry, error=lost.reason, exit_code=ResourceError.exit_code))
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 import time
 import traceback
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -53,13 +55,16 @@ def serve(pipe: Connection, clean: Path, options: RepairOptions, trust: bool) ->
 
 
 def save_images(clean: ImageSet, path: Path) -> None:
-    """Write images and labels for ``serve``."""
+    """Write images and labels for ``serve``. Raises ResourceError where there is no room."""
     told = {
-        "images": clean.images,
-        "labels": clean.labels,
+        "images": clean.images.clone(),  # a view would bring all that it is of
+        "labels": clean.labels.clone(),
         "class_names": list(clean.class_names),
     }
-    torch.save(told, path)
+    try:
+        torch.save(told, path)
+    except (OSError, RuntimeError) as error:
+        raise ResourceError(f"cannot write {path}: {error}") from None
 
 
 def _reply(task: Task, clean: ImageSet, options: RepairOptions, trust: bool) -> Reply:
@@ -76,10 +81,12 @@ def _reply(task: Task, clean: ImageSet, options: RepairOptions, trust: bool) -> 
     except Exception as error:
         told = explained(error)
         if not told.foreseen:
-            traceback.print_exc()
-        ran_out = told.exit_code == ResourceError.exit_code
+            with suppress(OSError):  # nobody may be listening
+                print(f"{task.job.model}:", file=sys.stderr)
+                traceback.print_exc()
         failed = replace(entry, error=told.message, exit_code=told.exit_code)
-        return Reply(Outcome(failed), goes_on=told.foreseen and not ran_out, again=ran_out)
+        goes_on = told.foreseen and not told.ran_out
+        return Reply(Outcome(failed), goes_on=goes_on, again=told.ran_out)
     return Reply(Outcome(replace(entry, seconds=round(time.perf_counter() - started, 3))))
 
 
