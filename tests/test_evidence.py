@@ -20,6 +20,7 @@ from onp.evidence import (
     Evidence,
     from_probes,
     from_shifting_squares,
+    from_squares,
     from_statistics,
     gather,
     nearest,
@@ -213,11 +214,14 @@ class Play:
         margin: float = 1.0,
         success: float = 0.9,
         at_length: tuple[float, float] = (0.9, 0.9),
+        later: float = 0.9,
     ) -> None:
         self.asked: list[str] = []
         """What was learned at length, for which classes."""
         self.driven: list[list[int]] = []
         self.squared = 0
+        self.more: list[tuple[int, int]] = []
+        """Places where squares were learned again, and in which draw."""
         self.races: list[set[Target]] = []
         sizes = {} if sizes is None else sizes
         none = torch.zeros(4)
@@ -242,11 +246,16 @@ class Play:
             self.asked.append(f"{name} {''.join(map(str, targets))}")
             return triggers(targets, families, at_length[families is not FAMILIES])
 
-        def squares(_: Scene, targets: Sequence[int]) -> Squares:
-            self.squared += 1
+        def squares(
+            _: Scene, targets: Sequence[int], places: Sequence[int] = range(16), draw: int = 0
+        ) -> Squares:
+            self.squared += draw == 0
             successes = torch.full((16, len(targets)), rival)
             successes[6, list(targets).index(3)], successes[9] = 0.9, 0.8
-            return Squares(targets, successes)
+            if draw > 0:
+                self.more += [(place, draw) for place in places]
+                successes[6, list(targets).index(3)] = later
+            return Squares(targets, successes[list(places)])
 
         def margins(_: Scene, classes: Sequence[int]) -> Margins:
             self.driven.append(list(classes))
@@ -306,6 +315,25 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     learned = any(one.startswith("square") for one in asked)
     assert (bool(found.counted) and found.counted[0].probe.family is SQUARES[6]) == learned
     assert found.unlearned is None
+
+
+@pytest.mark.parametrize(
+    ("later", "called"), [(0.9, True), (0.4, True), (0.2, False), (0.0, False)]
+)
+def test_a_square_that_calls_must_do_so_in_the_mean_of_three_draws(
+    later: float, called: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = Play(monkeypatch, rival=0.02, later=later)
+    found = from_probes(scene(STANDARD))
+    assert play.more == [(6, 1), (6, 2)]
+    assert (found.verdict.target is not None) == called
+    mean = (0.9 + 2 * later) / 3
+    assert found.squares is not None
+    assert float(found.squares.successes[6, 3]) == pytest.approx(mean)
+    assert float(found.squares.successes[9].min()) == pytest.approx(0.8)
+    if called:
+        assert "in place 6 " in found.verdict.reason
+        assert found.verdict.evidence["success"] == pytest.approx(mean)
 
 
 def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
@@ -447,6 +475,15 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     steps = 2 * config.square_steps * config.square_images
     wanted = [16 - int((labels[:16] == target).sum()) for target in range(CLASSES)]
     assert evaluator.ledger.total == 16 * CLASSES * steps + 16 + 16 * sum(wanted)
+    found = replace(here, model=model, evaluator=evaluator, clean=clean)
+    squares, verdict, place = from_squares(found, range(CLASSES))
+    assert (verdict.target, place) == (2, 15)
+    assert torch.equal(squares.successes[:15], looked.successes[:15])
+    more = [found.squares(range(CLASSES), places=[15], draw=draw).successes for draw in (1, 2)]
+    assert more[0].shape == (1, CLASSES)
+    assert not torch.equal(more[0], more[1])
+    mean = torch.stack([looked.successes[15:], *more]).mean(0)
+    torch.testing.assert_close(squares.successes[15:], mean)
 
 
 @pytest.mark.parametrize("backdoored", [True, False])

@@ -37,6 +37,8 @@ LOOK_JUDGED = 32
 """Clean images on which that is judged,"""
 SQUARES_JUDGED = 16
 """and those that squares are judged on."""
+ANOTHER = 1000
+"""Added to the seed for every other draw of squares."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Squares:
     targets: Sequence[Target]
     successes: Tensor
     """Mean excess probability of the target, float32 [places, targets]."""
+
+    def with_mean(self, place: int, drawn: Sequence[Tensor]) -> Squares:
+        """With the means of what squares of that place reached in several draws, float32 [targets]
+        each."""
+        successes = self.successes.clone()
+        successes[place] = torch.stack(list(drawn)).mean(0)
+        return Squares(self.targets, successes)
 
     def best_place(self, target: Target) -> int:
         """Where the target's square works best over the others' in the same place."""
@@ -101,17 +110,25 @@ class Scene:
             none = [torch.zeros(self.evaluator.trace.sites)] * len(probes)
             return self._reached(probes, none, LOOK_JUDGED)
 
-    def squares(self, targets: Sequence[Target], judged: int = SQUARES_JUDGED) -> Squares:
-        """A square in every place for each of the targets. Costs 2 * square_steps * square_images
-        image-forwards a target and place, and those of judging them on ``judged`` images."""
+    def squares(
+        self,
+        targets: Sequence[Target],
+        judged: int = SQUARES_JUDGED,
+        places: Sequence[int] = range(len(SQUARES)),
+        draw: int = 0,
+    ) -> Squares:
+        """A square in every one of the places for each of the targets; each ``draw`` has another
+        start and other images. Costs 2 * square_steps * square_images image-forwards a target and
+        place, and those of judging them on ``judged`` images."""
         config, few = self.config.synthesis, self.clean[:judged]
+        squares = [SQUARES[place] for place in places]
         with self.ledger.stage("probe"):
             probes = [
                 probe
-                for row in range(SIDES)  # each by itself, as large images take room
+                for first in range(0, len(squares), SIDES)  # few at a time, as images take room
                 for probe in self._learned(
-                    targets, SQUARES[row * SIDES : (row + 1) * SIDES],
-                    config.square_steps, config.square_images,
+                    targets, squares[first : first + SIDES],
+                    config.square_steps, config.square_images, ANOTHER * draw,
                 )
             ]  # fmt: skip
             nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
@@ -140,13 +157,15 @@ class Scene:
         return self._reached(probes, self._rankings(probes), self.config.race.first_images)
 
     def _learned(
-        self, targets: Sequence[Target], families: Sequence[Family], steps: int, draw: int
-    ) -> list[Probe]:
-        """A trigger of each family for each of the targets, of so many steps on ``draw`` images."""
+        self, targets: Sequence[Target], families: Sequence[Family], steps: int, draw: int,
+        other: int = 0,
+    ) -> list[Probe]:  # fmt: skip
+        """A trigger of each family for each of the targets, of so many steps on ``draw`` images;
+        ``other`` starts and images the further this is from 0."""
         return synthesise(
             self.evaluator.network, self.clean.images, self.clean.labels, targets,
             steps=steps, draw=draw, families=families,
-            valid=self.valid, seed=self.seed, ledger=self.ledger,
+            valid=self.valid, seed=self.seed + other, ledger=self.ledger,
         )  # fmt: skip
 
     def _reached(
