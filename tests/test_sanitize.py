@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,13 +17,14 @@ import onp
 from onp import demo
 from onp.agent.policy import PruningPolicy
 from onp.agent.weights import save_policy
+from onp.clean import Clean
 from onp.config import BUDGETS, AgentConfig, SearchPrecision, SynthesisConfig, UnlearningConfig
 from onp.data import PRESETS, ImageSet, Normalize
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.features import NAMES
 from onp.ledger import Ledger
 from onp.metrics import predict
-from onp.prepare import baseline, frozen_copy
+from onp.prepare import baseline, check_normalisation, frozen_copy
 from onp.result import Result
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
@@ -282,6 +284,12 @@ def test_the_wrong_normalisation_is_refused_and_the_right_one_named() -> None:
         seen = baseline(whole, evaluator, images, labels, preprocess=preprocess)
         assert float((seen.answers == labels).float().mean()) > 0.9
     assert ledger.forwards["start"] == 2 * (64 + 16)  # who is sure is not asked again
+    for count in (12, 64):  # the fewer do not tell enough
+        evaluator = onp.MaskEvaluator(onp.trace(wants, (3, 32, 32)), wants, ledger=Ledger())
+        seen = Clean.seen_by(evaluator, images[:count], labels[:count])
+        with nullcontext() if count == 12 else pytest.raises(BadData, match="cifar10"):
+            check_normalisation(wants, None, seen, evaluator.ledger)
+        assert evaluator.ledger.total == 3 * count
 
 
 def test_unusable_options_are_refused() -> None:
