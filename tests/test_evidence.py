@@ -318,22 +318,47 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
 
 
 @pytest.mark.parametrize(
-    ("later", "called"), [(0.9, True), (0.4, True), (0.2, False), (0.0, False)]
+    ("later", "rival", "score"),
+    [(0.9, 0.02, 1.0), (0.4, 0.02, 0.95), (0.3, 0.1, 0.33), (0.2, 0.02, 0.0), (0.0, 0.02, 0.0)],
 )
 def test_a_square_that_calls_must_do_so_in_the_mean_of_three_draws(
-    later: float, called: bool, monkeypatch: pytest.MonkeyPatch
+    later: float, rival: float, score: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play = Play(monkeypatch, rival=0.02, later=later)
-    found = from_probes(scene(STANDARD))
+    """Where it does not, its mean is what the verdict tells of."""
+    play = Play(monkeypatch, rival=rival, later=later)
+    squares, verdict, place = from_squares(scene(STANDARD), range(CLASSES))
     assert play.more == [(6, 1), (6, 2)]
-    assert (found.verdict.target is not None) == called
+    assert verdict.score == pytest.approx(score, abs=0.02)
+    assert (verdict.target == 3) == (score > 0.55)
     mean = (0.9 + 2 * later) / 3
-    assert found.squares is not None
-    assert float(found.squares.successes[6, 3]) == pytest.approx(mean)
-    assert float(found.squares.successes[9].min()) == pytest.approx(0.8)
-    if called:
-        assert "in place 6 " in found.verdict.reason
-        assert found.verdict.evidence["success"] == pytest.approx(mean)
+    assert float(squares.successes[6, 3]) == pytest.approx(0.9)
+    assert float(squares.judged[6, 3]) == pytest.approx(mean)
+    assert float(squares.judged[9].min()) == pytest.approx(0.8)
+    assert squares.best_place(3) == 6
+    if score > 0.0:
+        assert place == 6
+        assert "in place 6 " in verdict.reason
+        assert verdict.evidence["success"] == pytest.approx(mean)
+
+
+def test_another_place_may_call_where_one_does_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def squares(
+        _: Scene, targets: Sequence[int], places: Sequence[int] = range(16), draw: int = 0
+    ) -> Squares:
+        successes = torch.full((16, len(targets)), 0.02)
+        successes[4, 1] = 0.1 if draw else 1.0  # leads most, once
+        successes[11, 2] = 0.7
+        if draw:
+            asked.extend((place, draw) for place in places)
+        return Squares(targets, successes[list(places)])
+
+    monkeypatch.setattr(Scene, "squares", squares)
+    found, verdict, place = from_squares(scene(STANDARD), range(CLASSES))
+    assert asked == [(4, 1), (4, 2), (11, 1), (11, 2)]
+    assert (verdict.target, place) == (2, 11)
+    assert set(found.means) == {4, 11}
 
 
 def test_where_a_race_sees_no_lead_the_probe_that_called_counts(
@@ -478,12 +503,13 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     found = replace(here, model=model, evaluator=evaluator, clean=clean)
     squares, verdict, place = from_squares(found, range(CLASSES))
     assert (verdict.target, place) == (2, 15)
-    assert torch.equal(squares.successes[:15], looked.successes[:15])
+    assert torch.equal(squares.successes, looked.successes)
     more = [found.squares(range(CLASSES), places=[15], draw=draw).successes for draw in (1, 2)]
     assert more[0].shape == (1, CLASSES)
     assert not torch.equal(more[0], more[1])
     mean = torch.stack([looked.successes[15:], *more]).mean(0)
-    torch.testing.assert_close(squares.successes[15:], mean)
+    torch.testing.assert_close(squares.judged[15:], mean)
+    assert torch.equal(squares.judged[:15], looked.successes[:15])
 
 
 @pytest.mark.parametrize("backdoored", [True, False])

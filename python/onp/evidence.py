@@ -39,7 +39,7 @@ from onp.verdict import (
 SHIFTS_JUDGED = 64
 """Clean images on which squares are judged that shift labels: fewer of them have to work."""
 MORE_DRAWS = (1, 2)
-"""Draws of squares that a place which calls a backdoor is looked at by as well."""
+"""Draws of squares that a place which calls a class is looked at in as well."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
 
@@ -228,23 +228,17 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
 
 def from_squares(scene: Scene, classes: Sequence[int]) -> tuple[Squares, Verdict, int]:
     """Squares of every place for the classes, what they say, and the place that says it. Those of a
-    place that calls a backdoor are learned from two more starts, and the mean successes must call
-    it: a natural direction that leads so far does so from one start and not from another
+    place that calls a class are learned from two more starts, and the means must call it: a natural
+    direction that leads so far need not do so from another start, an attacker's mostly does
     (bench/NOTES.md, "Squares, three times")."""
-    config, squares, refuted = scene.config.verdict, scene.squares(classes), list[int]()
+    squares = scene.squares(classes)
     while True:
-        left = squares.successes.index_fill(0, torch.tensor(refuted, dtype=torch.int64), 0.0)
-        verdict, place = by_squares(left, classes, config)
-        if verdict.target is None:
+        verdict, place = by_squares(squares.judged, classes, scene.config.verdict)
+        if verdict.target is None or place in squares.means:
             return squares, verdict, place
-        others = (scene.squares(classes, places=[place], draw=draw) for draw in MORE_DRAWS)
-        squares = squares.with_mean(place, [left[place], *(one.successes[0] for one in others)])
-        alone = torch.zeros_like(left)
-        alone[place] = squares.successes[place]
-        verdict, _ = by_squares(alone, classes, config)
-        if verdict.target is not None:
-            return squares, verdict, place
-        refuted.append(place)
+        more = [scene.squares(classes, places=[place], draw=draw) for draw in MORE_DRAWS]
+        drawn = torch.stack([squares.successes[place], *(one.successes[0] for one in more)])
+        squares = replace(squares, means={**squares.means, place: drawn.mean(0)})
 
 
 def left_by_unlearning(scene: Scene) -> tuple[Unlearned, Tensor]:

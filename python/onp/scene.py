@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -47,17 +47,21 @@ class Squares:
 
     targets: Sequence[Target]
     successes: Tensor
-    """Mean excess probability of the target, float32 [places, targets]."""
+    """Mean excess probability of the target, float32 [places, targets], in the first draw."""
+    means: Mapping[int, Tensor] = field(default_factory=dict)
+    """Of places that were looked at in more draws: the means of all of them, float32 [targets]."""
 
-    def with_mean(self, place: int, drawn: Sequence[Tensor]) -> Squares:
-        """With the means of what squares of that place reached in several draws, float32 [targets]
-        each."""
+    @property
+    def judged(self) -> Tensor:
+        """The successes, or the means where there are some: what a verdict is of."""
         successes = self.successes.clone()
-        successes[place] = torch.stack(list(drawn)).mean(0)
-        return Squares(self.targets, successes)
+        for place, mean in self.means.items():
+            successes[place] = mean
+        return successes
 
     def best_place(self, target: Target) -> int:
-        """Where the target's square works best over the others' in the same place."""
+        """Where the target's square works best over the others' in the same place. Of the first
+        draw, which is of all places."""
         column = list(self.targets).index(target)
         own = self.successes[:, column]
         others = self.successes.index_fill(1, torch.tensor(column), 0.0)
@@ -118,8 +122,8 @@ class Scene:
         draw: int = 0,
     ) -> Squares:
         """A square in every one of the places for each of the targets; each ``draw`` has another
-        start and other images. Costs 2 * square_steps * square_images image-forwards a target and
-        place, and those of judging them on ``judged`` images."""
+        start and learns on other images. Costs 2 * square_steps * square_images image-forwards a
+        target and place, and those of judging them on ``judged`` images."""
         config, few = self.config.synthesis, self.clean[:judged]
         squares = [SQUARES[place] for place in places]
         with self.ledger.stage("probe"):

@@ -25,7 +25,7 @@ from onp.probes.probe import Probe, Target, classes_of
 from onp.scene import Squares
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/10"
+SCHEMA = "onp.repair/11"
 
 
 @dataclass(frozen=True)
