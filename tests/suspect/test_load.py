@@ -59,7 +59,10 @@ def test_named_network(weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         load_by_name(model, state_dict)
         return model
 
-    monkeypatch.setattr(architectures, "build", build, raising=False)
+    with pytest.raises(UsageError, match="unknown architecture 'linear'"):
+        load_suspect(weights.with_name("missing.pt"), "linear")  # before the file is read
+    monkeypatch.setattr(architectures, "build", build)
+    monkeypatch.setattr(architectures, "_BUILDERS", {"linear": build})
     suspect = load_suspect(weights, "linear")
     assert suspect.arch == "linear"
     assert suspect.file.path == weights
