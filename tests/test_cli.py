@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import nn
 
+from onp import checkpoint
 from onp.__main__ import main
 from onp.errors import UntraceableModel
 from onp.suspect.files import read_weights, save_weights
@@ -104,7 +105,7 @@ def _workplace(
         fake = ModuleType(module)
         vars(fake).update(functions)
         monkeypatch.setitem(sys.modules, module, fake)
-    monkeypatch.setattr("onp.checkpoint.sanitize", repair)
+    monkeypatch.setattr(checkpoint, "sanitize", repair)
 
 
 NET = ["--arch", "cli_networks:net", "--trust"]
@@ -220,7 +221,7 @@ def test_fail_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Path("out.safetensors").exists()
     report = REPORT | {"verdict": "clean"}
     clean = lambda model, *_, **__: FakeResult(model, report=report)  # noqa: E731
-    monkeypatch.setattr("onp.checkpoint.sanitize", clean)
+    monkeypatch.setattr(checkpoint, "sanitize", clean)
     assert main([*SANITIZE, "--fail-on", "backdoor"]) == 0
 
 
@@ -322,7 +323,7 @@ def test_failures_during_the_repair(
     def fail(*_: object, **__: object) -> None:
         raise error
 
-    monkeypatch.setattr("onp.checkpoint.sanitize", fail)
+    monkeypatch.setattr(checkpoint, "sanitize", fail)
     assert main(SANITIZE) == code
     assert message in _error(capsys)
     assert not Path("out.safetensors").exists()
@@ -334,7 +335,7 @@ def test_unforeseen_errors_are_2_with_a_traceback(
     def fail(*_: object, **__: object) -> None:
         raise ZeroDivisionError("surprise")
 
-    monkeypatch.setattr("onp.checkpoint.sanitize", fail)
+    monkeypatch.setattr(checkpoint, "sanitize", fail)
     assert main(SANITIZE) == 2
     error = capsys.readouterr().err
     assert "Traceback" in error
