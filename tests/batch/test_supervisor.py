@@ -92,7 +92,7 @@ def test_children_that_cannot_start_are_one_error() -> None:
 
 def test_an_interrupt_is_the_parents_business(tmp_path: Path) -> None:
     blocked = _run(["mask", "mask too"], tmp_path / "log")
-    assert set(blocked.values()) == {"[<Signals.SIGINT: 2>]"}
+    assert set(blocked.values()) == {True}
 
 
 def test_an_idle_child_that_is_gone_costs_no_task(tmp_path: Path) -> None:

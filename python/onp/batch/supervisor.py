@@ -11,8 +11,8 @@ import os
 import signal
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context, parent_process, resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -79,15 +79,8 @@ class _Child:
     def __init__(self, serve: Callable[..., None], arguments: Sequence[Any]) -> None:
         self.pipe, theirs = _SPAWN.Pipe()
         self.process = _SPAWN.Process(target=serve, args=(theirs, *arguments), daemon=True)
-        # An interrupt is the parent's business, from the child's first instruction on. (What the
-        # first start of all would start beside it clears the mask.)
-        resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        try:
-            self.process.start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            theirs.close()  # so that its end is seen here
+        self.process.start()
+        theirs.close()  # so that its end is seen here
         self.ready = False
         self.task: Any = None
         self.last_try = False
@@ -147,17 +140,15 @@ def supervise(
     try:
         while first or again or busy:
             while first and len(busy) < max(1, children):
-                child = _any(idle, busy, serve, arguments)
+                child = _one_more(busy, idle, serve, arguments)
                 if child is None:
                     break
-                busy.append(child)
                 child.give(first.popleft(), timeout)
             while idle and not first:  # what they hold is of use to others
                 idle.pop().stop()
             if not first and not busy:
-                child = _any(idle, busy, serve, arguments)
+                child = _one_more(busy, idle, serve, arguments)
                 assert child is not None
-                busy.append(child)
                 child.give(again.popleft(), timeout, last_try=True)
             for child in _done(busy):
                 late, reply = child.late, child.reply()
@@ -181,21 +172,37 @@ def supervise(
             child.stop()
 
 
-def _any(
-    idle: list[_Child], busy: Sequence[_Child], serve: Callable[..., None], arguments: Sequence[Any]
+def _one_more(
+    busy: list[_Child], idle: list[_Child], serve: Callable[..., None], arguments: Sequence[Any]
 ) -> _Child | None:
-    """An idle child that lives, or a new one; None if none can be started beside the busy ones."""
+    """One more of the busy: an idle child that lives, or a new one; None if none can be started
+    beside those that are."""
     while idle:
         child = idle.pop()
         if child.process.is_alive():
+            busy.append(child)
             return child
         child.stop()
     try:
-        return _Child(serve, arguments)
+        with _undisturbed():
+            busy.append(_Child(serve, arguments))
     except OSError as error:
         if busy:
             return None
         raise ResourceError(f"cannot start a process: {error.strerror or error}") from None
+    return busy[-1]
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Interrupts wait until a child that is started here is known; it inherits that they do, as
+    they are the parent's business."""
+    resource_tracker.ensure_running()  # or else the first start does that, and clears the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _done(busy: Sequence[_Child]) -> list[_Child]:
