@@ -23,8 +23,8 @@ other class: it is smaller, or works better. More steps tell less, as natural di
 **Squares.** The same lead among opaque squares of one place, that of the image where it is
 largest: what a few steps of them reach there for other classes says how far a natural direction
 leads (``onp.probes.square``). Where one draw calls a class, the mean of three must. And squares
-that shift all labels by one, against those that shift
-them by two (all-to-all): natural directions lead to a class, and shift those of one label at most.
+that shift all labels by one, against those that shift them by two (all-to-all): natural directions
+lead to a class, and shift those of one label at most.
 
 **Margins.** How sure of each class the network can be made, by any image at all, leads that of all
 other classes, in logits and as a multiple of how sure it is of the class's clean images

@@ -117,7 +117,7 @@ def test_evidence_that_is_kept_can_be_read_back(tmp_path: Path) -> None:
     probe, sites = Probe(square, 2, state, (0.0, 1.0), 1.0), torch.zeros(SITES)
     contender = Contender(probe, sites, 0.9, sites.bool())
     verdict = Verdict("backdoor", 1.0, 2, "squares", {"advantage": 3.0}, "")
-    squares = Squares([0, 1, 2], torch.rand(16, 3))
+    squares = Squares([0, 1, 2], torch.rand(16, 3), {3: torch.rand(3)})
     margins = Margins([0, 1, 2], torch.rand(3), torch.rand(3))
     kept = Evidence(verdict, [contender], [contender], squares=squares, margins=margins)
     torch.save((None, kept), tmp_path / "kept.pt")
@@ -127,4 +127,5 @@ def test_evidence_that_is_kept_can_be_read_back(tmp_path: Path) -> None:
     assert read.counted[0].probe.family == square
     assert torch.equal(read.counted[0].probe.parameters[0], state[0])
     assert torch.equal(read.squares.successes, squares.successes)
+    assert torch.equal(read.squares.judged, squares.judged)
     assert torch.equal(read.margins.driven, margins.driven)
