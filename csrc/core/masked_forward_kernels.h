@@ -14,14 +14,20 @@ constexpr int kChannelBlock = 16;
 constexpr int kQuad = 4;
 constexpr int kPair = 2;
 
-// A Winograd convolution of tiles of `size` x `size` output pixels: tiles that it transforms
-// together at most, and products per tile and pair of channels.
-constexpr int winograd_tiles(int size) { return size == 2 ? 24 : 12; }
+// A Winograd convolution of tiles of `size` x `size` output pixels: products per tile and pair of
+// channels, and tiles that are transformed together at most: few, so that they stay in a thread's
+// own caches, but many where the weights fit no cache and each group reads them from memory.
+constexpr int kNarrowTiles = 24;
+constexpr int kWideTiles = 48;
 constexpr int winograd_points(int size) { return (size + 2) * (size + 2); }
+constexpr bool is_wide(int size, std::int64_t inputs, std::int64_t outputs) {
+  return winograd_points(size) * inputs * outputs >= 4 << 20;
+}
 
 // Floats of scratch that it needs for these padded channel counts.
 constexpr std::int64_t winograd_scratch(int size, std::int64_t inputs, std::int64_t outputs) {
-  return winograd_points(size) * (winograd_tiles(size) * (inputs + outputs) + 2 * kChannelBlock);
+  const std::int64_t tiles = is_wide(size, inputs, outputs) ? kWideTiles : kNarrowTiles;
+  return winograd_points(size) * (tiles * (inputs + outputs) + 2 * kChannelBlock);
 }
 
 // Attention: queries that are taken together at most, and floats of scratch for `keys` pixels and
@@ -191,7 +197,7 @@ struct Kernels {
   const char* name;
   void (*convolution)(const StepArgs&);
   void (*winograd2)(const StepArgs&);
-  void (*winograd4)(const StepArgs&);  // height and width are multiples of 4
+  void (*winograd4)(const StepArgs&);
   void (*depthwise)(const StepArgs&);
   void (*byte_convolution)(const StepArgs&);
   void (*half_convolution)(const StepArgs&);

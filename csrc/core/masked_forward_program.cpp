@@ -196,11 +196,15 @@ bool suits_winograd(const StepSpec& spec, std::int64_t inputs) {
          spec.stride_width == 1 && spec.groups == 1 && inputs >= kChannelBlock;
 }
 
-// Larger tiles save more products, but their weights take more memory: they suit maps that have
-// several of them, without parts.
+// Per pair of channels.
+std::int64_t winograd_products(int size, const BufferShape& to) {
+  return winograd_points(size) * divide_up(to.height, size) * divide_up(to.width, size);
+}
+
+// The tiles that need fewer products. Larger ones have to save a fifth of them, as their transforms
+// and weights are larger too: they do but where much of them lies outside the map.
 int winograd_size(const BufferShape& to) {
-  const bool large = to.height >= 8 && to.width >= 8;
-  return large && to.height % 4 == 0 && to.width % 4 == 0 ? 4 : 2;
+  return 5 * winograd_products(4, to) <= 4 * winograd_products(2, to) ? 4 : 2;
 }
 
 // Rows of G for tiles of 2 and 4: transformed kernels are G g G^T.
@@ -382,12 +386,11 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
     return std::count(spec.index.begin(), spec.index.end(), -1) > 0 ? 1 : 0;
   }
   if (spec.kind != StepKind::convolution) return 0;
-  // A Winograd tile at the end of an odd size reads one pixel further.
-  const bool tiles = suits_winograd(spec, from.channels);
+  // Winograd tiles that reach past the outputs read further.
+  const std::int64_t tile = suits_winograd(spec, from.channels) ? winograd_size(to) : 1;
   const auto beyond = [&](std::int64_t size, std::int64_t outputs, std::int64_t kernel,
                           std::int64_t stride, std::int64_t pad) {
-    const std::int64_t odd = tiles && outputs % 2 ? 1 : 0;
-    const std::int64_t end = (outputs - 1) * stride - pad + kernel + odd;
+    const std::int64_t end = (round_up(outputs, tile) - 1) * stride - pad + kernel;
     return std::max({std::int64_t{0}, pad, end - size});
   };
   return std::max(

@@ -361,13 +361,6 @@ struct Tile {
   // products instead of 36, or of 4x4 from 6x6 with 36 instead of 144. Per group of tiles:
   // transform the inputs, a matrix product per point, transform back and finish.
 
-  template <int size>
-  struct WinogradTile {
-    const float* input;
-    Outputs<size * size> outputs;
-    bool below, right;  // size 2: whether the second row and column lie inside the image
-  };
-
   // Where the output of a tile begins; tiles come row by row, image after image.
   struct Corner {
     Index image = 0, y = 0, x = 0;
@@ -383,20 +376,26 @@ struct Tile {
     }
   };
 
+  // The pixels of a tile from the last to the first: where it reaches past the image, those outside
+  // are written to the last ones inside, and these then over them.
   template <int size>
   static ONP_INLINE void locate(const StepArgs& step, const Corner& corner, Index height,
-                                WinogradTile<size>& at) {
+                                Outputs<size * size>& outputs) {
     const Index first = corner.y * step.width + corner.x;
-    at.input = address(step.input, {corner.image, first});
-    at.below = corner.y + 1 < height;
-    at.right = corner.x + 1 < step.width;
+    const Index last_y = height - 1 - corner.y, last_x = step.width - 1 - corner.x;
     Pixel pixels[size * size];
-    for (int p = 0; p < size * size; ++p) {
-      const Index down = size == 2 && !at.below ? 0 : p / size;
-      const Index across = size == 2 && !at.right ? 0 : p % size;
-      pixels[p] = {corner.image, first + down * step.width + across};
+    for (int y = 0; y < size; ++y) {
+      const Index row = first + (y < last_y ? y : last_y) * step.width;
+      for (int x = 0; x < size; ++x) {
+        pixels[backwards<size>(y, x)] = {corner.image, row + (x < last_x ? x : last_x)};
+      }
     }
-    at.outputs.set(step, pixels);
+    outputs.set(step, pixels);
+  }
+
+  template <int size>
+  static constexpr int backwards(int y, int x) {
+    return size * size - 1 - (y * size + x);
   }
 
   // 1-D transforms of inputs, in place.
@@ -479,7 +478,7 @@ struct Tile {
       for (int x = 0; x < side; ++x) row[x] = columns[x][y];
       transform(row, out);
 #pragma GCC unroll 4
-      for (int x = 0; x < size; ++x) sums[y * size + x][0] = out[x];
+      for (int x = 0; x < size; ++x) sums[backwards<size>(y, x)][0] = out[x];
     }
   }
 
@@ -506,9 +505,6 @@ struct Tile {
 
   template <int size>
   static void winograd(const StepArgs& step) {
-    // Of large tiles as few as are multiplied together: with narrow layers what is transformed then
-    // stays in the first cache.
-    constexpr Index kTiles = size == 4 ? kPixels : winograd_tiles(size) / kPixels * kPixels;
     constexpr Index kPoints = winograd_points(size);
     const Index height = step.pixels / step.width;
     const Index total =
@@ -516,23 +512,29 @@ struct Tile {
     const Index length = step.segment_length;
     const Index inputs = (length + kLanes - 1) / kLanes * kLanes;
     const Index outputs = (step.channels + kLanes - 1) / kLanes * kLanes;
+    // Of narrow layers' large tiles as many as fill the registers: what is transformed then stays
+    // in the first cache.
+    constexpr Index kNarrow = size == 4 ? kPixels : kNarrowTiles / kPixels * kPixels;
+    const bool wide = is_wide(size, length, step.channels);
+    const Index together = wide ? kWideTiles / kPixels * kPixels : kNarrow;
     // One more cache line per point: at a multiple of 4 KiB all points would share a cache set.
-    const Index input_point = kTiles * inputs + kChannelBlock;
-    const Index output_point = kTiles * outputs + kChannelBlock;
+    const Index input_point = together * inputs + kChannelBlock;
+    const Index output_point = together * outputs + kChannelBlock;
     float* const transformed = step.scratch;  // [points][tiles, inputs]
     // [points][tiles, outputs]
     float* const products = transformed + kPoints * input_point;
-    Corner corner;
-    for (Index begin = 0; begin < total; begin += kTiles) {
-      const Index tiles = begin + kTiles < total ? kTiles : total - begin;
-      WinogradTile<size> places[kTiles];
+    Outputs<size * size> places{};
+    Corner first;  // of the group, and of the next one
+    for (Index begin = 0; begin < total; begin += together) {
+      const Index tiles = begin + together < total ? together : total - begin;
+      Corner corner = first;
       for (Index t = 0; t < tiles; ++t) {
-        locate(step, corner, height, places[t]);
-        corner.advance(height, step.width, size);
+        const Pixel at{corner.image, corner.y * step.width + corner.x};
+        const float* const from = address(step.input, at);
         for (Index c = 0; c < inputs; c += kLanes) {
-          transform_input<size>(step, places[t].input + c, transformed + t * inputs + c,
-                                input_point);
+          transform_input<size>(step, from + c, transformed + t * inputs + c, input_point);
         }
+        corner.advance(height, step.width, size);
       }
       for (Index point = 0; point < kPoints; ++point) {
         const float* in = transformed + point * input_point;
@@ -552,19 +554,13 @@ struct Tile {
         }
       }
       for (Index t = 0; t < tiles; ++t) {
+        locate<size>(step, first, height, places);
         for (Index c = 0; c < outputs; c += kLanes) {
           Vec sums[size * size][1];
           transform_output<size>(products + t * outputs + c, output_point, sums);
-          if (size == 2 && !places[t].right) {
-            sums[1][0] = sums[0][0];
-            sums[3][0] = sums[2][0];
-          }
-          if (size == 2 && !places[t].below) {
-            sums[2][0] = sums[0][0];
-            sums[3][0] = sums[1][0];
-          }
-          finish(step, places[t].outputs, c, sums);
+          finish(step, places, c, sums);
         }
+        first.advance(height, step.width, size);
       }
     }
   }

@@ -113,15 +113,15 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
     return step;
   };
   Network network;
-  network.buffers = {{3, 16, 15}, {20, 8, 8}, {20, 8, 8}, {20, 8, 8}, {20, 7, 7}, {24, 7, 7},
-                     {17, 4, 4},  {17, 4, 4}, {17, 4, 4}, {51, 2, 2}, {5, 1, 1},  {51, 4, 4}};
+  network.buffers = {{3, 16, 13}, {20, 8, 7}, {20, 8, 7}, {20, 8, 7}, {20, 5, 5}, {24, 5, 5},
+                     {17, 3, 3},  {17, 3, 3}, {17, 3, 3}, {51, 2, 2}, {5, 1, 1},  {51, 3, 3}};
   StepSpec stem = convolution(0, 2, 3, 20, 3, 2);  // 0 -> 1 without gates, 2 with them
   stem.plain = 1;
   stem.scale = values(20, 0.3, 1.0);
   stem.shift = values(20, 0.3);
   stem.second = Activation::relu;
   stem.site_start = 0;
-  StepSpec large = convolution(2, 3, 20, 20, 3, 1);  // 2 -> 3, Winograd tiles of 4
+  StepSpec large = convolution(2, 3, 20, 20, 3, 1);  // 2 -> 3, Winograd tiles of 4, some cut
   large.bias = values(20, 0.3);
   large.residual = 1;
   large.first = Activation::relu;
@@ -132,9 +132,10 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   StepSpec pool;  // 3 -> 4
   pool.kind = StepKind::max_pool;
   pool.input = 3;
-  pool.kernel_height = pool.kernel_width = 2;
+  pool.kernel_height = 4;
+  pool.kernel_width = 3;
   pool.final = 4;
-  StepSpec small = convolution(4, 5, 20, 24, 3, 1);  // 4 -> 5, tiles of 2 at an odd size
+  StepSpec small = convolution(4, 5, 20, 24, 3, 1);  // 4 -> 5, tiles of 2, some cut
   small.bias = values(24, 0.3);
   StepSpec shortcut = convolution(4, 6, 20, 17, 1, 2);  // 4 -> 6
   StepSpec strided = convolution(5, 7, 24, 17, 3, 2);   // 5 -> 7
@@ -155,7 +156,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   joined.shift = values(51, 0.3);
   joined.second = Activation::relu;
   joined.site_start = 57;
-  StepSpec average = pool;  // 11 -> 9
+  StepSpec average;  // 11 -> 9
   average.kind = StepKind::average_pool;
   average.input = 11;
   average.kernel_height = average.kernel_width = 3;
