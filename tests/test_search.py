@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -10,6 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from onp.agent.choice import Choice, choose
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back
@@ -212,7 +214,9 @@ def test_first_masks_are_raced_on_a_part_of_the_images(scene: Scene, raced: int)
     search, contender = small(scene, AgentConfig(images=24, raced=raced), ChoiceConfig())
     random = torch.Generator().manual_seed(0)
     masks = torch.rand(7, scene.evaluator.trace.sites, generator=random) < 0.3
-    worths = search.cost([contender], slice(raced)).worth(masks)
+    worths = search_of(scene, contender.probe, 1.0, "probes")[0].cost(
+        [contender], slice(raced)
+    ).worth(masks)  # fmt: skip
     order = worths[1:].argsort(descending=True) + 1
     masks = torch.cat([masks, masks[order[:1]]])  # the best of them twice
     before = scene.evaluator.ledger.total
@@ -227,6 +231,80 @@ def test_first_masks_are_raced_on_a_part_of_the_images(scene: Scene, raced: int)
     best = {tuple(mask.tolist()) for mask in masks[order[:FINALISTS]]}
     assert {tuple(mask.tolist()) for mask in left[1:]} == best
     assert torch.equal(search.raced([contender], masks[:1]), masks[:1])
+
+
+def spent(scene: Scene, act: Callable[[], object]) -> int:
+    """Image-forwards."""
+    before = scene.evaluator.ledger.total
+    act()
+    return scene.evaluator.ledger.total - before
+
+
+def test_no_mask_is_asked_for_twice_on_the_same_images(scene: Scene) -> None:
+    search, contender = small(scene, AgentConfig(), ChoiceConfig())
+    random = torch.Generator().manual_seed(1)
+    masks = torch.rand(5, scene.evaluator.trace.sites, generator=random) < 0.3
+    first = search.cost([contender], slice(20))
+    dearer = search.cost([contender], torch.arange(20), success_weight=7.0)
+    assert spent(scene, lambda: first.parts(masks[[0, 1, 1]])) == 2 * 2 * 20
+    assert spent(scene, lambda: dearer.parts(masks[[1, 2, 0]])) == 2 * 20
+    for others in (slice(21), torch.arange(20).flip(0)):
+        assert spent(scene, lambda o=others: search.cost([contender], o).parts(masks[:1]))
+    twice = [contender, replace(contender, probe=replace(contender.probe, target=0))]
+    assert spent(scene, lambda: search.cost(twice, slice(20)).parts(masks[:1])) == 2 * 20
+
+    fresh, _ = small(scene, AgentConfig(), ChoiceConfig())
+    wanted = fresh.cost([contender], slice(20), success_weight=7.0)
+    for name in ("harm", "success", "turned"):
+        torch.testing.assert_close(
+            getattr(dearer.parts(masks[:3]), name), getattr(wanted.parts(masks[:3]), name),
+            rtol=0, atol=0,
+        )  # fmt: skip
+    assert torch.equal(dearer.worth(masks[:3]), wanted.worth(masks[:3]))
+    assert not torch.equal(dearer.worth(masks[:3]), first.worth(masks[:3]))
+    assert len(first.worth(masks[:0])) == 0
+
+
+def test_what_was_told_roughly_is_told_again_in_fp32(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, contender = small(scene, AgentConfig(), ChoiceConfig())
+    masks = torch.eye(scene.evaluator.trace.sites, dtype=torch.bool)[:3]
+    cost = search.cost([contender], slice(20))
+    exact = search.cost([contender], slice(20), exact=True)
+    with monkeypatch.context() as rough:
+        rough.setattr(scene.evaluator, "rough_plan", scene.evaluator.plan)
+        rough.setattr(scene.evaluator, "_rough_precision", "int8")
+        assert spent(scene, lambda: cost.parts(masks)) == 3 * 2 * 20
+        assert spent(scene, lambda: exact.parts(masks)) == 3 * 2 * 20
+        assert spent(scene, lambda: cost.parts(masks)) == 0
+    assert spent(scene, lambda: cost.parts(masks)) == 0
+
+
+@pytest.mark.parametrize("judged", [12, 30, 45, 500])
+@pytest.mark.parametrize(("seen", "told"), [(500, 0), (20, 15), (20, 200)])
+def test_the_last_choice_asks_for_what_is_not_known(
+    scene: Scene, judged: int, seen: int, told: int
+) -> None:
+    choice = ChoiceConfig(images=told, judged=judged)
+    search, contender = small(scene, AgentConfig(images=seen), choice)
+    sites = scene.evaluator.trace.sites
+    masks = list(torch.eye(sites, dtype=torch.bool)[:3])
+    count = min(judged, len(scene.clean))
+    known = min(seen, count)
+    nothing = torch.zeros(1, sites, dtype=torch.bool)
+    if known == min(seen, len(scene.clean)):
+        search.cost([contender], search.draw(0)[0]).parts(torch.cat([nothing, torch.stack(masks)]))
+    else:
+        known = 0  # a part of what was asked, whose triggers are dealt out otherwise
+    found: list[Choice] = []
+    asked = spent(scene, lambda: found.append(search.choose(masks, [contender])))
+    assert asked == 4 * 2 * (count - known)
+    whole = choose(masks, [search.cost([contender], slice(count), choice.success_weight)])
+    assert torch.equal(found[0].mask, whole.mask)
+    assert found[0].cost == pytest.approx(whole.cost, abs=1e-5)
+    assert found[0].success_before == pytest.approx(whole.success_before, abs=1e-5)
+    assert found[0].success_after == pytest.approx(whole.success_after, abs=1e-5)
 
 
 def small(scene: Scene, agent: AgentConfig, choice: ChoiceConfig) -> tuple[Search, Contender]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from onp.agent.caution import CautionModel
 from onp.agent.choice import Choice, choose
-from onp.agent.cost import Cost
+from onp.agent.cost import Cost, Told
 from onp.agent.effects import flip_effects
 from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back, improve
@@ -69,6 +69,8 @@ class Search:
         self.evidence = evidence
         self.starts = 0
         """Made so far."""
+        self._told: dict[tuple[object, ...], Told] = {}
+        """What costs on the same images and triggers were told, whatever they weigh."""
 
     def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
         """The node features, float32 [S, F]."""
@@ -94,9 +96,14 @@ class Search:
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
-        triggers = [self._trigger(contender.probe) for contender in counted]
+        probes = [contender.probe for contender in counted]
         reached = [contender.success for contender in counted]
-        return Cost(self.evaluator, self.clean[images], triggers, config, exact, reached)
+        places = torch.arange(len(self.clean))[images]
+        told = self._told.setdefault((*probes, *places.tolist()), {})
+        return Cost(
+            self.evaluator, self.clean[places], [self._trigger(probe) for probe in probes], config,
+            exact, reached, told,
+        )  # fmt: skip
 
     def _trigger(self, probe: Probe) -> Trigger:
         """What stands for the attacker's trigger: a replayed one at several strengths, as how much
@@ -280,7 +287,16 @@ class Search:
         return elite, improve(elite, cost, learner, replace(self.config.agent, rounds=limit), tell)
 
     def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:
-        """The cheapest, on seen and unseen images."""
+        """The cheapest, on seen and unseen images: those of the first draw, those that tell what to
+        give back after it, and the others, as what is known of masks there is not asked again."""
         config = self.config.choice
-        judge = self.cost(counted, slice(config.judged), config.success_weight, exact=True)
-        return choose(finalists, judge)
+        parts = [places[places < config.judged] for places in self.draw(0)]
+        others = torch.ones(min(config.judged, len(self.clean)), dtype=torch.bool)
+        others[torch.cat(parts)] = False
+        parts.append(others.nonzero().squeeze(1))
+        judges = [
+            self.cost(counted, places, config.success_weight, exact=True)
+            for places in parts
+            if len(places)
+        ]
+        return choose(finalists, judges)

@@ -84,7 +84,7 @@ def test_giving_back_keeps_what_matters_and_choosing_takes_the_cheapest() -> Non
     only[PLANTED] = True
     everything = torch.ones(CHANNELS, dtype=torch.bool)
     nothing = torch.zeros(CHANNELS, dtype=torch.bool)
-    choice = choose([everything, nothing, only], cost)
+    choice = choose([everything, nothing, only], [cost])
     assert torch.equal(choice.mask, only)
     assert choice.success_after[0] < 0.1 * choice.success_before[0]
     assert choice.interval[0] <= choice.crossfit <= choice.interval[1]

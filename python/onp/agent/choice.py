@@ -30,22 +30,26 @@ class Choice:
     """The same under the chosen mask."""
 
 
-def choose(finalists: Sequence[Tensor], cost: Cost) -> Choice:
-    """The cheapest of the finalists (masks bool [S]) and of pruning nothing."""
+def choose(finalists: Sequence[Tensor], costs: Sequence[Cost]) -> Choice:
+    """The cheapest of the finalists (masks bool [S]) and of pruning nothing, on the images of all
+    the costs, which are dealt out to the same probes."""
     masks = torch.stack([torch.zeros_like(finalists[0]), *finalists])
-    parts = cost.parts(masks)
-    costs, parts = cost.each(parts).cpu(), parts.cpu()  # [M, N]
-    best = int(costs.mean(1).argmin())
-    halves = halved(cost.hands, costs.shape[1])
-    fitted = torch.empty(costs.shape[1])
+    told = [cost.parts(masks) for cost in costs]
+    each = torch.cat([cost.each(one) for cost, one in zip(costs, told, strict=True)], 1).cpu()
+    best = int(each.mean(1).argmin())  # of [M, N]
+    halves = torch.cat([halved(cost.hands, len(cost.images)) for cost in costs])
+    fitted = torch.empty(each.shape[1])
     for half in (halves, ~halves):
-        fitted[~half] = costs[int(costs[:, half].mean(1).argmin())][~half]
+        fitted[~half] = each[int(each[:, half].mean(1).argmin())][~half]
     mean, error = float(fitted.mean()), float(fitted.std() / len(fitted) ** 0.5)
     interval = (mean - 1.96 * error, mean + 1.96 * error)
-    successes = [parts.success[:, hand].sum(1) / max(len(hand), 1) for hand in cost.hands]
+    successes = []
+    for hands in zip(*(cost.hands for cost in costs), strict=True):
+        reached = [one.success.cpu()[:, hand] for one, hand in zip(told, hands, strict=True)]
+        successes.append(torch.cat(reached, 1).sum(1) / max(sum(map(len, hands)), 1))
     return Choice(
         masks[best],
-        float(costs[best].mean()),
+        float(each[best].mean()),
         mean,
         interval,
         [float(success[0]) for success in successes],

@@ -59,8 +59,14 @@ class Parts:
         return before - after
 
 
+Told = dict[tuple[bool, bytes], Tensor]
+"""What the engine said of single masks, parts before the weight, float32 [3, N]: by whether it was
+in fp32, and by the mask."""
+
+
 class Cost:
-    """The cost on a fixed set of clean images, each also triggered by one of the probes."""
+    """The cost on a fixed set of clean images, each also triggered by one of the probes. No mask is
+    asked for twice."""
 
     def __init__(
         self,
@@ -70,15 +76,18 @@ class Cost:
         config: CostConfig,
         exact: bool = False,
         reached: Sequence[float] | None = None,
+        told: Told | None = None,
     ) -> None:
         """exact: in fp32, and not as rough as the evaluator may be for a search. reached: mean
-        probability of its target that each probe adds, nothing pruned; default: 1."""
+        probability of its target that each probe adds, nothing pruned; default: 1. told: of another
+        cost on the same images and probes, to which this one adds."""
         self.device = evaluator.network.device
         clean = clean.to(self.device)
         images, labels = clean.images, clean.labels
         self.evaluator = evaluator
         self.config = config
         self.exact = exact
+        self.told: Told = {} if told is None else told
         self.sites = evaluator.trace.sites
         self.images, self.labels = images, labels
         self.hands = dealt_out(len(images), len(probes))
@@ -96,7 +105,19 @@ class Cost:
         self.original = clean.original
 
     def parts(self, pruned: Tensor) -> Parts:
-        """Of masks bool [B, S]; one engine call."""
+        """Of masks bool [B, S]; one engine call for all that were not asked for before."""
+        fp32 = self.exact or self.evaluator.precision == "fp32"
+        names = [(fp32, mask.numpy().tobytes()) for mask in pruned.cpu()]
+        new = {name: row for row, name in enumerate(names) if name not in self.told}
+        if new:
+            self.told.update(zip(new, self._ask(pruned[list(new.values())]), strict=True))
+        none = self.weight.new_empty(0, 3, len(self.images))
+        told = torch.cat([none, *(self.told[name][None] for name in names)])
+        harm, success, turned = told.unbind(1)
+        return Parts(harm, success, self.weight * turned)
+
+    def _ask(self, pruned: Tensor) -> Tensor:
+        """Parts before the weight, float32 [B, 3, N]."""
         logits = self.evaluator.run(
             pruned, self.both, exact=self.exact, rough=not self.exact, stay=True
         )
@@ -109,9 +130,8 @@ class Cost:
         divergence = (self.original.exp() * (self.original - logs)).sum(2)
         excess = (hit.softmax(2) - logs.exp()).gather(2, wanted).squeeze(2).clamp_min(0)
         turned = F.softplus(margin(hit, wanted.squeeze(2)))
-        return Parts(
-            entropy + divergence, excess * (self.wanted != self.labels), self.weight * turned
-        )
+        success = excess * (self.wanted != self.labels)
+        return torch.stack([entropy + divergence, success, turned], 1)
 
     def sample(self, count: int) -> Tensor:
         """``count`` of the images, clean and triggered ones alike: float32 [n, C, H, W]."""
