@@ -14,20 +14,29 @@ constexpr int kChannelBlock = 16;
 constexpr int kQuad = 4;
 constexpr int kPair = 2;
 
-// A Winograd convolution of tiles of `size` x `size` output pixels: products per tile and pair of
-// channels, and tiles that are transformed together at most: few, so that they stay in a thread's
+// A Winograd convolution of 3x3 kernels gives tiles of `size` x `size` output pixels. Per side of a
+// tile it reads and multiplies `winograd_side` values, by transformed kernels that have size + 2: of
+// stride 2 they are those of every second value, and of the others, one after the other, which are
+// all multiplied by the same.
+constexpr int winograd_side(int size, int stride) { return stride == 1 ? size + 2 : 2 * size + 1; }
+constexpr int winograd_points(int size, int stride) {
+  return winograd_side(size, stride) * winograd_side(size, stride);
+}
+constexpr int winograd_kernels(int size) { return (size + 2) * (size + 2); }
+
+// Tiles that it multiplies together at most: few, so that what is transformed stays in a thread's
 // own caches, but many where the weights fit no cache and each group reads them from memory.
 constexpr int kNarrowTiles = 24;
 constexpr int kWideTiles = 48;
-constexpr int winograd_points(int size) { return (size + 2) * (size + 2); }
 constexpr bool is_wide(int size, std::int64_t inputs, std::int64_t outputs) {
-  return winograd_points(size) * inputs * outputs >= 4 << 20;
+  return winograd_kernels(size) * inputs * outputs >= 4 << 20;
 }
 
 // Floats of scratch that it needs for these padded channel counts.
-constexpr std::int64_t winograd_scratch(int size, std::int64_t inputs, std::int64_t outputs) {
+constexpr std::int64_t winograd_scratch(int size, int stride, std::int64_t inputs,
+                                        std::int64_t outputs) {
   const std::int64_t tiles = is_wide(size, inputs, outputs) ? kWideTiles : kNarrowTiles;
-  return winograd_points(size) * (tiles * (inputs + outputs) + 2 * kChannelBlock);
+  return winograd_points(size, stride) * (tiles * (inputs + outputs) + 2 * kChannelBlock);
 }
 
 // Attention: queries that are taken together at most, and floats of scratch for `keys` pixels and
@@ -131,7 +140,7 @@ struct StepArgs {
   // Convolution: weights [channel blocks][segments][segment_length][kChannelBlock]. A segment is a
   // run of contiguous inputs (one kernel row, or one tap) at segments[s] from the window's begin;
   // first_channel[block] is the first input channel that the block reads.
-  // Winograd: transformed weights, a segment for each of the winograd_points; segments is unused.
+  // Winograd: transformed weights, a segment for each of the winograd_kernels; segments is unused.
   // Depthwise: weights [segments][channels, padded], one segment a tap.
   const float* weights;
   const std::int32_t* segments;
@@ -196,8 +205,10 @@ struct StepArgs {
 struct Kernels {
   const char* name;
   void (*convolution)(const StepArgs&);
-  void (*winograd2)(const StepArgs&);
+  void (*winograd2)(const StepArgs&);  // tiles of 2 and of 4
   void (*winograd4)(const StepArgs&);
+  void (*strided_winograd2)(const StepArgs&);  // of stride 2
+  void (*strided_winograd4)(const StepArgs&);
   void (*depthwise)(const StepArgs&);
   void (*byte_convolution)(const StepArgs&);
   void (*half_convolution)(const StepArgs&);

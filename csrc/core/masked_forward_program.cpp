@@ -189,25 +189,28 @@ void pack_half_convolution(Step& step, const Buffer& from) {
   }
 }
 
-// Few inputs lose more to the transforms than they save; few outputs (the images, backwards) do
-// not.
-bool suits_winograd(const StepSpec& spec, std::int64_t inputs) {
-  return spec.kernel_height == 3 && spec.kernel_width == 3 && spec.stride_height == 1 &&
-         spec.stride_width == 1 && spec.groups == 1 && inputs >= kChannelBlock;
-}
-
 // Per pair of channels.
-std::int64_t winograd_products(int size, const BufferShape& to) {
-  return winograd_points(size) * divide_up(to.height, size) * divide_up(to.width, size);
+std::int64_t winograd_products(int size, int stride, const BufferShape& to) {
+  return winograd_points(size, stride) * divide_up(to.height, size) * divide_up(to.width, size);
 }
 
-// The tiles that need fewer products. Larger ones have to save a fifth of them, as their transforms
-// and weights are larger too: they do but where much of them lies outside the map.
-int winograd_size(const BufferShape& to) {
-  return 5 * winograd_products(4, to) <= 4 * winograd_products(2, to) ? 4 : 2;
+// The tiles of a convolution that goes by Winograd, 1: of one that does not. Few inputs lose more to
+// the transforms than they save; few outputs (the images, backwards) do not. Larger tiles save
+// products but where much of them lies outside the map; what they save has to pay for transforms.
+int winograd_size(const StepSpec& spec, std::int64_t inputs, const BufferShape& to) {
+  const std::int64_t stride = spec.stride_height;
+  if (spec.kind != StepKind::convolution || spec.kernel_height != 3 || spec.kernel_width != 3 ||
+      stride > 2 || spec.stride_width != stride || spec.groups != 1 || inputs < kChannelBlock) {
+    return 1;
+  }
+  const auto products = [&](int size) {
+    return static_cast<double>(winograd_products(size, static_cast<int>(stride), to));
+  };
+  const int size = products(4) <= 0.85 * products(2) ? 4 : 2;
+  return products(size) <= 0.75 * 9 * static_cast<double>(pixels_of(to)) ? size : 1;
 }
 
-// Rows of G for tiles of 2 and 4: transformed kernels are G g G^T.
+// Rows of G for tiles of 2 and 4, and of stride 2: transformed kernels are G g G^T.
 constexpr double kSmallTile[][3] = {{1, 0, 0}, {.5, .5, .5}, {.5, -.5, .5}, {0, 0, 1}};
 constexpr double kLargeTile[][3] = {{1. / 4, 0, 0},
                                     {-1. / 6, -1. / 6, -1. / 6},
@@ -215,12 +218,21 @@ constexpr double kLargeTile[][3] = {{1. / 4, 0, 0},
                                     {1. / 24, 1. / 12, 1. / 6},
                                     {1. / 24, -1. / 12, 1. / 6},
                                     {0, 0, 1}};
+constexpr double kSmallStrided[][3] = {{-1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}};
+constexpr double kLargeStrided[][3] = {{1. / 2, 0, 0},      {-1. / 2, 0, -1. / 2},
+                                       {-1. / 6, 0, 1. / 6}, {1. / 6, 0, 1. / 3},
+                                       {0, 0, 1},            {0, 1, 0}};
 
 void pack_winograd(Step& step, const Buffer& from, int size) {
   const std::int64_t inputs = from.shape.channels;
-  const double(*rows)[3] = size == 2 ? kSmallTile : kLargeTile;
-  const std::int64_t side = size + 2, points = winograd_points(size);
-  step.kernel = size == 2 ? &Kernels::winograd2 : &Kernels::winograd4;
+  const bool small = size == 2, strided = step.spec.stride_height == 2;
+  const double(*rows)[3] = strided ? small ? kSmallStrided : kLargeStrided
+                           : small ? kSmallTile
+                                   : kLargeTile;
+  const std::int64_t side = size + 2, points = winograd_kernels(size);
+  step.kernel = strided ? small ? &Kernels::strided_winograd2 : &Kernels::strided_winograd4
+                : small ? &Kernels::winograd2
+                        : &Kernels::winograd4;
   step.segment_length = inputs;
   step.block_stride = points * inputs * kChannelBlock;
   step.weights = Floats(divide_up(step.channels, kChannelBlock) * step.block_stride);
@@ -387,7 +399,7 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
   }
   if (spec.kind != StepKind::convolution) return 0;
   // Winograd tiles that reach past the outputs read further.
-  const std::int64_t tile = suits_winograd(spec, from.channels) ? winograd_size(to) : 1;
+  const std::int64_t tile = winograd_size(spec, from.channels, to);
   const auto beyond = [&](std::int64_t size, std::int64_t outputs, std::int64_t kernel,
                           std::int64_t stride, std::int64_t pad) {
     const std::int64_t end = (round_up(outputs, tile) - 1) * stride - pad + kernel;
@@ -405,10 +417,10 @@ std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const Buf
   if (spec.kind == StepKind::attention) {
     return attention_scratch(pixels_of(to), keys, to.channels / spec.heads, to.channels);
   }
-  if (spec.kind != StepKind::convolution || !suits_winograd(spec, from.channels)) {
-    return 0;
-  }
-  return winograd_scratch(winograd_size(to), round_up(from.channels, kChannelBlock),
+  const int tile = winograd_size(spec, from.channels, to);
+  if (tile == 1) return 0;
+  return winograd_scratch(tile, static_cast<int>(spec.stride_height),
+                          round_up(from.channels, kChannelBlock),
                           round_up(to.channels, kChannelBlock));
 }
 
@@ -421,7 +433,8 @@ bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShap
 
 bool suits_halves(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
   return spec.kind == StepKind::convolution && spec.groups == 1 && from.channels >= kChannelBlock &&
-         pixels_of(to) > 1 && !(suits_winograd(spec, from.channels) && winograd_size(to) == 4);
+         pixels_of(to) > 1 &&
+         (spec.stride_height == 2 || winograd_size(spec, from.channels, to) < 4);
 }
 
 Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) {
@@ -443,8 +456,8 @@ Step pack_step(const StepSpec& spec, const Buffer& from, const BufferShape& to) 
     pack_half_convolution(step, from);
   } else if (is_depthwise(spec, from.shape, to)) {
     pack_depthwise(step, from);
-  } else if (suits_winograd(spec, from.shape.channels)) {
-    pack_winograd(step, from, winograd_size(to));
+  } else if (const int tile = winograd_size(spec, from.shape.channels, to); tile > 1) {
+    pack_winograd(step, from, tile);
   } else {
     pack_convolution(step, from);
   }

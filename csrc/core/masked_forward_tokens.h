@@ -356,8 +356,10 @@ constexpr Kernels kernel_table(const char* name) {
   using Tokens = TokenTile<Simd>;
   return {name,
           Plain::convolution,
-          Plain::template winograd<2>,
-          Plain::template winograd<4>,
+          Plain::template winograd<2, 1>,
+          Plain::template winograd<4, 1>,
+          Plain::template winograd<2, 2>,
+          Plain::template winograd<4, 2>,
           Plain::depthwise,
           byte_convolution<Simd>,
           half_convolution<Simd>,

@@ -236,9 +236,16 @@ void test_equals_naive(Build build) {
 }
 
 // Maps of all sizes by the tiles that suit them, whole and cut; more inputs and outputs than whole
-// vectors.
-void test_winograd(std::int64_t height, std::int64_t width, std::int64_t inputs,
-                   std::int64_t outputs, std::int64_t count) {
+// vectors. height, width: of the outputs; `rest` more rows and columns are read, 0 or 1 of stride 2.
+struct WinogradCase {
+  std::int64_t height, width, inputs, outputs, count, stride = 1, rest = 0;
+};
+
+void test_winograd(const WinogradCase& c) {
+  const std::int64_t height = c.height, width = c.width, inputs = c.inputs, outputs = c.outputs;
+  const std::int64_t count = c.count;
+  const std::int64_t read_height = (height - 1) * c.stride + 1 + c.rest;
+  const std::int64_t read_width = (width - 1) * c.stride + 1 + c.rest;
   constexpr std::int64_t kDifferent = 3;  // images, which come again and again
   std::mt19937 random(7);
   const Values lift = random_values(inputs * 2, random);
@@ -246,8 +253,8 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t inputs,
   for (float& weight : weights) weight /= std::sqrt(static_cast<float>(inputs));
   const Values bias = random_values(outputs, random);
   Network network;
-  network.buffers = {{2, height, width},
-                     {inputs, height, width},
+  network.buffers = {{2, read_height, read_width},
+                     {inputs, read_height, read_width},
                      {outputs, height, width},
                      {outputs, height, width},
                      {3, 1, 1}};
@@ -260,6 +267,7 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t inputs,
   square.input = 1;
   square.kernel_height = square.kernel_width = 3;
   square.pad_height = square.pad_width = 1;
+  square.stride_height = square.stride_width = c.stride;
   square.weight = weights.data();
   square.bias = bias.data();
   square.plain = 2;
@@ -271,6 +279,7 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t inputs,
   sum.kernel_height = height;
   sum.kernel_width = width;
   sum.pad_height = sum.pad_width = 0;
+  sum.stride_height = sum.stride_width = 1;
   sum.weight = positions.data();
   sum.bias = nullptr;
   sum.first = Activation::none;
@@ -281,7 +290,7 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t inputs,
   network.sites = outputs;
   const onp::MaskedForwardPlan plan = network.plan();
   const Words words((static_cast<std::size_t>(outputs) + 63) / 64, 0x1111111111111111u);
-  const std::int64_t pixels = 2 * height * width;
+  const std::int64_t pixels = 2 * read_height * read_width;
   const Values different = random_values(kDifferent * pixels, random);
   Values images, expected;
   for (std::int64_t n = 0; n < count; ++n) {
@@ -315,13 +324,18 @@ void test_winograd(std::int64_t height, std::int64_t width, std::int64_t inputs,
 
 void test_winograd_sizes() {
   for (std::int64_t height = 1; height <= 9; ++height) {
-    for (std::int64_t width = 1; width <= 9; ++width) test_winograd(height, width, 17, 20, 4);
+    for (std::int64_t width = 1; width <= 9; ++width) {
+      test_winograd({height, width, 17, 20, 4});
+      for (const std::int64_t rest : {0, 1}) test_winograd({height, width, 17, 20, 4, 2, rest});
+    }
   }
-  test_winograd(14, 14, 16, 48, 2);
-  test_winograd(10, 13, 33, 5, 7);
-  // Weights that fit no cache.
-  test_winograd(4, 3, 352, 340, 50);
-  test_winograd(2, 2, 512, 520, 26);
+  for (const std::int64_t stride : {1, 2}) {
+    test_winograd({14, 14, 16, 48, 2, stride});
+    test_winograd({10, 13, 33, 5, 7, stride});
+    // Weights that fit no cache.
+    test_winograd({4, 3, 352, 340, 50, stride});
+    test_winograd({2, 2, 512, 520, 26, stride});
+  }
 }
 
 // A step in whose output bytes are exact: images of whole sixteenths go through unchanged to some
