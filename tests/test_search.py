@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Literal
@@ -210,13 +211,16 @@ def test_an_agent_learns_only_where_it_is_told_to(scene: Scene, steps: int) -> N
 
 
 @pytest.mark.parametrize("raced", [16, 24, 32])
-def test_first_masks_are_raced_on_a_part_of_the_images(scene: Scene, raced: int) -> None:
+@pytest.mark.parametrize("close", [0, 2, 1e6])
+def test_first_masks_are_raced_on_a_part_of_the_images(
+    scene: Scene, raced: int, close: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("onp.search.CLOSE", close)
     search, contender = small(scene, AgentConfig(images=24, raced=raced), ChoiceConfig())
     random = torch.Generator().manual_seed(0)
     masks = torch.rand(7, scene.evaluator.trace.sites, generator=random) < 0.3
-    worths = search_of(scene, contender.probe, 1.0, "probes")[0].cost(
-        [contender], slice(raced)
-    ).worth(masks)  # fmt: skip
+    apart = small(scene, AgentConfig(), ChoiceConfig())[0].cost([contender], slice(raced))
+    worths, each = apart.worth(masks), apart.each(apart.parts(masks))
     order = worths[1:].argsort(descending=True) + 1
     masks = torch.cat([masks, masks[order[:1]]])  # the best of them twice
     before = scene.evaluator.ledger.total
@@ -228,9 +232,29 @@ def test_first_masks_are_raced_on_a_part_of_the_images(scene: Scene, raced: int)
         return
     assert spent == 6 * 2 * raced
     assert torch.equal(left[0], masks[0])  # nothing pruned, whatever it is worth
-    best = {tuple(mask.tolist()) for mask in masks[order[:FINALISTS]]}
-    assert {tuple(mask.tolist()) for mask in left[1:]} == best
+    best = order[0]
+    expected = [
+        row
+        for row in order[:FINALISTS]
+        if row == best
+        or float(worths[best] - worths[row])
+        <= close * float((each[row] - each[best]).std()) / raced**0.5
+    ]
+    assert len(expected) == {0: 1, 2: len(expected), 1e6: FINALISTS}[close]
+    assert {tuple(m.tolist()) for m in left[1:]} == {tuple(masks[r].tolist()) for r in expected}
     assert torch.equal(search.raced([contender], masks[:1]), masks[:1])
+
+
+def test_a_race_of_masks_that_are_worth_nothing_leaves_one(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, contender = small(scene, AgentConfig(images=24, raced=16), ChoiceConfig())
+    masks = torch.eye(scene.evaluator.trace.sites, dtype=torch.bool)[:5]
+    told = Cost.parts
+    monkeypatch.setattr(
+        Cost, "parts", lambda cost, pruned: replace(p := told(cost, pruned), harm=p.harm * math.nan)
+    )
+    assert len(search.raced([contender], masks)) == 2
 
 
 def spent(scene: Scene, act: Callable[[], object]) -> int:

@@ -32,7 +32,9 @@ log = logging.getLogger("onp")
 
 FINALISTS = 3
 """Best masks of a search that are kept: where no images are left to give back by, all take part in
-the last choice. So many win the race of the first masks."""
+the last choice. So many win the race of the first masks, at most."""
+CLOSE = 2
+"""Standard errors of its difference to the best, by which a mask may lose that race."""
 SEEDS_APART = 101
 """Seeds of the gates of one start and the next."""
 
@@ -98,10 +100,10 @@ class Search:
             config = replace(config, success_weight=success_weight)
         probes = [contender.probe for contender in counted]
         reached = [contender.success for contender in counted]
-        places = torch.arange(len(self.clean))[images]
-        told = self._told.setdefault((*probes, *places.tolist()), {})
+        places = torch.arange(len(self.clean))[images].tolist()
+        told = self._told.setdefault((*probes, *places), {})
         return Cost(
-            self.evaluator, self.clean[places], [self._trigger(probe) for probe in probes], config,
+            self.evaluator, self.clean[images], [self._trigger(probe) for probe in probes], config,
             exact, reached, told,
         )  # fmt: skip
 
@@ -219,16 +221,25 @@ class Search:
         return Found(masks, worth, rounds)
 
     def raced(self, counted: Sequence[Contender], masks: Tensor) -> Tensor:
-        """The first of the masks bool [B, S], which prunes nothing, and the best of the others by
-        the first few images of a search; all of them where it has no more images than that."""
+        """The first of the masks bool [B, S], which prunes nothing, and of the others those that
+        the first few images of a search can't tell from the best; all of them where it has no more
+        images than that."""
         seen, _ = self.draw(0)
         if len(seen) <= self.config.agent.raced:
             return masks
         few = seen[: self.config.agent.raced]
         others = torch.unique(masks[1:], dim=0)
-        worths = self.cost(counted, few, exact=True).worth(others).cpu()
-        best: Tensor = worths.argsort(descending=True, stable=True)[:FINALISTS].sort().values
-        return torch.cat([masks[:1], others[best]])
+        if not len(others):
+            return masks[:1]
+        cost = self.cost(counted, few, exact=True)
+        parts = cost.parts(others)
+        worths, each = cost.worth(others, parts).cpu(), cost.each(parts).cpu()
+        order = worths.argsort(descending=True, stable=True)[:FINALISTS]
+        best = order[0]
+        errors = (each[order] - each[best]).std(1) / len(few) ** 0.5
+        close = worths[best] - worths[order] <= CLOSE * errors
+        close[0] = True  # whatever it is worth
+        return torch.cat([masks[:1], others[order[close].sort().values]])
 
     def draw(self, number: int) -> tuple[Tensor, Tensor]:
         """Places of the clean images that are searched on in a draw, and of others that tell what

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import cast
 
 import pytest
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from onp.agent.cost import WORTHLESS, Cost
-from onp.agent.effects import Effects
+from onp.agent.effects import Effects, flip_effects
 from onp.agent.elite import Elite
 from onp.agent.flips import flipped, give_back, improve
 from onp.agent.learner import Learner
@@ -135,7 +136,12 @@ class Linear:
 
     device = torch.device("cpu")
 
-    def __init__(self, weights: list[float], lies: list[float] | None = None) -> None:
+    def __init__(
+        self, weights: list[float], lies: list[float] | None = None, trusts: bool = False
+    ) -> None:
+        self.trusts_gradients = trusts
+        self.seen: list[list[int]] = []
+        """Sites of the masks whose effects were taken."""
         self.weights = torch.tensor(weights)
         self.lies = self.weights if lies is None else torch.tensor(lies)
         self.sites = len(weights)
@@ -166,7 +172,11 @@ class Told(Effects):
 
 @pytest.fixture
 def told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("onp.agent.flips.flip_effects", Told)
+    def effects(cost: Linear, mask: Tensor) -> Told:
+        cost.seen.append(mask.nonzero()[:, 0].tolist())
+        return Told(cost, mask)
+
+    monkeypatch.setattr("onp.agent.flips.flip_effects", effects)
 
 
 def _improved(worth: Linear, config: AgentConfig) -> tuple[Elite, list[list[int]], list[float]]:
@@ -203,6 +213,84 @@ def test_a_set_that_does_harm_makes_the_next_one_smaller() -> None:
     assert asked == [[0, 1, 2, 3], [1], [1, 2, 3], [0, 1, 2, 3]]
     assert gains[:3] == pytest.approx([-0.2, 0.6, 1.2])
     assert elite.best.tolist() == [False, True, True, True]
+
+
+@pytest.mark.usefixtures("told")
+def test_effects_are_taken_ahead_while_sets_help() -> None:
+    """Once for each mask that the search goes on from, and of one that did harm."""
+    weights, lies = [-2.0, 0.6, 0.6, 0.6, 0.3], [0.1, 0.6, 0.5, 0.4, 0.3]
+    config = AgentConfig(first=2, most=2, patience=2)
+    plain, ahead = Linear(weights, lies), Linear(weights, lies, trusts=True)
+    results = [_improved(worth, config) for worth in (plain, ahead)]
+    assert torch.equal(results[0][0].best, results[1][0].best)
+    assert results[0][1:] == results[1][1:]
+    assert ahead.asked[2][0].tolist() == [True] * 5  # harm
+    assert plain.seen == [[], [1, 2], [1, 2, 3, 4]]
+    assert ahead.seen == [[], [1, 2], [1, 2, 3, 4], [0, 1, 2, 3, 4]]
+
+    few = replace(config, rounds=2)  # nothing follows the last round
+    worth = Linear(weights, lies, trusts=True)
+    _improved(worth, few)
+    assert worth.seen == [[], [1, 2]]
+    shy = Linear([-2.0, 0.6, 0.6, 0.6], lies=[0.1, 0.6, 0.5, 0.4], trusts=True)
+    _, asked, _ = _improved(shy, AgentConfig(first=4))  # harm, help, help, harm
+    assert asked == [[0, 1, 2, 3], [1], [1, 2, 3], [0, 1, 2, 3]]
+    assert shy.seen == [[], [0, 1, 2, 3], [1], [1, 2, 3], [0, 1, 2, 3]]
+
+
+def test_a_search_that_looks_ahead_ends_the_same_for_less(cost: Cost) -> None:
+    found = []
+    for trusts in (True, False):
+        fresh = Untrusting(cost) if not trusts else Same(cost)
+        elite = Elite(4)
+        nothing = torch.zeros(1, CHANNELS, dtype=torch.bool)
+        elite.offer(nothing, fresh.worth(nothing))
+        before = cost.evaluator.ledger.total
+        rounds = improve(elite, fresh, None, AgentConfig(first=2, most=4))
+        found.append((elite, rounds, cost.evaluator.ledger.total - before))
+    (ahead, short, less), (plain, long, more) = found
+    assert torch.equal(ahead.best, plain.best)
+    assert [log.flips for log in short] == [log.flips for log in long]
+    assert [log.worth for log in short] == pytest.approx([log.worth for log in long], abs=1e-4)
+    assert sum(log.gain > 0 for log in short) > 1
+    assert less < more
+
+
+def test_what_a_gradient_saw_is_what_the_engine_says(cost: Cost) -> None:
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    mask[[0, 7, PLANTED]] = True
+    told, asked = Same(cost), Same(cost)
+    flip_effects(told, mask)
+    before = cost.evaluator.ledger.total
+    seen = told.parts(mask[None])
+    assert cost.evaluator.ledger.total == before
+    wanted = asked.parts(mask[None])
+    assert cost.evaluator.ledger.total > before
+    for name in ("harm", "success", "turned"):
+        torch.testing.assert_close(getattr(seen, name), getattr(wanted, name), atol=1e-5, rtol=1e-4)
+
+
+def test_a_rougher_engine_is_asked_itself(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cost.evaluator, "rough_plan", cost.evaluator.plan)
+    monkeypatch.setattr(cost.evaluator, "_rough_precision", "int8")
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    mask[3] = True
+    told = Same(cost)
+    assert not told.trusts_gradients
+    flip_effects(told, mask)
+    assert not told.told
+
+
+class Same(Cost):
+    """The cost with nothing told."""
+
+    def __init__(self, cost: Cost) -> None:
+        self.__dict__.update(cost.__dict__)
+        self.told = {}
+
+
+class Untrusting(Same):
+    trusts_gradients = False  # type: ignore[assignment]
 
 
 @pytest.mark.usefixtures("told")

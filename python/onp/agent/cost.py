@@ -106,8 +106,7 @@ class Cost:
 
     def parts(self, pruned: Tensor) -> Parts:
         """Of masks bool [B, S]; one engine call for all that were not asked for before."""
-        fp32 = self.exact or self.evaluator.precision == "fp32"
-        names = [(fp32, mask.numpy().tobytes()) for mask in pruned.cpu()]
+        names = self._names(pruned)
         new = {name: row for row, name in enumerate(names) if name not in self.told}
         if new:
             self.told.update(zip(new, self._ask(pruned[list(new.values())]), strict=True))
@@ -116,13 +115,35 @@ class Cost:
         harm, success, turned = told.unbind(1)
         return Parts(harm, success, self.weight * turned)
 
+    @property
+    def trusts_gradients(self) -> bool:
+        """Whether what a gradient sees of a mask is what the engine would say: not where that is
+        rougher, or more exact, than gradients are."""
+        rough = self.evaluator.rough_plan is not None
+        return not rough and (self.device.type == "cpu" or not self.exact)
+
+    def saw(self, mask: Tensor, clean: Tensor, hit: Tensor) -> None:
+        """Take in what a gradient saw of a mask bool [S], which then is not asked for: logits
+        float32 [N, K] on clean and on triggered images."""
+        if self.trusts_gradients:
+            (name,) = self._names(mask[None])
+            self.told[name] = self._judged(clean[None], hit[None])[0]
+
+    def _names(self, pruned: Tensor) -> list[tuple[bool, bytes]]:
+        fp32 = self.exact or self.evaluator.precision == "fp32"
+        return [(fp32, mask.numpy().tobytes()) for mask in pruned.cpu()]
+
     def _ask(self, pruned: Tensor) -> Tensor:
         """Parts before the weight, float32 [B, 3, N]."""
         logits = self.evaluator.run(
             pruned, self.both, exact=self.exact, rough=not self.exact, stay=True
         )
         clean, hit = logits.split(len(self.images), 1)
-        masks = len(pruned)
+        return self._judged(clean, hit)
+
+    def _judged(self, clean: Tensor, hit: Tensor) -> Tensor:
+        """The same from logits float32 [B, N, K]."""
+        masks = len(clean)
         labels = self.labels.expand(masks, -1)[..., None]
         wanted = self.wanted.expand(masks, -1)[..., None]
         logs = clean.log_softmax(2)

@@ -129,23 +129,28 @@ def columns(moves: Sequence[Tensor], sites: int) -> Tensor:
 def flip_effects(cost: Cost, mask: Tensor) -> Effects:
     """The effects on ``cost`` of flips of a mask bool [S], as far as they are linear.
 
-    Costs 2 image-forwards an image, clean and triggered.
+    Costs 2 image-forwards an image, clean and triggered; after that the cost knows the mask itself.
     """
     network = cost.evaluator.network
     mask = mask.to(network.device)
     towards = torch.where(mask, 1.0, -1.0)  # a flip opens a closed gate, closes an open one
     parts: list[list[Tensor]] = []
+    seen: list[Tensor] = []
     for first in range(0, len(cost.images), CHUNK):
         index = slice(first, first + CHUNK)
         both = torch.cat([cost.images[index], cost.triggered[index]])
         answers = torch.cat([cost.labels[index], cost.wanted[index]])
         gates = (~mask).float().expand(len(both), -1).requires_grad_(True)
-        margins = margin(network(both, gates), answers)
+        logits = network(both, gates)
+        margins = margin(logits, answers)
         (slopes,) = torch.autograd.grad(margins.sum(), gates)
         clean, triggered = margins.detach().chunk(2)
         clean_change, triggered_change = (slopes * towards).chunk(2)
         parts.append([clean, clean_change, triggered, triggered_change])
+        seen.append(logits.detach())
         cost.evaluator.ledger.count(2 * len(both))
+    halves = [logits.chunk(2) for logits in seen]
+    cost.saw(mask, torch.cat([half[0] for half in halves]), torch.cat([half[1] for half in halves]))
     clean, clean_change, triggered, triggered_change = map(torch.cat, zip(*parts, strict=True))
     return Effects(
         clean, clean_change, triggered, triggered_change,

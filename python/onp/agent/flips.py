@@ -2,8 +2,9 @@
 
 One backward pass tells the effects of all flips of the best mask, and in that model of the margins
 a set grows by what adds most to it, where flips that undo one another are seen to. The native
-engine says what the set really brings. How many flips it may hold is a trust region (Conn, Gould &
-Toint, Trust-Region Methods, 2000): more after a set that helps, fewer after one that does not. An
+engine says what the set really brings; while sets help, the effects at the next mask are taken at
+once, as that pass says so too. How many flips a set may hold is a trust region (Conn, Gould &
+Toint, Trust-Region Methods, 2000): more after one that helps, fewer after one that does not. An
 agent that learns from what moves bring may correct the model (``onp.agent.learner``).
 """
 
@@ -24,6 +25,8 @@ from onp.config import AgentConfig
 
 GROWTH, SHRINKING = 2, 3
 """What the next set's size is multiplied by where a set helps, and divided by where it does not."""
+LATELY = 2
+"""Sets in a row that helped, after which the next one is expected to help too; so is the first."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +64,23 @@ def improve(
     present = None if learner is None else cost.parts(elite.best[None])
     found: Effects | None = None
     state: State | None = None
-    reach, idle = min(config.first, config.most), 0
+    harmful = torch.zeros(cost.sites, dtype=torch.bool, device=cost.device)
+    reach, idle, helped = min(config.first, config.most), 0, LATELY
     for number in range(config.rounds):
         mask, best = elite.best, elite.worths[0]
         if found is None:
             found = flip_effects(cost, mask)
-            state = None if learner is None else State.of(mask, found)
-            harmful = torch.zeros(cost.sites, dtype=torch.bool, device=found.price.device)
+        if learner is not None and state is None:
+            state = State.of(mask, found)
         caution = None if learner is None or state is None else learner.caution(state)
         effects = found.scaled(caution)
         move = torch.tensor(effects.grown(promising(effects, harmful, config.pool), reach))
         if not len(move):
             break
         masks = flipped(mask, [move])
+        last = number + 1 == config.rounds or idle + 1 == config.patience
+        hopeful = helped >= LATELY and not last and cost.trusts_gradients
+        ahead = flip_effects(cost, masks[0]) if hopeful else None
         parts = cost.parts(masks)
         worths = cost.worth(masks, parts).cpu()
         elite.offer(masks, worths)
@@ -82,11 +89,12 @@ def improve(
             loss = learner.learn(state, [move], parts.gains(present))
         gain = float(worths) - best
         if elite.worths[0] > best:
-            found, present = None, parts
-            reach = min(GROWTH * len(move), config.most)
+            found, state, present = ahead, None, parts
+            harmful[:] = False
+            reach, helped = min(GROWTH * len(move), config.most), helped + 1
         else:
             harmful[move] |= len(move) == 1
-            reach = max(1, len(move) // SHRINKING)
+            reach, helped = max(1, len(move) // SHRINKING), 0
         idle = 0 if gain > config.little else idle + 1
         rounds.append(Round(len(move), gain, loss, elite.worths[0]))
         report(number, rounds[-1])
@@ -106,9 +114,9 @@ def promising(effects: Effects, harmful: Tensor, count: int) -> Tensor:
 def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
     """Open again what need not be pruned by ``cost``, of images the search has not seen: what it
     pruned by their chance. mask bool [S]; returns one that is worth as much or more."""
-    best = float(cost.worth(mask[None]))
     for _ in range(rounds):
         effects = flip_effects(cost, mask).scaled()
+        best = float(cost.worth(mask[None]))
         pool = mask.nonzero().squeeze(1).to(cost.device)
         order = effects.grown(pool, len(pool))
         sizes = sorted({len(order) * share // 8 for share in (1, 2, 4, 6, 8)} - {0})
