@@ -240,7 +240,8 @@ def test_first_masks_are_raced_on_a_part_of_the_images(
         or float(worths[best] - worths[row])
         <= close * float((each[row] - each[best]).std()) / raced**0.5
     ]
-    assert len(expected) == {0: 1, 2: len(expected), 1e6: FINALISTS}[close]
+    if close != 2:
+        assert len(expected) == {0: 1, 1e6: FINALISTS}[close]
     assert {tuple(m.tolist()) for m in left[1:]} == {tuple(masks[r].tolist()) for r in expected}
     assert torch.equal(search.raced([contender], masks[:1]), masks[:1])
 
@@ -303,6 +304,23 @@ def test_what_was_told_roughly_is_told_again_in_fp32(
         assert spent(scene, lambda: exact.parts(masks)) == 3 * 2 * 20
         assert spent(scene, lambda: cost.parts(masks)) == 0
     assert spent(scene, lambda: cost.parts(masks)) == 0
+
+
+def test_another_start_forgets_what_other_ranges_told(scene: Scene) -> None:
+    search, contender = small(scene, AgentConfig(), ChoiceConfig())
+    scene = replace(search.scene, config=replace(search.config, search_precision="int8"))
+    search = Search(scene, search.graph, search.norm_shift, search.evidence)
+    cost = search.cost([contender], slice(20))
+    mask = torch.eye(scene.evaluator.trace.sites, dtype=torch.bool)[:1]
+    exact = cost.parts(mask).harm
+    (name,) = cost.told
+    cost.told[(False, name[1])] = torch.ones(3, 20)
+    try:
+        search.calibrate(cost, torch.cat([mask, mask]))
+    finally:
+        scene.evaluator.rough_plan = None
+    assert list(cost.told) == [name]
+    assert torch.equal(cost.parts(mask).harm, exact)
 
 
 @pytest.mark.parametrize("judged", [12, 30, 45, 500])

@@ -1,7 +1,8 @@
 // Masked forward: a network as a short program of steps over buffers, planned once; one run
 // evaluates many masks on many images, in fp32, with convolutions of bf16 or, told the ranges of
-// its buffers, of 8 bits. Square 3x3 convolutions of stride 1 with 16 or more input channels go by
-// Winograd F(2x2, 3x3), on large maps F(4x4, 3x3): the rounding differs a little from a direct sum.
+// its buffers, of 8 bits. Square 3x3 convolutions of stride 1 or 2 with 16 or more input channels
+// go by Winograd, by tiles of 4x4 or 2x2 outputs, where that saves products: the rounding differs a
+// little from a direct sum.
 #pragma once
 
 #include <cstdint>

@@ -15,9 +15,9 @@ constexpr int kQuad = 4;
 constexpr int kPair = 2;
 
 // A Winograd convolution of 3x3 kernels gives tiles of `size` x `size` output pixels. Per side of a
-// tile it reads and multiplies `winograd_side` values, by transformed kernels that have size + 2: of
-// stride 2 they are those of every second value, and of the others, one after the other, which are
-// all multiplied by the same.
+// tile it reads and multiplies `winograd_side` values. Of stride 2 these are size + 1 points of
+// F(size, 2) on every second input, and the `size` inputs between, which are all multiplied by the
+// same: either way there are size + 2 transformed kernels a side.
 constexpr int winograd_side(int size, int stride) { return stride == 1 ? size + 2 : 2 * size + 1; }
 constexpr int winograd_points(int size, int stride) {
   return winograd_side(size, stride) * winograd_side(size, stride);
@@ -26,8 +26,8 @@ constexpr int winograd_kernels(int size) { return (size + 2) * (size + 2); }
 
 // Tiles that it multiplies together at most: few, so that what is transformed stays in a thread's
 // own caches, but many where the weights fit no cache and each group reads them from memory.
-constexpr int kNarrowTiles = 24;
 constexpr int kWideTiles = 48;
+constexpr int narrow_tiles(int size) { return size == 2 ? 24 : 12; }
 constexpr bool is_wide(int size, std::int64_t inputs, std::int64_t outputs) {
   return winograd_kernels(size) * inputs * outputs >= 4 << 20;
 }
@@ -35,7 +35,7 @@ constexpr bool is_wide(int size, std::int64_t inputs, std::int64_t outputs) {
 // Floats of scratch that it needs for these padded channel counts.
 constexpr std::int64_t winograd_scratch(int size, int stride, std::int64_t inputs,
                                         std::int64_t outputs) {
-  const std::int64_t tiles = is_wide(size, inputs, outputs) ? kWideTiles : kNarrowTiles;
+  const std::int64_t tiles = is_wide(size, inputs, outputs) ? kWideTiles : narrow_tiles(size);
   return winograd_points(size, stride) * (tiles * (inputs + outputs) + 2 * kChannelBlock);
 }
 

@@ -194,8 +194,8 @@ std::int64_t winograd_products(int size, int stride, const BufferShape& to) {
   return winograd_points(size, stride) * divide_up(to.height, size) * divide_up(to.width, size);
 }
 
-// The tiles of a convolution that goes by Winograd, 1: of one that does not. Few inputs lose more to
-// the transforms than they save; few outputs (the images, backwards) do not. Larger tiles save
+// The tiles of a convolution that goes by Winograd, 1: of one that does not. Few inputs lose more
+// to the transforms than they save; few outputs (the images, backwards) do not. Larger tiles save
 // products but where much of them lies outside the map; what they save has to pay for transforms.
 int winograd_size(const StepSpec& spec, std::int64_t inputs, const BufferShape& to) {
   const std::int64_t stride = spec.stride_height;
@@ -219,9 +219,9 @@ constexpr double kLargeTile[][3] = {{1. / 4, 0, 0},
                                     {1. / 24, -1. / 12, 1. / 6},
                                     {0, 0, 1}};
 constexpr double kSmallStrided[][3] = {{-1, 0, 0}, {1, 0, 1}, {0, 0, 1}, {0, 1, 0}};
-constexpr double kLargeStrided[][3] = {{1. / 2, 0, 0},      {-1. / 2, 0, -1. / 2},
-                                       {-1. / 6, 0, 1. / 6}, {1. / 6, 0, 1. / 3},
-                                       {0, 0, 1},            {0, 1, 0}};
+constexpr double kLargeStrided[][3] = {
+    {1. / 2, 0, 0}, {-1. / 2, 0, -1. / 2}, {-1. / 6, 0, 1. / 6}, {1. / 6, 0, 1. / 3}, {0, 0, 1},
+    {0, 1, 0}};
 
 void pack_winograd(Step& step, const Buffer& from, int size) {
   const std::int64_t inputs = from.shape.channels;
@@ -393,13 +393,15 @@ void Buffer::place_pixels() {
   }
 }
 
-std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to) {
+std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
+                     Number number) {
   if (spec.kind == StepKind::pick) {
     return std::count(spec.index.begin(), spec.index.end(), -1) > 0 ? 1 : 0;
   }
   if (spec.kind != StepKind::convolution) return 0;
   // Winograd tiles that reach past the outputs read further.
-  const std::int64_t tile = winograd_size(spec, from.channels, to);
+  const bool floats = number == Number::floats;
+  const std::int64_t tile = floats ? winograd_size(spec, from.channels, to) : 1;
   const auto beyond = [&](std::int64_t size, std::int64_t outputs, std::int64_t kernel,
                           std::int64_t stride, std::int64_t pad) {
     const std::int64_t end = (round_up(outputs, tile) - 1) * stride - pad + kernel;
@@ -411,14 +413,14 @@ std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const Buffer
 }
 
 std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
-                        std::int64_t keys) {
+                        std::int64_t keys, Number number) {
   if (spec.kind == StepKind::concatenation) return round_up(to.channels, kChannelBlock);
   if (spec.kind == StepKind::group_norm) return group_scratch(2, to.channels);
   if (spec.kind == StepKind::attention) {
     return attention_scratch(pixels_of(to), keys, to.channels / spec.heads, to.channels);
   }
   const int tile = winograd_size(spec, from.channels, to);
-  if (tile == 1) return 0;
+  if (tile == 1 || number != Number::floats) return 0;
   return winograd_scratch(tile, static_cast<int>(spec.stride_height),
                           round_up(from.channels, kChannelBlock),
                           round_up(to.channels, kChannelBlock));
@@ -563,11 +565,11 @@ Network plan_network(const std::vector<BufferShape>& shapes, const std::vector<S
               "masked_forward: a step's sites must lie in [0, ", sites, "), got ", spec.site_start,
               " and ", to.channels, " channels");
     Buffer& from = network.buffers[read_by(spec)];
-    from.halo = std::max(from.halo, halo_of(spec, from.shape, to));
+    from.halo = std::max(from.halo, halo_of(spec, from.shape, to, from.number));
     const bool attends = spec.kind == StepKind::attention;
     const std::int64_t keys = attends ? pixels_of(shapes[spec.others[0]]) : 0;
     network.scratch_floats =
-        std::max(network.scratch_floats, scratch_of(spec, from.shape, to, keys));
+        std::max(network.scratch_floats, scratch_of(spec, from.shape, to, keys, from.number));
   }
   ONP_CHECK(output > 0 && written[output] && !constant[output],
             "masked_forward: output must be written by a step");

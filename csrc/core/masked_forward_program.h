@@ -128,16 +128,19 @@ inline std::int64_t written_buffer(const StepSpec& spec) {
   return spec.final >= 0 ? spec.final : spec.plain;
 }
 
-// Pixels around `from` that a convolution reads (a pool stays inside), and the scratch it needs.
-std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
+// Pixels around `from` that a convolution reads (a pool stays inside), and the scratch it needs, by
+// what it reads.
+std::int64_t halo_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
+                     Number number = Number::floats);
 std::int64_t scratch_of(const StepSpec& spec, const BufferShape& from, const BufferShape& to,
-                        std::int64_t keys = 0);
+                        std::int64_t keys = 0, Number number = Number::floats);
 
 // Whether a convolution may read bytes: not of few channels, nor for a single pixel, where that
 // would save little; nor of groups, nor where its sums might not fit 32 bits.
 bool suits_bytes(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
 
-// Whether it may read halves: as for bytes; and not where Winograd in fp32 saves more.
+// Whether it may read halves: as for bytes; and not where Winograd by tiles of 4 in fp32 saves more
+// (of stride 2 it saves less than halves do).
 bool suits_halves(const StepSpec& spec, const BufferShape& from, const BufferShape& to);
 
 // The step with its weights packed for the kernel that suits it and `from`, which may be a narrow

@@ -46,7 +46,8 @@ struct Tile {
   };
 
   // Where the epilogue of some output pixels reads and writes; what a step has not got is not set.
-  // Pixels outside the image repeat one inside: the same values are stored again.
+  // Pixels outside the image stand for one inside, from which they come to the same values; or, by
+  // Winograd, to others: then pixels are stored in order, and the one inside comes later.
   template <int pixels>
   struct Outputs {
     const float* residual[pixels];
@@ -358,10 +359,10 @@ struct Tile {
 
   // ---- Winograd F(2x2, 3x3) and F(4x4, 3x3), A. Lavin and S. Gray, "Fast Algorithms for
   // Convolutional Neural Networks", arXiv 1509.09308: a tile of 2x2 outputs from 4x4 inputs with 16
-  // products instead of 36, or of 4x4 from 6x6 with 36 instead of 144. Of stride 2, a sum per side of
-  // F(2, 2) or F(4, 2) on every second input, and of the middle weight times the others: 25 instead
-  // of 36, or 81 instead of 144. Per group of tiles: transform the inputs, a matrix product per
-  // point, transform back and finish.
+  // products instead of 36, or of 4x4 from 6x6 with 36 instead of 144. Of stride 2, a sum per side
+  // of F(2, 2) or F(4, 2) on every second input, and of the middle weight times the others: 25
+  // instead of 36, or 81 instead of 144. Per group of tiles: transform the inputs, a matrix product
+  // per point, transform back and finish.
 
   // Where the output of a tile begins; tiles come row by row, image after image.
   struct Corner {
@@ -560,7 +561,8 @@ struct Tile {
     const Index outputs = (step.channels + kLanes - 1) / kLanes * kLanes;
     // Of narrow layers' large tiles as many as fill the registers: what is transformed then stays
     // in the first cache.
-    constexpr Index kNarrow = size == 4 ? kPixels : kNarrowTiles / kPixels * kPixels;
+    constexpr Index kNarrow = size == 4 ? kPixels : narrow_tiles(size) / kPixels * kPixels;
+    static_assert(kNarrow > 0 && kNarrow <= narrow_tiles(size), "scratch is for so many");
     const bool wide = is_wide(size, length, step.channels);
     const Index together = wide ? kWideTiles / kPixels * kPixels : kNarrow;
     // One more cache line per point: at a multiple of 4 KiB all points would share a cache set.

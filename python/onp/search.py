@@ -123,6 +123,9 @@ class Search:
         precision = self.config.search_precision
         if precision != "fp32":
             ends = start[:: max(1, len(start) - 1)]
+            for told in self._told.values():  # by the ranges of another start
+                for name in [name for name in told if not name[0]]:
+                    del told[name]
             self.evaluator.calibrate(precision, ends, cost.sample(CALIBRATION_IMAGES))
 
     def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
@@ -301,7 +304,9 @@ class Search:
         """The cheapest, on seen and unseen images: those of the first draw, those that tell what to
         give back after it, and the others, as what is known of masks there is not asked again."""
         config = self.config.choice
-        parts = [places[places < config.judged] for places in self.draw(0)]
+        seen, unseen = self.draw(0)
+        gave = unseen if len(unseen) >= config.least else unseen[:0]
+        parts = [places[places < config.judged] for places in (seen, gave)]
         others = torch.ones(min(config.judged, len(self.clean)), dtype=torch.bool)
         others[torch.cat(parts)] = False
         parts.append(others.nonzero().squeeze(1))

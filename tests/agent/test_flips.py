@@ -88,7 +88,7 @@ def test_the_planted_channel_is_found_from_nothing(cost: Cost) -> None:
     assert elite.best[PLANTED]
     assert elite.worths[0] > float(cost.worth(nothing)) + 0.5
     assert rounds[-1].worth == elite.worths[0]
-    assert float(cost.worth(elite.best[None])) == pytest.approx(elite.worths[0], abs=1e-5)
+    assert float(Same(cost).worth(elite.best[None])) == pytest.approx(elite.worths[0], abs=1e-5)
 
 
 class Recorder:
@@ -115,7 +115,8 @@ def test_gains_are_taught_over_the_mask_that_moves_start_from(cost: Cost) -> Non
     assert len({mask.numpy().tobytes() for mask, _, _ in recorder.lessons}) > 1  # the mask changed
     assert {len(moves[0]) for _, moves, _ in recorder.lessons} >= {1, 2}
     for mask, moves, gains in recorder.lessons:
-        expected = cost.parts(flipped(mask, moves)).gains(cost.parts(mask[None]))
+        fresh = Same(cost)
+        expected = fresh.parts(flipped(mask, moves)).gains(fresh.parts(mask[None]))
         torch.testing.assert_close(gains, expected, atol=1e-5, rtol=1e-4)
 
 
@@ -268,6 +269,23 @@ def test_what_a_gradient_saw_is_what_the_engine_says(cost: Cost) -> None:
     assert cost.evaluator.ledger.total > before
     for name in ("harm", "success", "turned"):
         torch.testing.assert_close(getattr(seen, name), getattr(wanted, name), atol=1e-5, rtol=1e-4)
+
+
+def test_what_the_engine_said_stands(cost: Cost) -> None:
+    """A gate of 0 leaves what is no number; a mask cuts it off."""
+    mask = torch.zeros(CHANNELS, dtype=torch.bool)
+    mask[[5, PLANTED]] = True
+    told = Same(cost)
+    parts = told.parts(mask[None])
+    told.saw(mask, torch.zeros_like(cost.original), torch.zeros_like(cost.original))
+    assert torch.equal(told.parts(mask[None]).harm, parts.harm)
+
+    fresh = Same(cost)
+    logits = torch.zeros_like(cost.original)
+    logits[4, 0] = math.nan
+    fresh.saw(mask, logits, logits)
+    assert not fresh.told
+    assert torch.equal(fresh.parts(mask[None]).harm, parts.harm)
 
 
 def test_a_rougher_engine_is_asked_itself(cost: Cost, monkeypatch: pytest.MonkeyPatch) -> None:

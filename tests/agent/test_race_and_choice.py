@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from onp.agent.choice import choose, halved
 from onp.agent.contenders import (
@@ -17,7 +19,7 @@ from onp.agent.contenders import (
     success_of,
     successes_of,
 )
-from onp.agent.cost import Cost, dealt_out
+from onp.agent.cost import Cost, Parts, dealt_out
 from onp.agent.flips import give_back
 from onp.agent.race import Contender, race, ranking_masks
 from onp.clean import Clean
@@ -88,6 +90,56 @@ def test_giving_back_keeps_what_matters_and_choosing_takes_the_cheapest() -> Non
     assert torch.equal(choice.mask, only)
     assert choice.success_after[0] < 0.1 * choice.success_before[0]
     assert choice.interval[0] <= choice.crossfit <= choice.interval[1]
+
+
+def test_a_mask_under_which_an_answer_is_no_number_is_not_chosen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    cost = Cost(evaluator, Clean.seen_by(evaluator, images, labels), [probe], CostConfig())
+    masks = torch.eye(CHANNELS, dtype=torch.bool)[[PLANTED, 3]]
+    told = Cost.parts
+
+    def parts(cost: Cost, pruned: Tensor) -> Parts:
+        found = told(cost, pruned)
+        found.harm[pruned[:, 3], 2] = math.nan
+        return found
+
+    monkeypatch.setattr(Cost, "parts", parts)
+    choice = choose(list(masks), [cost])
+    assert torch.equal(choice.mask, masks[0])
+    assert math.isfinite(choice.cost)
+    assert math.isfinite(choice.crossfit)
+
+
+def test_a_choice_over_parts_of_the_images_is_one_over_all() -> None:
+    model, images, labels, probe = toy()
+    evaluator = MaskEvaluator(trace(model, (3, SIZE, SIZE)), model)
+    probes = [probe, replace(probe, target=0), replace(probe, target=LabelShift(1))]
+    seen = Clean.seen_by(evaluator, images, labels)
+    masks = torch.eye(CHANNELS, dtype=torch.bool)[[1, PLANTED, 7]]
+    ends = [0, 2, 31, len(images)]  # fewer than the probes, an odd number, the rest
+    costs = [
+        Cost(evaluator, seen[first:last], probes, CostConfig())
+        for first, last in itertools.pairwise(ends)
+    ]
+    choice = choose(list(masks), costs)
+    each = torch.cat([cost.each(cost.parts(masks[1:2])) for cost in costs], 1)
+    assert torch.equal(choice.mask, masks[1])
+    assert choice.cost == pytest.approx(float(each.mean()), abs=1e-6)
+    for number in range(len(probes)):
+        for found, mask in (
+            (choice.success_before, torch.zeros_like(masks[0])),
+            (choice.success_after, masks[1]),
+        ):
+            nats = [
+                cost.parts(mask[None]).success[0, place]
+                for cost in costs
+                for place in cost.hands[number]
+            ]
+            assert found[number] == pytest.approx(float(sum(nats)) / len(nats), abs=1e-6)
+    assert choice.interval[0] < choice.crossfit < choice.interval[1]
 
 
 def test_halves_share_every_probe_at_every_strength() -> None:

@@ -77,7 +77,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   };
   Network network;
   network.buffers = {{3, 11, 13}, {20, 6, 7}, {20, 6, 7}, {20, 6, 7}, {48, 6, 7}, {48, 3, 4},
-                     {48, 3, 4},  {37, 2, 2}, {37, 2, 2}, {37, 1, 1}, {5, 1, 1},  {48, 3, 4}};
+                     {48, 3, 4},  {37, 2, 1}, {37, 2, 1}, {37, 1, 1}, {5, 1, 1},  {48, 3, 4}};
   StepSpec stem;  // 0 -> 1 unmasked, 2 masked
   stem.kind = StepKind::convolution;
   stem.kernel_height = stem.kernel_width = 3;
@@ -141,11 +141,13 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   square.bias = values(48);
   square.residual = 5;
   square.final = 11;
-  StepSpec even;  // 11 -> 7, from channels without padding: whole kernel rows at once
+  StepSpec even;  // 11 -> 7, from channels without padding: whole kernel rows at once; too few
+                  // outputs for Winograd
   even.kind = StepKind::convolution;
   even.input = 11;
   even.kernel_height = even.kernel_width = 3;
-  even.stride_height = even.stride_width = 2;
+  even.stride_height = 2;
+  even.stride_width = 4;
   even.pad_height = even.pad_width = 1;
   even.weight = values(37 * 48 * 9);
   even.final = 7;
@@ -158,7 +160,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   StepSpec global;  // 8 -> 9
   global.kind = StepKind::average_pool;
   global.input = 8;
-  global.kernel_height = global.kernel_width = 2;
+  global.kernel_height = 2;
   global.site_start = 88;
   global.final = 9;
   StepSpec linear;  // 9 -> 10
@@ -236,16 +238,18 @@ void test_equals_naive(Build build) {
 }
 
 // Maps of all sizes by the tiles that suit them, whole and cut; more inputs and outputs than whole
-// vectors. height, width: of the outputs; `rest` more rows and columns are read, 0 or 1 of stride 2.
+// vectors. height, width: of the outputs; `rest` more rows and columns are read, 0 or 1 of
+// stride 2.
 struct WinogradCase {
   std::int64_t height, width, inputs, outputs, count, stride = 1, rest = 0;
+  std::int64_t pad_height = 1, pad_width = 1;
 };
 
 void test_winograd(const WinogradCase& c) {
   const std::int64_t height = c.height, width = c.width, inputs = c.inputs, outputs = c.outputs;
   const std::int64_t count = c.count;
-  const std::int64_t read_height = (height - 1) * c.stride + 1 + c.rest;
-  const std::int64_t read_width = (width - 1) * c.stride + 1 + c.rest;
+  const std::int64_t read_height = (height - 1) * c.stride + 3 + c.rest - 2 * c.pad_height;
+  const std::int64_t read_width = (width - 1) * c.stride + 3 + c.rest - 2 * c.pad_width;
   constexpr std::int64_t kDifferent = 3;  // images, which come again and again
   std::mt19937 random(7);
   const Values lift = random_values(inputs * 2, random);
@@ -257,7 +261,8 @@ void test_winograd(const WinogradCase& c) {
                      {inputs, read_height, read_width},
                      {outputs, height, width},
                      {outputs, height, width},
-                     {3, 1, 1}};
+                     {3, 1, 1},
+                     {outputs, height, width}};
   StepSpec first;  // 0 -> 1
   first.kind = StepKind::convolution;
   first.weight = lift.data();
@@ -266,16 +271,21 @@ void test_winograd(const WinogradCase& c) {
   StepSpec square = first;  // 1 -> 2 and, masked, 3
   square.input = 1;
   square.kernel_height = square.kernel_width = 3;
-  square.pad_height = square.pad_width = 1;
+  square.pad_height = c.pad_height;
+  square.pad_width = c.pad_width;
   square.stride_height = square.stride_width = c.stride;
   square.weight = weights.data();
   square.bias = bias.data();
   square.plain = 2;
   square.site_start = 0;
   square.final = 3;
-  StepSpec sum = square;  // 3 -> 4: every pixel counts by itself
+  StepSpec again = square;  // 1 -> 5, masked, on top of the first
+  again.residual = 2;
+  again.plain = -1;
+  again.final = 5;
+  StepSpec sum = square;  // 5 -> 4: every pixel counts by itself
   const Values positions = random_values(3 * outputs * height * width, random);
-  sum.input = 3;
+  sum.input = 5;
   sum.kernel_height = height;
   sum.kernel_width = width;
   sum.pad_height = sum.pad_width = 0;
@@ -284,8 +294,14 @@ void test_winograd(const WinogradCase& c) {
   sum.bias = nullptr;
   sum.first = Activation::none;
   sum.plain = sum.site_start = -1;
+  sum.residual = 6;
   sum.final = 4;
-  network.steps = {first, square, sum};
+  StepSpec other = sum;  // 3 -> 6
+  other.input = 3;
+  other.residual = -1;
+  other.final = 6;
+  network.buffers.push_back({3, 1, 1});
+  network.steps = {first, square, again, other, sum};
   network.output = 4;
   network.sites = outputs;
   const onp::MaskedForwardPlan plan = network.plan();
@@ -332,6 +348,10 @@ void test_winograd_sizes() {
   for (const std::int64_t stride : {1, 2}) {
     test_winograd({14, 14, 16, 48, 2, stride});
     test_winograd({10, 13, 33, 5, 7, stride});
+    for (std::int64_t pad = 0; pad <= 3; ++pad) {
+      test_winograd({9, 10, 16, 16, 3, stride, 0, pad, 3 - pad});
+      test_winograd({7, 8, 16, 16, 3, stride, stride - 1, 2, pad});
+    }
     // Weights that fit no cache.
     test_winograd({4, 3, 352, 340, 50, stride});
     test_winograd({2, 2, 512, 520, 26, stride});

@@ -113,8 +113,9 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
     return step;
   };
   Network network;
-  network.buffers = {{3, 16, 13}, {20, 8, 7}, {20, 8, 7}, {20, 8, 7}, {20, 5, 5}, {24, 5, 5},
-                     {17, 3, 3},  {17, 3, 3}, {17, 3, 3}, {51, 2, 2}, {5, 1, 1},  {51, 3, 3}};
+  network.buffers = {{3, 16, 13}, {20, 8, 7}, {20, 8, 7}, {20, 8, 7}, {20, 5, 5},
+                     {24, 5, 5},  {17, 3, 3}, {17, 3, 3}, {17, 3, 3}, {51, 2, 2},
+                     {5, 1, 1},   {51, 3, 3}, {17, 4, 4}, {17, 3, 3}};
   StepSpec stem = convolution(0, 2, 3, 20, 3, 2);  // 0 -> 1 without gates, 2 with them
   stem.plain = 1;
   stem.scale = values(20, 0.3, 1.0);
@@ -129,6 +130,15 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   large.shift = values(20, 0.3);
   large.second = Activation::relu6;
   large.site_start = 20;
+  StepSpec halved = convolution(2, 12, 20, 17, 3, 2);  // 2 -> 12, Winograd of stride 2, cut
+  halved.bias = values(17, 0.3);
+  halved.first = Activation::relu;
+  halved.site_start = 108;
+  StepSpec trimmed;  // 12 -> 13
+  trimmed.kind = StepKind::max_pool;
+  trimmed.input = 12;
+  trimmed.kernel_height = trimmed.kernel_width = 2;
+  trimmed.final = 13;
   StepSpec pool;  // 3 -> 4
   pool.kind = StepKind::max_pool;
   pool.input = 3;
@@ -137,7 +147,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   pool.final = 4;
   StepSpec small = convolution(4, 5, 20, 24, 3, 1);  // 4 -> 5, tiles of 2, some cut
   small.bias = values(24, 0.3);
-  StepSpec shortcut = convolution(4, 6, 20, 17, 1, 2);  // 4 -> 6
+  StepSpec shortcut = convolution(4, 6, 20, 17, 1, 2);  // 4 -> 6, read twice
   StepSpec strided = convolution(5, 7, 24, 17, 3, 2);   // 5 -> 7
   strided.residual = 6;
   strided.first = Activation::relu;
@@ -145,7 +155,7 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   StepSpec depthwise = convolution(7, 8, 1, 17, 3, 1);  // 7 -> 8
   depthwise.groups = 17;
   depthwise.bias = values(17, 0.3);
-  depthwise.residual = 6;  // read twice
+  depthwise.residual = 13;
   depthwise.second = Activation::relu6;
   StepSpec joined;  // 8, 6, 8 -> 11
   joined.kind = StepKind::concatenation;
@@ -166,11 +176,12 @@ Network every_step(std::vector<Values>& arrays, std::mt19937& random) {
   average.final = 9;
   StepSpec linear = convolution(9, 10, 51, 5, 2, 1);  // 9 -> 10
   linear.bias = values(5, 0.3);
-  network.steps = {stem, large, pool, small, shortcut, strided, depthwise, joined, average, linear};
-  network.norms = {{-1, 0}, {20, 40}, {}, {60, -1}, {}, {}, {}, {-1, 84}, {}, {}};
+  network.steps = {stem,     large,   halved,    trimmed, pool,    small,
+                   shortcut, strided, depthwise, joined,  average, linear};
+  network.norms = {{-1, 0}, {20, 40}, {135, -1}, {}, {}, {60, -1}, {}, {}, {}, {-1, 84}, {}, {}};
   network.output = 10;
-  network.sites = 108;
-  network.units = 135;
+  network.sites = 125;
+  network.units = 152;
   return network;
 }
 

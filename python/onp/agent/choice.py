@@ -5,6 +5,7 @@ Finalists are compared on all clean images, by the cost alone: what they prune h
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -36,6 +37,7 @@ def choose(finalists: Sequence[Tensor], costs: Sequence[Cost]) -> Choice:
     masks = torch.stack([torch.zeros_like(finalists[0]), *finalists])
     told = [cost.parts(masks) for cost in costs]
     each = torch.cat([cost.each(one) for cost, one in zip(costs, told, strict=True)], 1).cpu()
+    each = each.nan_to_num(nan=math.inf)  # a mask under which an answer is no number is never taken
     best = int(each.mean(1).argmin())  # of [M, N]
     halves = torch.cat([halved(cost.hands, len(cost.images)) for cost in costs])
     fitted = torch.empty(each.shape[1])

@@ -60,13 +60,13 @@ class Parts:
 
 
 Told = dict[tuple[bool, bytes], Tensor]
-"""What the engine said of single masks, parts before the weight, float32 [3, N]: by whether it was
-in fp32, and by the mask."""
+"""What is known of single masks, parts before the weight, float32 [3, N]: by whether it was told in
+fp32, and by the mask."""
 
 
 class Cost:
     """The cost on a fixed set of clean images, each also triggered by one of the probes. No mask is
-    asked for twice."""
+    asked for twice in the same precision."""
 
     def __init__(
         self,
@@ -124,10 +124,14 @@ class Cost:
 
     def saw(self, mask: Tensor, clean: Tensor, hit: Tensor) -> None:
         """Take in what a gradient saw of a mask bool [S], which then is not asked for: logits
-        float32 [N, K] on clean and on triggered images."""
-        if self.trusts_gradients:
-            (name,) = self._names(mask[None])
-            self.told[name] = self._judged(clean[None], hit[None])[0]
+        float32 [N, K] on clean and on triggered images. What the engine said stands, and is asked
+        for where an answer is no number: it cuts off what a gate of 0 multiplies."""
+        if not self.trusts_gradients:
+            return
+        (name,) = self._names(mask[None])
+        judged = self._judged(clean[None], hit[None])[0]
+        if bool(judged.isfinite().all()):
+            self.told.setdefault(name, judged)
 
     def _names(self, pruned: Tensor) -> list[tuple[bool, bytes]]:
         fp32 = self.exact or self.evaluator.precision == "fp32"

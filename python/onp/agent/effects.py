@@ -129,7 +129,8 @@ def columns(moves: Sequence[Tensor], sites: int) -> Tensor:
 def flip_effects(cost: Cost, mask: Tensor) -> Effects:
     """The effects on ``cost`` of flips of a mask bool [S], as far as they are linear.
 
-    Costs 2 image-forwards an image, clean and triggered; after that the cost knows the mask itself.
+    Costs 2 image-forwards an image, clean and triggered. Where the cost trusts gradients it then
+    knows the mask itself as well.
     """
     network = cost.evaluator.network
     mask = mask.to(network.device)

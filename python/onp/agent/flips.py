@@ -126,7 +126,7 @@ def give_back(mask: Tensor, cost: Cost, rounds: int) -> Tensor:
         worths = cost.worth(opened).cpu()
         if float(worths.max()) <= best:
             break
-        mask, best = opened[int(worths.argmax())], float(worths.max())
+        mask = opened[int(worths.argmax())]
     return mask
 
 
