@@ -23,7 +23,7 @@ LAYERS = [
     {"errors", "config", "masks", "trusted", "files", "ledger", "optimizers"},
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
-    {"evaluate", "clean", "probes", "metrics"},
+    {"evaluate", "clean", "copies", "probes", "metrics"},
     {"agent"},
     {"verdict", "scene", "evidence", "aftercare"},
     {"search", "renewal", "result", "report", "prepare"},

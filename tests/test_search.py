@@ -323,6 +323,17 @@ def test_another_start_forgets_what_other_ranges_told(scene: Scene) -> None:
     assert torch.equal(cost.parts(mask).harm, exact)
 
 
+def test_copies_have_no_part_in_the_last_choice(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, contender = small(scene, AgentConfig(), ChoiceConfig())
+    masks = list(torch.eye(scene.evaluator.trace.sites, dtype=torch.bool)[:3])
+    given = len(scene.clean) - 7
+    monkeypatch.setattr(search, "scene", replace(search.scene, copies=7))
+    expected = choose(masks, [search.cost([contender], slice(given), 2.0, exact=True)])
+    assert search.choose(masks, [contender]).cost == pytest.approx(expected.cost, abs=1e-6)
+
+
 @pytest.mark.parametrize("judged", [12, 30, 45, 500])
 @pytest.mark.parametrize(("seen", "told"), [(500, 0), (20, 15), (20, 200)])
 def test_the_last_choice_asks_for_what_is_not_known(

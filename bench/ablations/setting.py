@@ -112,7 +112,7 @@ def searched(found: Investigated) -> Search | None:
     if found.evidence.verdict.target is None:
         return None
     graph = build_graph(found.scene.evaluator.trace, found.scene.model, found.scene.config.graph)
-    return Search(found.scene, graph, found.norm_shift, found.evidence)
+    return Search(found.scene.with_copies(), graph, found.norm_shift, found.evidence)
 
 
 def search_of(

@@ -113,6 +113,25 @@ SHIPPED = "shipped"
 
 
 @dataclass(frozen=True)
+class CopiesConfig:
+    """Copies of the clean images, where these are few: see ``onp.copies``."""
+
+    enough: int = 250
+    """Images that a search is given: with fewer, copies as well. With this many, more tell no more
+    than draws differ by."""
+    tries: int = 2
+    """Copies that are looked at for each that is wanted, at most."""
+    shift: float = 0.16
+    """Share of the width and of the height, at most, by which a copy is moved;"""
+    turn: float = 0.2
+    """radians by which it is turned;"""
+    scale: float = 0.2
+    """share by which it grows or shrinks;"""
+    light: float = 0.3
+    """by which its contrast does; and half of this, of all light, by which it is brighter."""
+
+
+@dataclass(frozen=True)
 class GatesConfig:
     """The relaxed mask, proposed by the policy and adapted by descent: see ``onp.agent.gates``."""
 
@@ -332,6 +351,7 @@ class Config:
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     synthesis: SynthesisConfig = field(default_factory=SynthesisConfig)
     replay: ReplayConfig = field(default_factory=ReplayConfig)
+    copies: CopiesConfig = field(default_factory=CopiesConfig)
     gates: GatesConfig = field(default_factory=GatesConfig)
     race: RaceConfig = field(default_factory=RaceConfig)
     agent: AgentConfig = field(default_factory=AgentConfig)

@@ -113,7 +113,7 @@ def sanitize(
     rounds: list[Round] = []
     choice: Choice | None = None
     if evidence.verdict.target is not None:
-        search = Search(scene, graph, by_site(shift, trace), evidence)
+        search = Search(scene.with_copies(), graph, by_site(shift, trace), evidence)
         finalists, rounds = search.find(counted, [])
         with ledger.stage("renew"):
             renewed = renew(scene, evidence, finalists[0])

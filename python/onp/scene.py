@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,7 @@ from onp.agent.contenders import successes_of
 from onp.agent.race import Contender, race
 from onp.clean import Clean
 from onp.config import Config
+from onp.copies import with_copies
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
@@ -81,10 +82,22 @@ class Scene:
     config: Config
     valid: Range
     seed: int
+    copies: int = 0
+    """How many of the clean images, the last ones, are copies of others."""
 
     @property
     def ledger(self) -> Ledger:
         return self.evaluator.ledger
+
+    def with_copies(self) -> Scene:
+        """With copies among the clean images where these are few: what a search is given."""
+        if len(self.clean) >= self.config.copies.enough:
+            return self
+        with self.ledger.stage("copies"):
+            clean = with_copies(
+                self.clean, self.evaluator, self.config.copies, valid=self.valid, seed=self.seed
+            )
+        return replace(self, clean=clean, copies=len(clean) - len(self.clean))
 
     def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
         """A trigger that explains the norms' shift: see ``onp.probes.replay``."""

@@ -302,12 +302,14 @@ class Search:
 
     def choose(self, finalists: Sequence[Tensor], counted: Sequence[Contender]) -> Choice:
         """The cheapest, on seen and unseen images: those of the first draw, those that tell what to
-        give back after it, and the others, as what is known of masks there is not asked again."""
+        give back after it, and the others, as what is known of masks there is not asked again.
+        Copies have no part in it, as intervals are of images that are independent."""
         config = self.config.choice
+        judged = min(config.judged, len(self.clean) - self.scene.copies)
         seen, unseen = self.draw(0)
         gave = unseen if len(unseen) >= config.least else unseen[:0]
-        parts = [places[places < config.judged] for places in (seen, gave)]
-        others = torch.ones(min(config.judged, len(self.clean)), dtype=torch.bool)
+        parts = [places[places < judged] for places in (seen, gave)]
+        others = torch.ones(judged, dtype=torch.bool)
         others[torch.cat(parts)] = False
         parts.append(others.nonzero().squeeze(1))
         judges = [
