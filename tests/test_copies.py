@@ -10,7 +10,7 @@ from torch import Tensor
 
 from onp.clean import Clean
 from onp.config import Config, CopiesConfig
-from onp.copies import mixed, moved, with_copies
+from onp.copies import moved, with_copies
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.responses import activations
@@ -39,7 +39,7 @@ def copied(clean: Clean, evaluator: MaskEvaluator, config: CopiesConfig, seed: i
 def test_there_are_copies_until_there_are_enough_images() -> None:
     clean, evaluator = few(10)
     spent = evaluator.ledger.total
-    found = copied(clean, evaluator, CopiesConfig(enough=34, mixed=(0, 0)))
+    found = copied(clean, evaluator, CopiesConfig(enough=34))
     assert len(found) == 34
     assert torch.equal(found.images[:10], clean.images)
     assert torch.equal(found.original[:10], clean.original)
@@ -68,9 +68,7 @@ def test_copies_that_are_answered_otherwise_are_left_out() -> None:
     other[torch.arange(10), (clean.answers + 1) % clean.original.shape[1]] = 0.0
     wrong = replace(clean, original=other)
     spent = evaluator.ledger.total
-    found = copied(
-        wrong, evaluator, CopiesConfig(enough=30, tries=3, light=0, shift=0.01, mixed=(0, 0))
-    )
+    found = copied(wrong, evaluator, CopiesConfig(enough=30, tries=3, light=0, shift=0.01))
     assert len(found) == 10, "the network answers copies as it answers the images themselves"
     assert evaluator.ledger.total - spent == 3 * 2 * 10, "three times what is lacking, then no more"
 
@@ -97,27 +95,6 @@ def test_copies_differ_and_stay_real_images(valid: tuple[float, float]) -> None:
     copies = moved(images, replace(STILL, light=0.9), valid, seeded())
     assert low <= float(copies.min()) < float(copies.max()) <= high
     assert (copies - images).flatten(1).abs().amax(1).min() > 0.05 * (high - low)
-
-
-def test_mixing_takes_a_part_of_one_other_image() -> None:
-    images = torch.rand(30, 3, 4, 5, generator=seeded())
-    found = mixed(images, CopiesConfig(mixed=(0.2, 0.4)), seeded(1))
-    parts = []
-    for image, one in zip(images, found, strict=True):
-        ways = [
-            ((one - image).flatten() @ way) / (way @ way).clamp_min(1e-9)
-            for way in (images - image).flatten(1)
-        ]
-        left = [
-            float((one - image - part * (other - image)).abs().max())
-            for part, other in zip(ways, images, strict=True)
-        ]
-        assert min(left) < 1e-5
-        parts.append(float(ways[left.index(min(left))]))
-    others = [part for part in parts if part > 0]
-    assert len(others) > 20, "few images are mixed with themselves"
-    assert 0.2 <= min(others) < 0.25
-    assert 0.35 < max(others) <= 0.4 + 1e-5
 
 
 def middle(images: Tensor) -> Tensor:

@@ -129,8 +129,6 @@ class CopiesConfig:
     """share by which it grows or shrinks;"""
     light: float = 0.3
     """by which its contrast does; and half of this, of all light, by which it is brighter."""
-    mixed: tuple[float, float] = (0.1, 0.3)
-    """Smallest and largest part of another copy that it has in it."""
 
 
 @dataclass(frozen=True)

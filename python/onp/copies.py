@@ -1,5 +1,4 @@
-"""Few clean images made more of: copies, moved, turned, scaled and lit otherwise, and each with a
-part of another in it (the idea of mixup, Zhang et al., ICLR 2018, whose labels are not mixed here).
+"""Few clean images made more of: copies, moved, turned, scaled and lit otherwise.
 
 What a mask does to images that nobody gave is a handful of images' luck where they are few. Copies
 that the network answers as it answers the image tell more of it, and are all that can be had; what
@@ -35,7 +34,7 @@ def with_copies(
     for _ in range(config.tries * max(0, math.ceil(lacking / len(clean)))):
         if lacking <= 0:
             break
-        images = mixed(moved(clean.images, config, valid, random), config, random)
+        images = moved(clean.images, config, valid, random)
         copies = Clean.seen_by(evaluator, images, clean.labels)
         alike = (copies.answers == clean.answers).nonzero().squeeze(1)[:lacking]
         parts.append(copies[alike])
@@ -71,11 +70,3 @@ def moved(images: Tensor, config: CopiesConfig, valid: Range, random: torch.Gene
     brightness = upto(config.light / 2, 1, 1, 1) * (valid[1] - valid[0])
     mean = there.mean((1, 2, 3), keepdim=True)
     return (contrast * (there - mean) + mean + brightness).clamp(*valid)
-
-
-def mixed(images: Tensor, config: CopiesConfig, random: torch.Generator) -> Tensor:
-    """Each of the images float32 [N, C, H, W] with a part of another in it, or of itself."""
-    low, high = config.mixed
-    other = images[torch.randperm(len(images), generator=random)]
-    part = low + (high - low) * torch.rand(len(images), 1, 1, 1, generator=random)
-    return torch.lerp(images, other, part)
