@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -299,8 +300,9 @@ def test_unusable_options_are_refused() -> None:
     wrong = replace(BUDGETS["quick"], search_precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="search_precision must be one of fp32, bf16, int8"):
         onp.sanitize(model, clean, budget=wrong)
-    with pytest.raises(UsageError, match="low < high"):
-        onp.sanitize(model, clean, input_range=(1.0, 0.0))
+    for wrong_range in ((1.0, 0.0), (-math.inf, 1.0), (0.0, math.inf), (math.nan, 1.0)):
+        with pytest.raises(UsageError, match="low < high"):
+            onp.sanitize(model, clean, input_range=wrong_range)
     with pytest.raises(UsageError, match="threads must be positive"):
         onp.sanitize(model, clean, threads=0)
     with pytest.raises(UnsafeOrCorruptModel, match="no parameters"):

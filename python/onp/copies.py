@@ -31,7 +31,7 @@ def with_copies(
     random = torch.Generator().manual_seed(seed)
     parts = [clean]
     lacking = config.enough - len(clean)
-    for _ in range(config.tries * max(0, math.ceil(lacking / len(clean)))):
+    for _ in range(config.tries * math.ceil(lacking / len(clean))):
         if lacking <= 0:
             break
         images = moved(clean.images, config, valid, random)
@@ -48,7 +48,8 @@ def with_copies(
 
 def moved(images: Tensor, config: CopiesConfig, valid: Range, random: torch.Generator) -> Tensor:
     """Each of the images float32 [N, C, H, W] otherwise, at random: shifted, turned and scaled
-    about its middle, mirrored beyond its edges, with another contrast and brightness."""
+    about its middle, mirrored beyond its edges, with another contrast and brightness. The same
+    shape, within ``valid``."""
     count, _, height, width = images.shape
 
     def upto(most: float, *shape: int) -> Tensor:

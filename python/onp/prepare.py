@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import get_args
@@ -51,8 +52,10 @@ def clean_images(
     """The clean images float32 [N, C, H, W] and labels int64 [N], classes spread evenly, so
     that any stretch stands for all; raises BadData or UsageError."""
     low, high = input_range
-    if not low < high:
-        raise UsageError(f"input_range must be (low, high) with low < high, got {input_range}")
+    if not -math.inf < low < high < math.inf:
+        raise UsageError(
+            f"input_range must be (low, high), finite, with low < high, got {input_range}"
+        )
     if isinstance(clean, ImageSet):
         images, labels = clean.floats() * (high - low) + low, clean.labels
     else:
