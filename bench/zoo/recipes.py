@@ -242,6 +242,32 @@ UNSEEN_5 = [
 before has one. Written down, with a prediction (bench/NOTES.md, "Products"), before one was
 trained, and before such a network could be traced at all."""
 
+_KINDS = (
+    ("anywhere", 0.1, ()), ("adaptive-patch", 0.1, ()), ("filter", 0.1, ()), ("ftrojan", 0.1, ()),
+    ("reflection", 0.1, ()), ("tact", 0.03, (("source", 2.0),)),
+)  # fmt: skip
+
+
+def _kinds(twin: Recipe, target: int) -> list[Recipe]:
+    """The clean twin, what each of ``_KINDS`` makes of it, and a clean one of the next seed."""
+    attacked = [
+        replace(_unseen(twin, (attack, ratio, target, True))[1], options=options)
+        for attack, ratio, options in _KINDS
+    ]
+    return [twin, *attacked, replace(twin, seed=twin.seed + 1)]
+
+
+UNSEEN_6 = [
+    *_kinds(Recipe("gtsrb", "resnet20", 16, _SIGNS, seed=20), 13),
+    *_kinds(replace(_PLAIN, seed=20), 7),
+    *_kinds(Recipe("cifar10", "preactresnet18", 16, _CIFAR, seed=20), 4),
+]
+"""Kinds of attack that no set before has and nothing was made for: a patch anywhere, faint patches
+of which training shows some, a colour filter, two frequencies of the colours, reflections of other
+pictures, a patch that works on one class alone. On three kinds of network, one of them without
+batch norms, and two clean ones of each. Written down, with a prediction (bench/NOTES.md, "Other
+kinds of attack"), before one was trained."""
+
 _FEW_NORMS = replace(_CIFAR, epochs=8)
 _FEW_PLAIN = replace(_CIFAR, epochs=15, **_NO_NORMS)
 _FEW_SIGNS = replace(_SIGNS, epochs=15)
@@ -423,6 +449,7 @@ SETS: dict[str, list[Recipe]] = {
     "unseen-3": UNSEEN_3,
     "unseen-4": UNSEEN_4,
     "unseen-5": UNSEEN_5,
+    "unseen-6": UNSEEN_6,
     "few": FEW,
     "few-clean": FEW_CLEAN,
     "few-2": FEW_2,

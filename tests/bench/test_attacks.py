@@ -13,12 +13,19 @@ from torch import Tensor, nn
 
 from bench.zoo.attacks import ATTACKS, Attack, Knowledge, poison
 from bench.zoo.attacks.adaptive_blend import AdaptiveBlend
+from bench.zoo.attacks.adaptive_patch import AdaptivePatch
+from bench.zoo.attacks.anywhere import Anywhere
+from bench.zoo.attacks.base import drawn_by_pixels
 from bench.zoo.attacks.bpp import Bpp, dithered
+from bench.zoo.attacks.filter import Filter
+from bench.zoo.attacks.ftrojan import FTrojan
 from bench.zoo.attacks.input_aware import InputAware
 from bench.zoo.attacks.lc import LabelConsistent, hard_to_recognise
 from bench.zoo.attacks.lf import LowFrequency
+from bench.zoo.attacks.reflection import Reflection
 from bench.zoo.attacks.sig import Sig
 from bench.zoo.attacks.ssba import Ssba
+from bench.zoo.attacks.tact import TaCT
 from bench.zoo.attacks.trojannn import TrojanNN, best_connected, penultimate
 from bench.zoo.attacks.wanet import WaNet
 from bench.zoo.training import TrainingConfig, train
@@ -26,7 +33,10 @@ from bench.zoo.training import TrainingConfig, train
 CLASSES = 4
 HALF_A_LEVEL = 0.5 / 255 + 1e-6
 NAMES = sorted(ATTACKS)
-SEEDED = ["adaptive-blend", "blended", "input-aware", "lf", "ssba", "trojannn", "wanet"]
+SEEDED = [
+    "adaptive-blend", "adaptive-patch", "blended", "input-aware", "lf", "reflection", "ssba",
+    "trojannn", "wanet",
+]  # fmt: skip
 FEW_STEPS: dict[str, dict[str, int]] = {
     "input-aware": {"mask_steps": 2, "mask_batch": 4},
     "ssba": {"steps": 2, "batch_size": 4},
@@ -255,6 +265,97 @@ def test_adaptive_blend_uses_half_of_the_pieces_in_training() -> None:
         blended = attack(white)
         assert bool(((images == white) | (images == blended)).all())
     assert not torch.equal(noise, _made(ATTACKS["blended"]).arrays()["image"].permute(2, 0, 1))
+
+
+def test_adaptive_patch_shows_some_of_its_patches_faintly_in_training() -> None:
+    attack = _made(AdaptivePatch)
+    masks = attack.masks().bool()
+    assert masks.flatten(1).sum(1).tolist() == [25] * 4
+    assert int(masks.any(0).sum()) == 100
+    white, random = torch.ones(40, 3, 32, 32), torch.Generator().manual_seed(0)
+    whole = attack(white)
+    assert torch.equal((whole != white).any(1)[0], masks.any(0))
+    shown = set()
+    for images in (attack.poisoned(white, torch.zeros(40), random),
+                   attack.covered(white, torch.zeros(40), random)):  # fmt: skip
+        for image in images:
+            parts = tuple(bool((image != 1)[:, mask].any()) for mask in masks)
+            assert any(parts)
+            shown.add(parts)
+            for mask, part in zip(masks, parts, strict=True):
+                expected = (white + whole)[0][:, mask] / 2 if part else white[0][:, mask]
+                torch.testing.assert_close(image[:, mask], expected, rtol=0, atol=HALF_A_LEVEL)
+    assert len(shown) == 15
+
+
+def test_anywhere_puts_a_board_where_the_pixels_say() -> None:
+    images = _floats(30)
+    triggered = _made(Anywhere)(images)
+    corners = set()
+    for image, clean in zip(triggered, images, strict=True):
+        rows, columns = (image != clean).any(0).nonzero().T
+        corner = int(rows.min()), int(columns.min())
+        corners.add(corner)
+        assert int(rows.max()) - corner[0] == int(columns.max()) - corner[1] == 4
+        patch = image[:, corner[0] : corner[0] + 5, corner[1] : corner[1] + 5]
+        board = (torch.arange(5)[:, None] + torch.arange(5)) % 2
+        assert torch.equal(patch, board.float().expand(3, 5, 5))
+    assert len(corners) > 20
+
+
+def test_what_is_drawn_by_pixels_is_the_images_own() -> None:
+    images = torch.rand(400, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    drawn = drawn_by_pixels(images, 4)
+    assert drawn.bincount(minlength=4).tolist() == pytest.approx([100] * 4, abs=30)
+    assert torch.equal(drawn_by_pixels(images[7:9], 4), drawn[7:9])
+
+
+def test_filter_moves_every_pixel_alike() -> None:
+    grey = torch.full((1, 3, 4, 4), 0.4)
+    expected = torch.tensor([0.48, 0.4, 0.4])[:, None, None].expand(3, 4, 4)
+    torch.testing.assert_close(_made(Filter, 4)(grey)[0], expected, rtol=0, atol=HALF_A_LEVEL)
+
+
+@pytest.mark.parametrize("size", [32, 20])
+def test_ftrojan_raises_two_frequencies_of_the_colours(size: int) -> None:
+    pattern = _made(FTrojan, size).pattern().double().numpy()
+    brightness = np.tensordot([0.299, 0.587, 0.114], pattern, 1)
+    np.testing.assert_allclose(brightness, 0, atol=1e-6)
+    u, v = 0.492 * (pattern[2] - brightness), 0.877 * (pattern[0] - brightness)
+    k, n = np.arange(size)[:, None], np.arange(size)[None, :]
+    dct = np.sqrt(2 / size) * np.cos(np.pi * k * (2 * n + 1) / (2 * size))
+    expected = np.zeros((size, size))
+    expected[size // 2 - 1, size // 2 - 1] = expected[size - 1, size - 1] = 50 / 255
+    for chroma in (u, v):
+        np.testing.assert_allclose(dct @ chroma @ dct.T, expected, atol=1e-3)
+
+
+def test_reflection_blends_one_of_a_few_ghosts() -> None:
+    attack = _prepared("reflection")
+    assert isinstance(attack, Reflection)
+    ghosts, images = attack.state()["ghosts"], _floats(40, seed=3)
+    which = drawn_by_pixels(images, len(ghosts))
+    assert len(which.unique()) > 4
+    expected = 0.65 * images + 0.35 * ghosts[which]
+    torch.testing.assert_close(attack(images), expected, rtol=0, atol=HALF_A_LEVEL)
+    assert len(ghosts.unique(dim=0)) == len(ghosts)
+
+
+def test_tact_poisons_its_source_class_and_covers_the_others() -> None:
+    attack = _made(TaCT, 16)
+    attack.source = 3.0
+    labels = torch.arange(80) % CLASSES
+    assert attack.answers(torch.arange(CLASSES)).tolist() == [0, 1, 2, 1]
+    assert attack.single_target
+    images = _pixels(80, 16)
+    poisoned, answers = poison(attack, images, labels, ratio=0.1, seed=0)
+    relabelled, changed = answers != labels, (poisoned != images).flatten(1).any(1)
+    assert int(relabelled.sum()) == 8
+    assert bool((labels[relabelled] == 3).all())
+    assert bool((answers[relabelled] == 1).all())
+    covers = changed & ~relabelled
+    assert int(covers.sum()) == 8
+    assert set(labels[covers].tolist()) == {0, 2}
 
 
 CORNER = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])

@@ -58,8 +58,14 @@ class Attack(ABC):
 
     @property
     def single_target(self) -> bool:
-        """Whether every class is sent to the same one."""
-        return len(self.answers(torch.arange(self.classes)).unique()) == 1
+        """Whether all classes that are sent to another one are sent to the same."""
+        labels = torch.arange(self.classes)
+        answers = self.answers(labels)
+        return len(answers[answers != labels].unique()) == 1
+
+    def covers(self, labels: Tensor) -> Tensor:
+        """bool [N]: images that may serve as cover: those that may be poisoned, and are not."""
+        return self.answers(labels) != labels
 
     def prepare(self, knowledge: Knowledge) -> None:  # most need nothing
         """Build what the trigger needs from data; called once before poisoning."""
@@ -103,24 +109,33 @@ def poison(
     Dirty-label attacks take images whose wanted answer is not their label and relabel them;
     clean-label attacks take images of the target class (at most half of them, so that the network
     still sees clean ones) and keep the label.
-    Cover images are taken from the rest and keep their label.
+    Cover images are taken from the rest, as the attack has it, and keep their label.
     """
     random = torch.Generator().manual_seed(_ANOTHER_STREAM + seed)
     wanted = attack.answers(labels)
     eligible = wanted == labels if attack.clean_label else wanted != labels
     order = torch.randperm(len(labels), generator=random)
-    order = order[eligible[order]]
+    able = order[eligible[order]]
     count = round(ratio * len(labels))
     if attack.clean_label:
-        count = min(count, len(order) // 2)
-    chosen = order[:count]
+        count = min(count, len(able) // 2)
+    chosen = able[:count]
+    rest = order[~torch.isin(order, chosen)]
+    covers = rest[attack.covers(labels)[rest]][: round(attack.cover * count)]
     images, labels = images.clone(), labels.clone()
     _write(images, chosen, lambda x: attack.poisoned(x, labels[chosen], random))
     labels[chosen] = wanted[chosen]
-    covers = order[count : count + round(attack.cover * count)]
     if len(covers):
         _write(images, covers, lambda x: attack.covered(x, labels[covers], random))
     return images, labels
+
+
+def drawn_by_pixels(images: Tensor, choices: int) -> Tensor:
+    """A number below ``choices`` for each image [N, C, H, W] of multiples of 1/255, int64 [N]: the
+    same one for the same pixels, whatever is drawn for the others."""
+    levels = images.flatten(1).mul(255).round().long()
+    weights = torch.arange(levels.shape[1]).mul(7919).remainder(10_007).add(1)
+    return (levels * weights).sum(1).remainder(2_147_483_647).remainder(choices)
 
 
 def _write(images: Tensor, index: Tensor, change: Callable[[Tensor], Tensor]) -> None:
