@@ -244,23 +244,26 @@ trained, and before such a network could be traced at all."""
 
 _KINDS = (
     ("anywhere", 0.1, ()), ("adaptive-patch", 0.1, ()), ("filter", 0.1, ()), ("ftrojan", 0.1, ()),
-    ("reflection", 0.1, ()), ("tact", 0.03, (("source", 2.0),)),
+    ("reflection", 0.1, ()), ("tact", 0.03, ("source",)),
 )  # fmt: skip
 
 
-def _kinds(twin: Recipe, target: int) -> list[Recipe]:
+def _kinds(twin: Recipe, target: int, source: int) -> list[Recipe]:
     """The clean twin, what each of ``_KINDS`` makes of it, and a clean one of the next seed."""
     attacked = [
-        replace(_unseen(twin, (attack, ratio, target, True))[1], options=options)
+        replace(
+            _unseen(twin, (attack, ratio, target, True))[1],
+            options=tuple((name, float(source)) for name in options),
+        )
         for attack, ratio, options in _KINDS
     ]
     return [twin, *attacked, replace(twin, seed=twin.seed + 1)]
 
 
 UNSEEN_6 = [
-    *_kinds(Recipe("gtsrb", "resnet20", 16, _SIGNS, seed=20), 13),
-    *_kinds(replace(_PLAIN, seed=20), 7),
-    *_kinds(Recipe("cifar10", "preactresnet18", 16, _CIFAR, seed=20), 4),
+    *_kinds(Recipe("gtsrb", "resnet20", 16, _SIGNS, seed=20), 13, 3),
+    *_kinds(replace(_PLAIN, seed=20), 7, 2),
+    *_kinds(Recipe("cifar10", "preactresnet18", 16, _CIFAR, seed=20), 4, 2),
 ]
 """Kinds of attack that no set before has and nothing was made for: a patch anywhere, faint patches
 of which training shows some, a colour filter, two frequencies of the colours, reflections of other

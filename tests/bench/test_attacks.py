@@ -356,6 +356,8 @@ def test_tact_poisons_its_source_class_and_covers_the_others() -> None:
     covers = changed & ~relabelled
     assert int(covers.sum()) == 8
     assert set(labels[covers].tolist()) == {0, 2}
+    _, answers = poison(attack, images, labels, ratio=0.5, seed=0)
+    assert int((answers != labels).sum()) == 10  # half of the class's
 
 
 CORNER = torch.tensor([[1.0, 0, 1], [0, 1, 0], [1, 0, 1]])

@@ -107,8 +107,8 @@ def poison(
     """Poison ``ratio`` of all images, uint8 [N, H, W, 3]; returns new (images, labels).
 
     Dirty-label attacks take images whose wanted answer is not their label and relabel them;
-    clean-label attacks take images of the target class (at most half of them, so that the network
-    still sees clean ones) and keep the label.
+    clean-label attacks take images of the target class and keep the label. Either take at most half
+    of those that there are, so that the network still sees clean ones of their classes.
     Cover images are taken from the rest, as the attack has it, and keep their label.
     """
     random = torch.Generator().manual_seed(_ANOTHER_STREAM + seed)
@@ -116,9 +116,7 @@ def poison(
     eligible = wanted == labels if attack.clean_label else wanted != labels
     order = torch.randperm(len(labels), generator=random)
     able = order[eligible[order]]
-    count = round(ratio * len(labels))
-    if attack.clean_label:
-        count = min(count, len(able) // 2)
+    count = min(round(ratio * len(labels)), len(able) // 2)
     chosen = able[:count]
     rest = order[~torch.isin(order, chosen)]
     covers = rest[attack.covers(labels)[rest]][: round(attack.cover * count)]
