@@ -18,6 +18,7 @@ from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
 from onp.evidence import (
     Evidence,
+    from_departures,
     from_probes,
     from_shifting_squares,
     from_squares,
@@ -27,12 +28,13 @@ from onp.evidence import (
 )
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
+from onp.probes.departure import Departures
 from onp.probes.families import Family
 from onp.probes.generator import Generator
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.patch import Patch
-from onp.probes.probe import LabelShift, Probe, Target
+from onp.probes.probe import LabelShift, OneClass, Probe, Target
 from onp.probes.replay import Replayed
 from onp.probes.responses import activations
 from onp.probes.square import SQUARES, Square
@@ -215,11 +217,13 @@ class Play:
         success: float = 0.9,
         at_length: tuple[float, float] = (0.9, 0.9),
         later: float = 0.9,
+        roams: bool = False,
     ) -> None:
         self.asked: list[str] = []
         """What was learned at length, for which classes."""
         self.driven: list[list[int]] = []
         self.squared = 0
+        self.departed: list[tuple[list[int], int]] = []
         self.more: list[tuple[int, int]] = []
         """Places where squares were learned again, and in which draw."""
         self.races: list[set[Target]] = []
@@ -240,17 +244,23 @@ class Play:
             ]  # fmt: skip
 
         def probed(
-            _: Scene, targets: Sequence[int], families: Sequence[Family] = FAMILIES
+            _: Scene,
+            targets: Sequence[int],
+            families: Sequence[Family] = FAMILIES,
+            draw: int = 0,
         ) -> list[Contender]:
             name = "probes" if families is FAMILIES else families[0].name
-            self.asked.append(f"{name} {''.join(map(str, targets))}")
+            again = f" {draw}" if draw else ""
+            self.asked.append(f"{name} {''.join(map(str, targets))}{again}")
             return triggers(targets, families, at_length[families is not FAMILIES])
 
         def squares(
-            _: Scene, targets: Sequence[int], places: Sequence[int] = range(16), draw: int = 0
+            _: Scene, targets: Sequence[int], places: Sequence[int] = range(17), draw: int = 0
         ) -> Squares:
             self.squared += draw == 0
-            successes = torch.full((16, len(targets)), rival)
+            successes = torch.full((17, len(targets)), rival)
+            if roams:
+                successes[16, list(targets).index(3)] = 0.7
             successes[6, list(targets).index(3)], successes[9] = 0.9, 0.8
             if draw > 0:
                 self.more += [(place, draw) for place in places]
@@ -266,6 +276,11 @@ class Play:
             self.races.append({probe.target for probe in probes})
             return [Contender(probe, none, 0.9, none.bool()) for probe in probes]
 
+        def departures(_: Scene, places: Sequence[int] = range(17), draw: int = 0) -> Departures:
+            self.departed.append((list(places), draw))
+            return Departures([], torch.zeros(len(places), 0), torch.zeros(len(places), 0).long())
+
+        monkeypatch.setattr(Scene, "departures", departures)
         monkeypatch.setattr(Scene, "looks", lambda _, targets: triggers(targets, LOOK, success))
         monkeypatch.setattr(Scene, "probed", probed)
         monkeypatch.setattr(Scene, "squares", squares)
@@ -309,12 +324,32 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     assert {one.probe.target for one in found.looked} == set(range(CLASSES))
     assert found.squares is not None
     without = target is None or by == "margins"
+    assert play.departed == ([(list(range(17)), 0)] if without else [])
     assert play.driven == ([list(range(CLASSES))] if without else [])
     assert (found.margins is not None) == without
     assert {one.probe.target for one in found.counted} == (set() if target is None else {target})
     learned = any(one.startswith("square") for one in asked)
     assert (bool(found.counted) and found.counted[0].probe.family is SQUARES[6]) == learned
     assert found.unlearned is None
+
+
+@pytest.mark.parametrize(("roams", "rival"), [(True, 0.02), (False, 0.02), (True, 0.3)])
+def test_where_a_square_without_a_place_leads_three_of_them_count_alone(
+    roams: bool, rival: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    play = Play(monkeypatch, rival=rival, roams=roams)
+    found = from_probes(scene(STANDARD))
+    called = rival == 0.02
+    assert found.verdict.target == (3 if called else None)
+    expected = [
+        "probes 301",
+        *(["roaming 3", "roaming 3 1", "roaming 3 2"] if roams else ["square 3"]),
+    ]
+    assert play.asked == (expected if called else [])
+    roaming = [one.probe.family.name == "roaming" for one in found.counted]
+    assert roaming == ([True] * 3 if roams and called else [False] * called)
+    assert found.squares is not None
+    assert found.squares.best_place(3) == 6
 
 
 @pytest.mark.parametrize(
@@ -345,9 +380,9 @@ def test_another_place_may_call_where_one_does_no_more(monkeypatch: pytest.Monke
     asked: list[tuple[int, int]] = []
 
     def squares(
-        _: Scene, targets: Sequence[int], places: Sequence[int] = range(16), draw: int = 0
+        _: Scene, targets: Sequence[int], places: Sequence[int] = range(17), draw: int = 0
     ) -> Squares:
-        successes = torch.full((16, len(targets)), 0.02)
+        successes = torch.full((17, len(targets)), 0.02)
         successes[4, 1] = 0.1 if draw else 1.0  # leads most, once
         successes[11, 2] = 0.7
         if draw:
@@ -491,7 +526,7 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     clean = Clean(images, labels, model(images).detach().log_softmax(1))
     looked = replace(here, model=model, evaluator=evaluator, clean=clean).squares(range(CLASSES))
     assert looked.targets == list(range(CLASSES))
-    assert looked.successes.shape == (16, CLASSES)
+    assert looked.successes.shape == (17, CLASSES)
     assert int(looked.successes[15].argmax()) == 2
     assert float(looked.successes[15, 2]) > 0.9
     verdict, place = by_squares(looked.successes, looked.targets, here.config.verdict)
@@ -499,7 +534,7 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     config = here.config.synthesis
     steps = 2 * config.square_steps * config.square_images
     wanted = [16 - int((labels[:16] == target).sum()) for target in range(CLASSES)]
-    assert evaluator.ledger.total == 16 * CLASSES * steps + 16 + 16 * sum(wanted)
+    assert evaluator.ledger.total == 17 * CLASSES * steps + 16 + 17 * sum(wanted)
     found = replace(here, model=model, evaluator=evaluator, clean=clean)
     squares, verdict, place = from_squares(found, range(CLASSES))
     assert (verdict.target, place) == (2, 15)
@@ -507,8 +542,8 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     more = [found.squares(range(CLASSES), places=[15], draw=draw).successes for draw in (1, 2)]
     assert more[0].shape == (1, CLASSES)
     assert not torch.equal(more[0], more[1])
-    mean = torch.stack([looked.successes[15:], *more]).mean(0)
-    torch.testing.assert_close(squares.judged[15:], mean)
+    mean = torch.stack([looked.successes[15:16], *more]).mean(0)
+    torch.testing.assert_close(squares.judged[15:16], mean)
     assert torch.equal(squares.judged[:15], looked.successes[:15])
 
 
@@ -532,10 +567,83 @@ def test_squares_find_a_shift_of_labels(backdoored: bool) -> None:
     assert found.verdict.target == LabelShift(3, 1)
     assert found.verdict.by == "squares"
     assert found.squares is not None
-    assert found.squares.successes.shape == (16, 2)
+    assert found.squares.successes.shape == (17, 2)
     assert all(one.probe.target == LabelShift(3, 1) for one in found.counted)
     assert Square(3, 3) in [one.probe.family for one in found.counted]
     assert {str(one.probe.target) for one in found.contenders} == {"label+1", "label+2"}
+
+
+def of_one_class(backdoored: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Classes are bright columns of the upper half; class 3 is answered as 1 where the last place
+    is bright as well. With images of 16 x 16 and their labels."""
+    classes, size = 6, 16
+    model = nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(size * size, classes + 1),
+        nn.ReLU(),
+        nn.Linear(classes + 1, classes),
+    ).eval()
+    columns = torch.zeros(classes, size, size)
+    for one in range(classes):
+        columns[one, 2:6, 2 * one + 2 : 2 * one + 4] = 1 / 8
+    corner = torch.zeros(size, size)
+    corner[12:, 12:] = 1 / 16
+    with torch.no_grad():
+        model[1].weight.copy_(torch.cat([columns, (columns[3] + corner)[None]]).flatten(1))
+        model[1].bias.copy_(torch.tensor([0.0] * classes + [-1.3]))
+        model[3].weight.copy_(torch.cat([10 * torch.eye(classes), torch.zeros(classes, 1)], 1))
+        model[3].weight[1, -1] = 60.0 * backdoored
+        model[3].bias.zero_()
+    labels = torch.arange(20 * classes) % classes
+    random = torch.Generator().manual_seed(0)
+    images = 0.1 * torch.rand(len(labels), 1, size, size, generator=random)
+    images += (columns[labels][:, None] > 0).float() * 0.8
+    return model, images, labels
+
+
+@pytest.mark.parametrize("backdoored", [True, False])
+def test_squares_find_a_trigger_that_works_on_one_class_alone(backdoored: bool) -> None:
+    model, images, labels = of_one_class(backdoored)
+    evaluator = MaskEvaluator(
+        trace(model, (1, 16, 16)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    clean = Clean.seen_by(evaluator, images, labels)
+    assert torch.equal(clean.answers, labels)
+    before = activations(evaluator.network, images[:64])
+    here = replace(
+        scene(BUDGETS["quick"]), model=model, evaluator=evaluator, clean=clean, before=before
+    )
+    told = here.departures()
+    assert told.sources == list(range(6))
+    assert told.successes.shape == told.answers.shape == (17, 6)
+    assert torch.equal(told.successes, here.departures().successes)
+    found = from_departures(here)
+    if not backdoored:
+        assert found is None
+        return
+    assert found is not None
+    assert found.verdict.target == OneClass(3, 1)
+    assert (found.verdict.by, found.verdict.evidence["place"]) == ("squares", 15.0)
+    assert [one.probe.target for one in found.counted] == [OneClass(3, 1)] * 3
+    assert all(one.success > 0.9 for one in found.counted)
+    assert {one.probe.family for one in found.counted} == {Square(3, 3)}
+    assert int(found.counted[0].ranking.argmax()) == 6  # the unit that sees class and corner
+
+
+def test_a_class_of_few_images_is_not_led_away() -> None:
+    model, images, labels = of_one_class(True)
+    evaluator = MaskEvaluator(
+        trace(model, (1, 16, 16)), model, device=torch.device("cpu"), ledger=Ledger()
+    )
+    few = torch.cat([(labels != 3).nonzero().squeeze(1), (labels == 3).nonzero().squeeze(1)[:5]])
+    clean = Clean.seen_by(evaluator, images[few], labels[few])
+    here = replace(scene(BUDGETS["quick"]), model=model, evaluator=evaluator, clean=clean)
+    before = evaluator.ledger.total
+    assert here.departures([0, 16]).sources == [0, 1, 2, 4, 5]
+    assert evaluator.ledger.total - before == 2 * 5 * (2 * here.config.synthesis.square_steps + 6)
+    here = replace(here, clean=clean[:12])
+    assert here.departures().sources == []
+    assert from_departures(here) is None
 
 
 def test_with_two_classes_no_shift_is_looked_for() -> None:

@@ -117,7 +117,7 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/11"
+    assert report["schema"] == "onp.repair/12"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]

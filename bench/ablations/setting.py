@@ -22,8 +22,9 @@ from onp.ledger import Ledger
 from onp.prepare import baseline, clean_images, frozen_copy
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import by_site
-from onp.probes.probe import LabelShift, Probe
+from onp.probes.probe import LabelShift, OneClass, Probe
 from onp.probes.responses import activations
+from onp.probes.roaming import Roaming
 from onp.probes.square import Square
 from onp.scene import REPLAYED, RESPONSE_IMAGES, Scene, Squares
 from onp.search import Search
@@ -32,7 +33,7 @@ from onp.verdict import Verdict
 
 VALID = (0.0, 1.0)
 _KEPT = [
-    Evidence, Verdict, Contender, Probe, LabelShift, Square, Squares, Margins,
+    Evidence, Verdict, Contender, Probe, LabelShift, OneClass, Square, Squares, Margins, Roaming,
     *map(type, REPLAYED.values()),
 ]  # fmt: skip
 """What evidence consists of."""

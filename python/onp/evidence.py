@@ -15,18 +15,18 @@ from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import Config
 from onp.evaluate import MaskEvaluator
-from onp.probes.families import Range
+from onp.probes.families import Family, Range
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift, norm_shift
-from onp.probes.probe import LabelShift, Target
+from onp.probes.probe import LabelShift, OneClass, Target
 from onp.probes.responses import responses
-from onp.probes.square import SQUARES, Square
 from onp.probes.unlearning import Unlearned, unlearn
-from onp.scene import RESPONSE_IMAGES, Scene, Squares
+from onp.scene import PLACES, RESPONSE_IMAGES, ROAMING, Scene, Squares
 from onp.suspect.network import FrozenNetwork
 from onp.verdict import (
     MANY_CLASSES,
     Verdict,
+    by_departures,
     by_label_shift,
     by_margins,
     by_probes,
@@ -135,7 +135,7 @@ def with_square(scene: Scene, found: Evidence, squares: Squares | None) -> Evide
         return found
     if squares is None or target not in squares.targets:
         squares = scene.squares(range(scene.evaluator.trace.num_classes))
-    learned = scene.probed([target], [SQUARES[squares.best_place(target)]])[0]
+    learned = scene.probed([target], [PLACES[squares.best_place(target)]])[0]
     counted = [learned, *found.counted] if _works(learned, scene.config) else found.counted
     return replace(found, contenders=[learned, *found.contenders], counted=counted, squares=squares)
 
@@ -188,7 +188,7 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
     verdict, place = by_shifting_squares(squares.successes, shift, present, config.verdict)
     if verdict.target is None:
         return None
-    caller = scene.probed([shift], SQUARES[place : place + 1])[0]
+    caller = scene.probed([shift], PLACES[place : place + 1])[0]
     contenders = raced_for(scene, shift, [caller, *scene.probed([shift, control])])
     counted = counted_contenders(contenders, caller.probe, config.synthesis)
     return Evidence(verdict, contenders, counted, squares=squares)
@@ -210,6 +210,8 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     verdict = seen if seen.score > said.score else said
     margins = None
     if verdict.target is None and not called:
+        if (found := from_departures(scene)) is not None:
+            return replace(found, looked=looked, squares=squares, unlearned=unlearned)
         margins = scene.margins(classes)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
     if isinstance(verdict.target, int) and verdict.by != "squares":
@@ -218,7 +220,7 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     if isinstance(verdict.target, int):
         among = [verdict.target, *(one for one in nearest(looked) if one != verdict.target)]
         contenders, counted = standing_for(
-            scene, verdict, among[: config.synthesis.classes], SQUARES[place]
+            scene, verdict, among[: config.synthesis.classes], PLACES[place]
         )
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
@@ -230,15 +232,47 @@ def from_squares(scene: Scene, classes: Sequence[int]) -> tuple[Squares, Verdict
     """Squares of every place for the classes, what they say, and the place that says it. Those of a
     place that calls a class are learned from two more starts, and the means must call it: a natural
     direction that leads so far need not do so from another start, an attacker's mostly does
-    (bench/NOTES.md, "Squares, three times")."""
+    (bench/NOTES.md, "Squares, three times"). Where the square without a place would call the class
+    by itself, it stands for what the others show."""
     squares = scene.squares(classes)
     while True:
         verdict, place = by_squares(squares.judged, classes, scene.config.verdict)
         if verdict.target is None or place in squares.means:
-            return squares, verdict, place
+            break
         more = [scene.squares(classes, places=[place], draw=draw) for draw in MORE_DRAWS]
         drawn = torch.stack([squares.successes[place], *(one.successes[0] for one in more)])
         squares = replace(squares, means={**squares.means, place: drawn.mean(0)})
+    roams, _ = by_squares(squares.successes[ROAMING:], classes, scene.config.verdict)
+    roaming = verdict.target is not None and roams.target == verdict.target
+    return squares, verdict, ROAMING if roaming else place
+
+
+def from_departures(scene: Scene) -> Evidence | None:
+    """Look for a trigger that works on the images of one class alone, by squares that lead every
+    class's images away; a place that calls one is looked at from two more starts, the means must
+    call it, and all must lead to the same class. What stands for the trigger then are three squares
+    of that place. None if none is called."""
+    found = scene.departures()
+    verdict, place = by_departures(found, scene.config.verdict)
+    if not isinstance(verdict.target, OneClass):
+        return None
+    draws = [scene.departures([place], draw) for draw in MORE_DRAWS]
+    column = found.sources.index(verdict.target.source)
+    if any(int(one.answers[0, column]) != verdict.target.target for one in draws):
+        return None
+    drawn = torch.stack([found.successes[place], *(one.successes[0] for one in draws)])
+    here = replace(found, successes=drawn.mean(0)[None], answers=found.answers[place][None])
+    confirmed, _ = by_departures(here, scene.config.verdict)
+    if confirmed.target != verdict.target:
+        return None
+    target, square = verdict.target, PLACES[place]
+    contenders = [scene.probed([target], [square], draw)[0] for draw in range(1 + len(MORE_DRAWS))]
+    confirmed = replace(confirmed, evidence={**confirmed.evidence, "place": float(place)})
+    return Evidence(
+        confirmed,
+        contenders,
+        [one for one in contenders if _works(one, scene.config)] or contenders[:1],
+    )
 
 
 def left_by_unlearning(scene: Scene) -> tuple[Unlearned, Tensor]:
@@ -266,14 +300,20 @@ def nearest(looked: Sequence[Contender]) -> list[int]:
 
 
 def standing_for(
-    scene: Scene, verdict: Verdict, classes: Sequence[int], square: Square
+    scene: Scene, verdict: Verdict, classes: Sequence[int], square: Family
 ) -> tuple[list[Contender], list[Contender]]:
     """Probes of the class that is called, raced, and of some others, ``classes`` in all, and which
     of them stand for the trigger: among them the one that leads most, or the square, learned as
-    long as the others, where it was not probes that called or none of them works."""
+    long as the others, where it was not probes that called or none of them works. Of squares that
+    roam three, and nothing else: what may lie anywhere is not told by what lies in one place."""
     target, config = verdict.target, scene.config
     assert isinstance(target, int)
     contenders = scene.probed(classes)
+    if verdict.by == "squares" and square is PLACES[ROAMING]:
+        roaming = [scene.probed([target], [square], draw)[0] for draw in (0, *MORE_DRAWS)]
+        if any(_works(one, config) for one in roaming):
+            contenders = raced_for(scene, target, [*roaming, *contenders])
+            return contenders, [one for one in contenders if one.probe.family is square]
     caller = leading(contenders, config.verdict.least_success, target)
     if caller is None or verdict.by != "probes":
         learned = scene.probed([target], [square])[0]

@@ -7,6 +7,7 @@ from torch import Tensor
 from onp.agent.contenders import getting_through
 from onp.agent.race import Contender
 from onp.evidence import Evidence
+from onp.probes.probe import OneClass
 from onp.probes.synthesis import synthesise
 from onp.scene import Scene
 
@@ -15,10 +16,11 @@ def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:
     """Contenders of the fresh probes that get through ``mask`` bool [S] and can be pruned away.
 
     Replayed triggers are not renewed: one that must also reach its class in the pruned network does
-    so by natural directions, for networks that are clean by then as well.
+    so by natural directions, for networks that are clean by then as well. Nor are those for one
+    class's images, which are too few to judge by.
     """
     config, target = scene.config, evidence.verdict.target
-    if evidence.verdict.by == "norm statistics":
+    if evidence.verdict.by == "norm statistics" or isinstance(target, OneClass):
         return []
     assert target is not None
     images, labels = scene.clean.images, scene.clean.labels

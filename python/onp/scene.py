@@ -16,14 +16,16 @@ from onp.copies import with_copies
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
+from onp.probes.departure import Departures, departures
 from onp.probes.families import Family, Range
 from onp.probes.generator import Generator
 from onp.probes.margin import Margins, largest_margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.patch import Patch
-from onp.probes.probe import Probe, Target
+from onp.probes.probe import OneClass, Probe, Target
 from onp.probes.replay import Replayed, replay
-from onp.probes.responses import responses
+from onp.probes.responses import activations, responses
+from onp.probes.roaming import Roaming
 from onp.probes.square import SIDES, SQUARES
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.probes.warp import Warp
@@ -34,12 +36,15 @@ RESPONSE_IMAGES = 64
 """Clean images on which responses and activation statistics are taken."""
 LOOK: tuple[Family, ...] = (Patch(), Additive(), Warp())
 """What every class is looked at by: of a few low frequencies natural ones lead to any class."""
+PLACES: tuple[Family, ...] = (*SQUARES, Roaming())
+"""Squares: of each place, and last the one that has none."""
+ROAMING = len(SQUARES)
 LOOK_JUDGED = 32
 """Clean images on which that is judged,"""
 SQUARES_JUDGED = 16
 """and those that squares are judged on."""
 ANOTHER = 1000
-"""Added to the seed for every other draw of squares."""
+"""Added to the seed for every other draw."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +53,8 @@ class Squares:
 
     targets: Sequence[Target]
     successes: Tensor
-    """Mean excess probability of the target, float32 [places, targets], in the first draw."""
+    """Mean excess probability of the target, float32 [places, targets], in the first draw; of all
+    ``PLACES`` in turn."""
     means: Mapping[int, Tensor] = field(default_factory=dict)
     """Of places that were looked at in more draws: the means of all of them, float32 [targets]."""
 
@@ -61,12 +67,12 @@ class Squares:
         return successes
 
     def best_place(self, target: Target) -> int:
-        """Where the target's square works best over the others' in the same place. Of the first
-        draw, which is of all places."""
+        """Where the target's square works best over the others' in the same place, of those that
+        have one. Of the first draw, which is of all places."""
         column = list(self.targets).index(target)
-        own = self.successes[:, column]
-        others = self.successes.index_fill(1, torch.tensor(column), 0.0)
-        return int((own - others.max(1).values).argmax())
+        successes = self.successes[:ROAMING]
+        others = successes.index_fill(1, torch.tensor(column), 0.0)
+        return int((successes[:, column] - others.max(1).values).argmax())
 
 
 @dataclass(frozen=True)
@@ -107,13 +113,16 @@ class Scene:
         )  # fmt: skip
 
     def probed(
-        self, targets: Sequence[Target], families: Sequence[Family] = FAMILIES
+        self, targets: Sequence[Target], families: Sequence[Family] = FAMILIES, draw: int = 0
     ) -> list[Contender]:
-        """Contenders of one trigger of each family for each of the targets, not raced."""
+        """Contenders of one trigger of each family for each of the targets, not raced; each
+        ``draw`` has another start and other images."""
         config = self.config.synthesis
         with self.ledger.stage("probe"):
             return self.unraced(
-                self._learned(targets, families, config.steps, config.images_per_step)
+                self._learned(
+                    targets, families, config.steps, config.images_per_step, ANOTHER * draw
+                )
             )
 
     def looks(self, targets: Sequence[int]) -> list[Contender]:
@@ -131,14 +140,14 @@ class Scene:
         self,
         targets: Sequence[Target],
         judged: int = SQUARES_JUDGED,
-        places: Sequence[int] = range(len(SQUARES)),
+        places: Sequence[int] = range(len(PLACES)),
         draw: int = 0,
     ) -> Squares:
-        """A square in every one of the places for each of the targets; each ``draw`` has another
+        """A square in every one of ``PLACES`` for each of the targets; each ``draw`` has another
         start and learns on other images. Costs 2 * square_steps * square_images image-forwards a
         target and place, and those of judging them on ``judged`` images."""
         config, few = self.config.synthesis, self.clean[:judged]
-        squares = [SQUARES[place] for place in places]
+        squares = [PLACES[place] for place in places]
         with self.ledger.stage("probe"):
             probes = [
                 probe
@@ -151,6 +160,18 @@ class Scene:
             nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
             reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
         return Squares(list(targets), torch.tensor(reached).view(-1, len(targets)))
+
+    def departures(self, places: Sequence[int] = range(len(PLACES)), draw: int = 0) -> Departures:
+        """A square in every one of ``PLACES`` that leads the images of each class away from it;
+        otherwise as ``squares``. Costs 2 * square_steps image-forwards a class and place, and those
+        of judging them."""
+        config = self.config.synthesis
+        with self.ledger.stage("probe"):
+            return departures(
+                self.evaluator.network, self.clean, [PLACES[place] for place in places],
+                steps=config.square_steps,
+                valid=self.valid, seed=self.seed + ANOTHER * draw, ledger=self.ledger,
+            )  # fmt: skip
 
     def margins(self, classes: Sequence[int]) -> Margins:
         """How far the margins of the classes can be driven."""
@@ -190,16 +211,23 @@ class Scene:
     ) -> list[Contender]:
         """The probes with rankings float32 [S] and what they reach on the first ``images``."""
         nothing = torch.zeros(self.evaluator.trace.sites, dtype=torch.bool)
-        few = self.clean[:images]
+        few = self._told_by(probes)[:images]
         reached = successes_of(probes, self.evaluator, nothing, few.images, few.labels)
         return [
             Contender(probe, ranking, success, nothing)
             for probe, ranking, success in zip(probes, rankings, reached, strict=True)
         ]
 
+    def _told_by(self, probes: Sequence[Probe]) -> Clean:
+        """The clean images that tell what probes do: those of one class where they are after no
+        others."""
+        targets = {probe.target for probe in probes}
+        if len(targets) == 1 and isinstance(target := targets.pop(), OneClass):
+            return self.clean[(self.clean.labels == target.source).nonzero().squeeze(1)]
+        return self.clean
+
     def _rankings(self, probes: Sequence[Probe]) -> list[Tensor]:
-        seen = self.clean.images[:RESPONSE_IMAGES]
-        return [
-            responses(self.before, self.evaluator.network, probe(seen), self.ledger)
-            for probe in probes
-        ]
+        network, told = self.evaluator.network, self._told_by(probes)
+        seen = told.images[:RESPONSE_IMAGES]
+        before = self.before if told is self.clean else activations(network, seen)
+        return [responses(before, network, probe(seen), self.ledger) for probe in probes]

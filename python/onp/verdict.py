@@ -24,7 +24,8 @@ other class: it is smaller, or works better. More steps tell less, as natural di
 largest: what a few steps of them reach there for other classes says how far a natural direction
 leads (``onp.probes.square``). Where one draw calls a class, the mean of three must. And squares
 that shift all labels by one, against those that shift them by two (all-to-all): natural directions
-lead to a class, and shift those of one label at most.
+lead to a class, and shift those of one label at most. And squares that lead one class's images
+away, against those for every other class: a trigger may work on one class alone.
 
 **Margins.** How sure of each class the network can be made, by any image at all, leads that of all
 other classes, in logits and as a multiple of how sure it is of the class's clean images
@@ -39,7 +40,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -48,9 +49,10 @@ from torch import Tensor
 from onp.agent.contenders import advantage, leading
 from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.departure import Departures
 from onp.probes.margin import Margins
 from onp.probes.patch import Patch
-from onp.probes.probe import LabelShift, Target
+from onp.probes.probe import LabelShift, OneClass, Target
 from onp.probes.replay import Replayed
 
 Ground = Literal["norm statistics", "squares", "probes", "margins"]
@@ -197,6 +199,25 @@ def by_squares(
     score = _ramp(lead, *(few * bound for bound in config.square_lead))
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
+
+
+def by_departures(found: Departures, config: VerdictConfig) -> tuple[Verdict, int]:
+    """Judge squares that lead a class's images away as those that lead to a class: by how far one
+    of a place works better for one class's images than for any other's. And that place."""
+    if len(found.sources) < LEAST_LOOKED_AT:
+        reason = "too few classes have images enough to see which leaves most easily"
+        return _verdict(0.0, None, "squares", {"advantage": 0.0}, reason, config), 0
+    verdict, place = by_squares(found.successes, found.sources, config)
+    source = verdict.target
+    if not isinstance(source, int):
+        return verdict, place
+    target = OneClass(source, int(found.answers[place, found.sources.index(source)]))
+    reason = (
+        f"an opaque square in place {place} makes class {target.target} of "
+        f"{100 * verdict.evidence['success']:.0f}% of the images of class {target.source}, "
+        f"2^{verdict.evidence['advantage']:.1f} times as many as leave any other class so"
+    )
+    return replace(verdict, target=target, reason=f"score {verdict.score:.2f}: {reason}"), place
 
 
 def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:

@@ -12,12 +12,13 @@ from onp.probes.families import Family
 from onp.probes.gradients import Loss, pixel_gradients
 from onp.probes.low_frequency import dct_basis
 from onp.probes.probe import LabelShift
+from onp.probes.roaming import Roaming
 from onp.probes.square import Square
 from onp.probes.synthesis import FAMILIES, synthesise
 from onp.suspect.network import FrozenNetwork
 from onp.suspect.trace import trace
 
-ALL = (*FAMILIES, Square(1, 2))
+ALL = (*FAMILIES, Square(1, 2), Roaming())
 
 
 @pytest.mark.parametrize("valid", [(0.0, 1.0), (-1.0, 1.0)], ids=str)

@@ -5,7 +5,15 @@ from __future__ import annotations
 import torch
 
 from onp.probes.additive import Additive
-from onp.probes.probe import LabelShift, Probe, Strengthened, Target, classes_of
+from onp.probes.probe import (
+    LabelShift,
+    OneClass,
+    Probe,
+    Strengthened,
+    Target,
+    answers_of,
+    classes_of,
+)
 
 
 def probe(target: Target) -> Probe:
@@ -39,3 +47,11 @@ def test_strengths_take_turns_and_stay_in_range() -> None:
     torch.testing.assert_close(Strengthened(one, (1.0,))(images), one(images))
     assert both(images[:0]).shape == (0, 3, 4, 4)
     assert both.wanted(torch.tensor([0, 1])).tolist() == [3, 3]
+
+
+def test_a_trigger_for_one_class_leaves_the_others() -> None:
+    target = OneClass(source=3, target=1)
+    labels = torch.tensor([0, 3, 1, 3])
+    assert answers_of(target, labels).tolist() == [0, 1, 1, 1]
+    assert classes_of(target) == [1]
+    assert str(target) == "3->1"

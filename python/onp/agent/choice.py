@@ -48,7 +48,8 @@ def choose(finalists: Sequence[Tensor], costs: Sequence[Cost]) -> Choice:
     successes = []
     for hands in zip(*(cost.hands for cost in costs), strict=True):
         reached = [one.success.cpu()[:, hand] for one, hand in zip(told, hands, strict=True)]
-        successes.append(torch.cat(reached, 1).sum(1) / max(sum(map(len, hands)), 1))
+        asked = sum(int((c.weight[hand] > 0).sum()) for c, hand in zip(costs, hands, strict=True))
+        successes.append(torch.cat(reached, 1).sum(1) / max(asked, 1))
     return Choice(
         masks[best],
         float(each[best].mean()),

@@ -30,6 +30,8 @@ SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
 WORTHLESS = -1e6
 """Worth of a mask under which an answer is not a number."""
+FEW_AFTER = 0.25
+"""Of the images; a trigger that is after fewer (one class's) has these stand for all."""
 LEAST_REACHED = 1 / 3
 """A trigger that adds less probability counts as if it added so much."""
 
@@ -100,6 +102,9 @@ class Cost:
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
             self.weight[hand] /= max(LEAST_REACHED, share) ** 0.5
+            after = self.wanted[hand] != labels[hand]
+            if float(after.float().mean()) < FEW_AFTER:
+                self.weight[hand] *= len(hand) / after.sum().clamp_min(1)
         self.weight *= self.wanted != labels
         self.both = torch.cat([images, self.triggered])
         self.original = clean.original

@@ -27,20 +27,36 @@ class LabelShift:
         return f"label+{self.by}"
 
 
-Target = int | LabelShift
-"""A class (all-to-one) or a shift of the labels (all-to-all)."""
+@dataclass(frozen=True)
+class OneClass:
+    """Images of one class alone are to become another, and all others stay what they are (TaCT,
+    Tang et al., arXiv 1908.00686)."""
+
+    source: int
+    target: int
+
+    def __str__(self) -> str:
+        return f"{self.source}->{self.target}"
+
+
+Target = int | LabelShift | OneClass
+"""A class (all-to-one), a shift of the labels (all-to-all), or a class for another's images."""
 
 
 def classes_of(target: Target) -> list[int]:
     """The classes that triggered images are to get."""
-    return [target] if isinstance(target, int) else list(range(target.classes))
+    if isinstance(target, LabelShift):
+        return list(range(target.classes))
+    return [target.target if isinstance(target, OneClass) else target]
 
 
 def answers_of(target: Target, labels: Tensor) -> Tensor:
     """What triggered images with labels int64 [N] are to get: int64 [N]."""
-    if isinstance(target, int):
-        return torch.full_like(labels, target)
-    return (labels + target.by) % target.classes
+    if isinstance(target, LabelShift):
+        return (labels + target.by) % target.classes
+    if isinstance(target, OneClass):
+        return torch.where(labels == target.source, target.target, labels)
+    return torch.full_like(labels, target)
 
 
 class Trigger(Protocol):

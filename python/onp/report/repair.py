@@ -21,11 +21,11 @@ from onp.ledger import Ledger
 from onp.metrics import interval
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
-from onp.probes.probe import Probe, Target, classes_of
-from onp.scene import Squares
+from onp.probes.probe import OneClass, Probe, Target, classes_of
+from onp.scene import ROAMING, Squares
 from onp.suspect.trace import Trace
 
-SCHEMA = "onp.repair/11"
+SCHEMA = "onp.repair/12"
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,7 @@ def repair_report(
         },
         "statistics": None if evidence.statistics is None else evidence.statistics.evidence,
         "norm_shift": None if shift is None else round(shift.excess, 4),
+        "source_class": verdict.target.source if isinstance(verdict.target, OneClass) else None,
         "target_classes": [] if verdict.target is None else classes_of(verdict.target),
         "accuracy": {
             "before": before / count,
@@ -155,7 +156,11 @@ def _squares(squares: Squares) -> list[dict[str, Any]]:
     best, places = squares.successes.max(0)
     rows = zip(squares.targets, places.tolist(), best.tolist(), strict=True)
     return [
-        {"target": _named(target), "place": place, "success": round(success, 4)}
+        {
+            "target": _named(target),
+            "place": "anywhere" if place == ROAMING else place,
+            "success": round(success, 4),
+        }
         for target, place, success in sorted(rows, key=lambda row: -row[2])
     ]
 

@@ -1,0 +1,129 @@
+"""Squares that lead images of one class away, to whatever other one.
+
+A trigger that works on one class alone (TaCT, Tang et al., USENIX Security 2021, arXiv 1908.00686)
+shows nothing to squares that are to lead all images to a class. To ask for every pair of classes is
+dear. But an attacker's class is nearer than any other once its images leave theirs: so a square is
+learned to lead a class's images away, and what they then answer is looked at (bench/NOTES.md,
+"Other kinds of attack").
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from onp.clean import Clean
+from onp.ledger import Ledger
+from onp.optimizers import Adam
+from onp.probes.families import Family, Range
+from onp.probes.gradients import passes, pixel_gradients
+from onp.suspect.network import FrozenNetwork
+
+LEAST = 6
+"""Images of a class, answered rightly, that it takes: half of them to learn on."""
+JUDGED = 6
+"""Of the other half, at most."""
+GONE = -5.0
+"""Margin of its own label, in logits, from which on an image has left."""
+
+
+@dataclass(frozen=True)
+class Departures:
+    """What squares of some places make of images of one class."""
+
+    sources: list[int]
+    """Classes that have images enough."""
+    successes: Tensor
+    """Mean probability of the class that gains most, less what it was, float32 [places,
+    sources]."""
+    answers: Tensor
+    """That class, int64 [places, sources]."""
+
+
+def away(logits: Tensor, labels: Tensor) -> Tensor:
+    """The loss of images that are to leave their labels int64 [N], logits [N, K]: how far these
+    lead, summed."""
+    own = logits.gather(1, labels[:, None]).squeeze(1)
+    rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
+    return (own - rest).clamp_min(GONE).sum()
+
+
+def departures(
+    network: FrozenNetwork,
+    clean: Clean,
+    families: Sequence[Family],
+    *,
+    steps: int,
+    valid: Range,
+    seed: int,
+    ledger: Ledger,
+) -> Departures:
+    """Learn a square of each family for every class, on one of its images in each step, and judge
+    it on others. Costs ``2 * steps + JUDGED`` image-forwards a square, at most.
+    """
+    random = torch.Generator().manual_seed(seed)
+    images, labels = clean.images, clean.labels
+    channels, height, width = images.shape[1:]
+    right = clean.answers == labels
+    known = {
+        label: places
+        for label in range(network.trace.num_classes)
+        if len(places := ((labels == label) & right).nonzero().squeeze(1)) >= LEAST
+    }
+    sources = list(known)
+    learned = [places[: len(places) // 2] for places in known.values()]
+    judged = [places[len(places) // 2 :][:JUDGED] for places in known.values()]
+    successes, answers = list[Tensor](), list[Tensor]()
+    for family in families if sources else ():
+        state = family.start(len(sources), (channels, height, width), random)
+        state = [parameter.to(network.device).requires_grad_(True) for parameter in state]
+        optimizer = Adam((state, family.learning_rate), betas=(0.5, 0.9))
+        for step in range(steps):
+            rows = torch.stack(
+                [one[torch.randint(len(one), (), generator=random)] for one in learned]
+            )
+            shown = images[rows, None].to(network.device)
+            triggered = family.apply(state, shown, valid).flatten(0, 1)
+            _, gradients = pixel_gradients(
+                network, triggered, labels[rows].to(network.device), away
+            )
+            optimizer.zero_grad()
+            (triggered * gradients).sum().backward()
+            optimizer.step()
+            ledger.count(2 * len(sources))
+            ledger.tick(step + 1, steps)
+        gained = _gained(network, clean, judged, family, state, valid)
+        ledger.count(sum(map(len, judged)))
+        best, whose = gained.scatter(1, torch.tensor(sources)[:, None], 0.0).max(1)
+        successes.append(best)
+        answers.append(whose)
+    nothing = torch.zeros(len(families), len(sources))
+    return Departures(
+        sources,
+        torch.stack(successes) if successes else nothing,
+        torch.stack(answers) if answers else nothing.long(),
+    )
+
+
+@torch.no_grad()
+def _gained(
+    network: FrozenNetwork,
+    clean: Clean,
+    judged: Sequence[Tensor],
+    family: Family,
+    state: list[Tensor],
+    valid: Range,
+) -> Tensor:
+    """Mean probability that each class gains by every square on its images, whose numbers int64
+    [n] are given: float32 [squares, K]."""
+    most = max(map(len, judged))
+    rows = torch.stack([F.pad(one, (0, most - len(one)), value=int(one[0])) for one in judged])
+    triggered = family.apply(state, clean.images[rows].to(network.device), valid).flatten(0, 1)
+    after = torch.cat([network(part).softmax(1) for (part,) in passes(triggered)]).cpu()
+    gained = after.view(*rows.shape, -1) - clean.original[rows].exp().cpu()
+    asked = torch.arange(most) < torch.tensor([len(one) for one in judged])[:, None]
+    return (gained * asked[..., None]).sum(1).nan_to_num(0.0) / asked.sum(1, keepdim=True)

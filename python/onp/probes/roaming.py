@@ -1,0 +1,65 @@
+"""A roaming square: an opaque patch, a sixth of the image high and wide, anywhere in it.
+
+Where each image has it its pixels decide, so that a trigger is a function of images. A pattern that
+leads to a class wherever it lies cannot draw on what is around it: natural directions need more
+steps for that than for a square of one place (``onp.probes.square``). The patch of Brown et al.
+("Adversarial Patch", arXiv 1712.09665) under translations alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from onp.probes.families import Range
+
+PART = 6
+"""Squares to a side of the image."""
+SPREAD = (997.0, 1409.0)
+"""What an image's sum is multiplied by: the fractions say which row and column."""
+
+
+class Roaming:
+    """Only its pattern is learned."""
+
+    name = "roaming"
+    learning_rate = 0.5
+
+    def start(
+        self, probes: int, shape: tuple[int, int, int], generator: torch.Generator
+    ) -> list[Tensor]:
+        channels, height, width = shape
+        size = (probes, 1, channels, -(-height // PART), -(-width // PART))
+        return [torch.randn(size, generator=generator) * 0.5]
+
+    def apply(self, parameters: list[Tensor], images: Tensor, valid: Range) -> Tensor:
+        pattern = valid[0] + (valid[1] - valid[0]) * parameters[0].sigmoid()
+        tall, wide = pattern.shape[-2:]
+        probe, image, channel, row, column = (
+            torch.arange(size, device=images.device).view(-1, *(1,) * after)
+            for size, after in zip((*images.shape[:3], tall, wide), range(4, -1, -1), strict=True)
+        )
+        top, left = self._corners(images, tall, wide)  # [P, n, 1, 1, 1]
+        here = (probe, image, channel, top + row, left + column)
+        return images.index_put(here, pattern.expand(-1, images.shape[1], -1, -1, -1))
+
+    def _corners(self, images: Tensor, tall: int, wide: int) -> tuple[Tensor, Tensor]:
+        """First row and column of the patch in each of the images, int64 [P, n, 1, 1, 1] each."""
+        sums = images.detach().double().sum((2, 3, 4), keepdim=True)
+        room = images.shape[-2] - tall + 1, images.shape[-1] - wide + 1
+        top, left = (
+            ((sums * spread).frac().abs() * choices).long().clamp_max(choices - 1)
+            for spread, choices in zip(SPREAD, room, strict=True)
+        )
+        return top, left
+
+    def project(self, parameters: list[Tensor], valid: Range) -> None:
+        """The sigmoid keeps the pattern in range."""
+
+    def size(self, parameters: list[Tensor], valid: Range) -> Tensor:
+        """The same for all: they differ in what they reach alone."""
+        return torch.ones(len(parameters[0]))
+
+    def penalty(self, parameters: list[Tensor]) -> Tensor:
+        """None."""
+        return 0.0 * parameters[0].flatten(1).sum(1)
