@@ -212,7 +212,7 @@ class Play:
         self,
         monkeypatch: pytest.MonkeyPatch,
         sizes: dict[int, float] | None = None,
-        rival: float = 0.3,
+        rival: float = 0.5,
         margin: float = 1.0,
         success: float = 0.9,
         at_length: tuple[float, float] = (0.9, 0.9),
@@ -292,19 +292,19 @@ class Play:
     ("sizes", "rival", "margin", "by", "target", "asked"),
     [
         # A look at every class is all where nothing calls a backdoor,
-        ({}, 0.3, 1.0, "probes", None, []),
-        ({0: 0.7}, 0.3, 1.0, "probes", None, []),  # hardly smaller than for the four others
-        ({0: 0.4, 4: 0.5}, 0.3, 1.0, "probes", None, []),  # than for one
-        ({}, 0.2, 1.0, "squares", None, []),  # nothing calls, squares come nearest to it
-        ({}, 0.3, 1.35, "margins", None, []),
+        ({}, 0.5, 1.0, "probes", None, []),
+        ({0: 0.7}, 0.5, 1.0, "probes", None, []),  # hardly smaller than for the four others
+        ({0: 0.4, 4: 0.5}, 0.5, 1.0, "probes", None, []),  # than for one
+        ({}, 0.25, 1.0, "squares", None, []),  # nothing calls, squares come nearest to it
+        ({}, 0.5, 1.35, "margins", None, []),
         # and what is called is probed, with the two that are nearest.
-        ({4: 0.5, 1: 0.9}, 0.3, 1.0, "probes", 4, ["probes 410"]),
+        ({4: 0.5, 1: 0.9}, 0.5, 1.0, "probes", 4, ["probes 410"]),
         ({}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
         ({0: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),  # less sure, another
         ({3: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
         ({3: 0.1}, 0.02, 1.0, "probes", 3, ["probes 301"]),  # as sure: they do without a square
-        ({0: 0.1}, 0.3, 4.0, "probes", 0, ["probes 012"]),  # margins are not asked
-        ({}, 0.3, 4.0, "margins", 3, ["probes 301", "square 3"]),
+        ({0: 0.1}, 0.5, 4.0, "probes", 0, ["probes 012"]),  # margins are not asked
+        ({}, 0.5, 4.0, "margins", 3, ["probes 301", "square 3"]),
     ],
 )
 def test_what_calls_a_backdoor_and_what_is_probed_then(
@@ -333,7 +333,7 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     assert found.unlearned is None
 
 
-@pytest.mark.parametrize(("roams", "rival"), [(True, 0.02), (False, 0.02), (True, 0.3)])
+@pytest.mark.parametrize(("roams", "rival"), [(True, 0.02), (False, 0.02), (True, 0.5)])
 def test_where_a_square_without_a_place_leads_three_of_them_count_alone(
     roams: bool, rival: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,7 +354,7 @@ def test_where_a_square_without_a_place_leads_three_of_them_count_alone(
 
 @pytest.mark.parametrize(
     ("later", "rival", "score"),
-    [(0.9, 0.02, 1.0), (0.4, 0.02, 0.95), (0.3, 0.1, 0.33), (0.2, 0.02, 0.0), (0.0, 0.02, 0.0)],
+    [(0.9, 0.02, 1.0), (0.4, 0.15, 0.51), (0.3, 0.2, 0.18), (0.2, 0.02, 0.0), (0.0, 0.02, 0.0)],
 )
 def test_a_square_that_calls_must_do_so_in_the_mean_of_three_draws(
     later: float, rival: float, score: float, monkeypatch: pytest.MonkeyPatch

@@ -237,7 +237,7 @@ def from_squares(scene: Scene, classes: Sequence[int]) -> tuple[Squares, Verdict
     squares = scene.squares(classes)
     while True:
         verdict, place = by_squares(squares.judged, classes, scene.config.verdict)
-        if verdict.target is None or place in squares.means:
+        if verdict.score == 0.0 or place in squares.means:
             break
         more = [scene.squares(classes, places=[place], draw=draw) for draw in MORE_DRAWS]
         drawn = torch.stack([squares.successes[place], *(one.successes[0] for one in more)])

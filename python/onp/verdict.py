@@ -175,12 +175,15 @@ def by_probes(looked: Sequence[Contender], config: VerdictConfig, called: bool =
 
 
 def by_squares(
-    successes: Tensor, targets: Sequence[int], config: VerdictConfig
+    successes: Tensor,
+    targets: Sequence[int],
+    config: VerdictConfig,
+    bounds: tuple[float, float] | None = None,
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
     the largest lead over the other classes in one place of one that works, on the more images the
     fewer classes there are. And that place. With fewer than five no lead is enough: rivals count
-    ``square_floor`` at least."""
+    ``square_floor`` at least. bounds: leads that count nothing and all; default: the squares'."""
     least = config.least_success + config.square_few * max(0, MANY_CLASSES - len(targets))
     best, whose = successes.max(1)
     rivals = successes.scatter(1, whose[:, None], 0.0).max(1).values
@@ -196,7 +199,8 @@ def by_squares(
     if not works[place]:
         reason = f"no square works on {100 * least:.0f}% of the images"
     few = 1.0 + config.scarcity * max(0, config.rivals - (len(targets) - 1))
-    score = _ramp(lead, *(few * bound for bound in config.square_lead))
+    low, high = config.square_lead if bounds is None else bounds
+    score = _ramp(lead, few * low, few * high)
     found = {"advantage": lead, "success": success, "place": float(place)}
     return _verdict(score, target, "squares", found, reason, config), place
 
@@ -207,7 +211,7 @@ def by_departures(found: Departures, config: VerdictConfig) -> tuple[Verdict, in
     if len(found.sources) < LEAST_LOOKED_AT:
         reason = "too few classes have images enough to see which leaves most easily"
         return _verdict(0.0, None, "squares", {"advantage": 0.0}, reason, config), 0
-    verdict, place = by_squares(found.successes, found.sources, config)
+    verdict, place = by_squares(found.successes, found.sources, config, config.departure_lead)
     source = verdict.target
     if not isinstance(source, int):
         return verdict, place
