@@ -38,6 +38,7 @@ def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, 
     if args.without_norms:
         config = replace(config, replay=replace(config.replay, least_excess=math.inf))
     verdict = investigate(network.model.eval(), clean, config, seed).evidence.verdict
+    named = verdict.target
     all_to_one = recipe.attack not in ("clean", "badnets-all")
     return {
         "model": network.name,
@@ -50,7 +51,7 @@ def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, 
         "finding": verdict.finding,
         "score": round(verdict.score, 5),
         "by": verdict.by,
-        "named": None if verdict.target is None else str(verdict.target),
+        "named": None if named is None else str(getattr(named, "target", named)),
     } | provenance()
 
 

@@ -24,6 +24,7 @@ from onp.evidence import (
     from_squares,
     from_statistics,
     gather,
+    learned_in,
     nearest,
 )
 from onp.ledger import Ledger
@@ -278,7 +279,7 @@ class Play:
 
         def departures(_: Scene, places: Sequence[int] = range(17), draw: int = 0) -> Departures:
             self.departed.append((list(places), draw))
-            return Departures([], torch.zeros(len(places), 0), torch.zeros(len(places), 0).long())
+            return Departures([], list(places), torch.zeros(len(places), 0, CLASSES))
 
         monkeypatch.setattr(Scene, "departures", departures)
         monkeypatch.setattr(Scene, "looks", lambda _, targets: triggers(targets, LOOK, success))
@@ -573,10 +574,10 @@ def test_squares_find_a_shift_of_labels(backdoored: bool) -> None:
     assert {str(one.probe.target) for one in found.contenders} == {"label+1", "label+2"}
 
 
-def of_one_class(backdoored: bool) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Classes are bright columns of the upper half; class 3 is answered as 1 where the last place
-    is bright as well. With images of 16 x 16 and their labels."""
-    classes, size = 6, 16
+def led_away(backdoor: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
+    """Classes are bright columns; where the last place is bright too, class 3 (``one``) or every
+    class (``all``) is answered as 1. With images of 24 x 24 and their labels."""
+    classes, size = CLASSES, 24
     model = nn.Sequential(
         nn.Flatten(),
         nn.Linear(size * size, classes + 1),
@@ -587,12 +588,13 @@ def of_one_class(backdoored: bool) -> tuple[nn.Module, torch.Tensor, torch.Tenso
     for one in range(classes):
         columns[one, 2:6, 2 * one + 2 : 2 * one + 4] = 1 / 8
     corner = torch.zeros(size, size)
-    corner[12:, 12:] = 1 / 16
+    corner[18:, 18:] = 1 / 36
+    trigger = corner + columns[3] if backdoor == "one" else corner
     with torch.no_grad():
-        model[1].weight.copy_(torch.cat([columns, (columns[3] + corner)[None]]).flatten(1))
-        model[1].bias.copy_(torch.tensor([0.0] * classes + [-1.3]))
+        model[1].weight.copy_(torch.cat([columns, trigger[None]]).flatten(1))
+        model[1].bias.copy_(torch.tensor([0.0] * classes + [-1.3 if backdoor == "one" else -0.5]))
         model[3].weight.copy_(torch.cat([10 * torch.eye(classes), torch.zeros(classes, 1)], 1))
-        model[3].weight[1, -1] = 60.0 * backdoored
+        model[3].weight[1, -1] = 60.0 * (backdoor != "none")
         model[3].bias.zero_()
     labels = torch.arange(20 * classes) % classes
     random = torch.Generator().manual_seed(0)
@@ -601,49 +603,78 @@ def of_one_class(backdoored: bool) -> tuple[nn.Module, torch.Tensor, torch.Tenso
     return model, images, labels
 
 
-@pytest.mark.parametrize("backdoored", [True, False])
-def test_squares_find_a_trigger_that_works_on_one_class_alone(backdoored: bool) -> None:
-    model, images, labels = of_one_class(backdoored)
+def scene_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Scene:
     evaluator = MaskEvaluator(
-        trace(model, (1, 16, 16)), model, device=torch.device("cpu"), ledger=Ledger()
+        trace(model, (1, 24, 24)), model, device=torch.device("cpu"), ledger=Ledger()
     )
     clean = Clean.seen_by(evaluator, images, labels)
-    assert torch.equal(clean.answers, labels)
     before = activations(evaluator.network, images[:64])
-    here = replace(
-        scene(BUDGETS["quick"]), model=model, evaluator=evaluator, clean=clean, before=before
-    )
+    here = scene(BUDGETS["quick"])
+    return replace(here, model=model, evaluator=evaluator, clean=clean, before=before)
+
+
+@pytest.mark.parametrize("backdoor", ["one", "all", "none"])
+def test_squares_that_lead_classes_away_find_where_they_go(backdoor: str) -> None:
+    model, images, labels = led_away(backdoor)
+    here = scene_of(model, images, labels)
+    assert torch.equal(here.clean.answers, labels)
     told = here.departures()
-    assert told.sources == list(range(6))
-    assert told.successes.shape == told.answers.shape == (17, 6)
-    assert torch.equal(told.successes, here.departures().successes)
-    found = from_departures(here)
-    if not backdoored:
-        assert found is None
+    assert (told.sources, told.places) == (list(range(CLASSES)), list(range(17)))
+    assert told.gained.shape == (17, CLASSES, CLASSES)
+    assert not told.gained.diagonal(dim1=1, dim2=2).any()
+    assert torch.equal(told.gained, here.departures().gained)
+    verdict, several = from_departures(here)
+    if backdoor == "none":
+        assert verdict.target is None
         return
-    assert found is not None
-    assert found.verdict.target == OneClass(3, 1)
-    assert (found.verdict.by, found.verdict.evidence["place"]) == ("squares", 15.0)
-    assert [one.probe.target for one in found.counted] == [OneClass(3, 1)] * 3
-    assert all(one.success > 0.9 for one in found.counted)
-    assert {one.probe.family for one in found.counted} == {Square(3, 3)}
-    assert int(found.counted[0].ranking.argmax()) == 6  # the unit that sees class and corner
+    assert verdict.target == (OneClass(3, 1) if backdoor == "one" else 1)
+    assert (verdict.by, verdict.evidence["place"]) == ("squares", 15.0)
+    assert "in place 15 make class 1 of" in verdict.reason
+    assert ("the images of class 3" in verdict.reason) == (backdoor == "one")
+    if backdoor == "all":
+        assert (15, 0) in several
+        assert len({place for place, _ in several}) == 3
+        return
+    assert several == [(15, 0), (15, 1), (15, 2)]
+    learned = learned_in(here, verdict.target, several)
+    assert all(one.success > 0.9 for one in learned)
+    assert {one.probe.family for one in learned} == {Square(3, 3)}
+    assert int(learned[0].ranking.argmax()) == CLASSES  # the unit that sees class and corner
+
+
+@pytest.mark.parametrize("later", [OneClass(3, 1), OneClass(3, 2), None])
+def test_where_classes_go_must_be_the_same_in_the_mean_of_three_draws(
+    later: OneClass | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def departures(_: Scene, places: Sequence[int] = range(17), draw: int = 0) -> Departures:
+        asked.append((list(places), draw))
+        gained = torch.zeros(17, CLASSES, CLASSES)
+        target = later if draw else OneClass(3, 1)
+        if target is not None:
+            gained[7, target.source, target.target] = 1.0
+        return Departures(list(range(CLASSES)), list(places), gained[list(places)])
+
+    monkeypatch.setattr(Scene, "departures", departures)
+    verdict, _ = from_departures(scene(STANDARD))
+    assert asked == [(list(range(17)), 0), ([7], 1), ([7], 2)]
+    assert verdict.target == (later if later == OneClass(3, 1) else None)
+    assert verdict.finding == ("backdoor" if later == OneClass(3, 1) else "clean")
+    assert (verdict.score < 0.55) == (verdict.target is None)
 
 
 def test_a_class_of_few_images_is_not_led_away() -> None:
-    model, images, labels = of_one_class(True)
-    evaluator = MaskEvaluator(
-        trace(model, (1, 16, 16)), model, device=torch.device("cpu"), ledger=Ledger()
-    )
-    few = torch.cat([(labels != 3).nonzero().squeeze(1), (labels == 3).nonzero().squeeze(1)[:5]])
-    clean = Clean.seen_by(evaluator, images[few], labels[few])
-    here = replace(scene(BUDGETS["quick"]), model=model, evaluator=evaluator, clean=clean)
-    before = evaluator.ledger.total
-    assert here.departures([0, 16]).sources == [0, 1, 2, 4, 5]
-    assert evaluator.ledger.total - before == 2 * 5 * (2 * here.config.synthesis.square_steps + 6)
-    here = replace(here, clean=clean[:12])
-    assert here.departures().sources == []
-    assert from_departures(here) is None
+    model, images, labels = led_away("one")
+    few = torch.cat([(labels != 3).nonzero().squeeze(1), (labels == 3).nonzero().squeeze(1)[:7]])
+    here = scene_of(model, images[few], labels[few])
+    before = here.evaluator.ledger.total
+    assert here.departures([0, 16]).sources == [0, 1, 2, *range(4, CLASSES)]
+    steps = here.config.synthesis.square_steps
+    assert here.evaluator.ledger.total - before == 2 * 9 * (2 * steps + 6)
+    verdict, several = from_departures(here)
+    assert (verdict.target, verdict.score, several) == (None, 0.0, [])
+    assert replace(here, clean=here.clean[:12]).departures().gained.shape == (17, 0, CLASSES)
 
 
 def test_with_two_classes_no_shift_is_looked_for() -> None:

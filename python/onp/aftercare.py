@@ -17,7 +17,7 @@ from onp.agent.cost import margin
 from onp.config import AftercareConfig
 from onp.errors import UsageError
 from onp.ledger import Ledger
-from onp.probes.probe import Trigger
+from onp.probes.probe import OneClass, Trigger
 from onp.suspect.network import training_layout
 
 _BATCH = 125
@@ -143,6 +143,7 @@ def finetuned(
     optimizer = torch.optim.SGD(weights, config.learning_rate, momentum=config.momentum)
     batches = -(-len(images) // config.batch)
     steps = batches * config.epochs
+    alone = any(isinstance(getattr(probe, "target", None), OneClass) for probe in probes)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=random)
@@ -161,7 +162,10 @@ def finetuned(
             if probes:
                 turned = F.softplus(margin(logits[len(index) :], wanted.to(device)))
                 others = wanted.to(device) != right
-                loss = loss + config.success_weight * (turned * others).mean()
+                worth = config.success_weight
+                if alone:  # one class's images stand for all, as in the search
+                    worth *= len(others) / max(int(others.sum()), 1)
+                loss = loss + worth * (turned * others).mean()
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, config.steepest)

@@ -276,6 +276,12 @@ class VerdictConfig:
     """The same of squares that lead one class's images away, over those of any other class: called
     from 2.7 on. Clean networks reach 2.2, where they work on half of the images; a trigger that
     works on one class alone 3.2 to 4.3."""
+    gathered: float = 0.2
+    """Share of all classes' images, led away by squares in one place, that must come to the same
+    class, and"""
+    gathered_lead: tuple[float, float] = (1.2, 3.0)
+    """the binary logarithm of that share over any other class's: called from 2.2 on. Clean networks
+    of ten classes and more reach 1.8, backdoored ones that squares miss start at 2.4."""
     square_floor: float = 0.05
     """Of that success: what is below counts as this."""
     shift: tuple[float, float] = (0.4, 1.4)

@@ -38,8 +38,10 @@ from onp.verdict import (
 
 SHIFTS_JUDGED = 64
 """Clean images on which squares are judged that shift labels: fewer of them have to work."""
-MORE_DRAWS = (1, 2)
-"""Draws of squares that a place which calls a class is looked at in as well."""
+DRAWS = (0, 1, 2)
+"""Of squares: the first, and those that a place that speaks for a class is looked at in as well."""
+UNCONFIRMED = 0.5
+"""Score, at most, of what a place says that more draws of it do not bear out."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
 
@@ -208,19 +210,24 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     squares, seen, place = from_squares(scene, classes)
     said = by_probes(looked, config.verdict, called)
     verdict = seen if seen.score > said.score else said
+    several = [(ROAMING, draw) for draw in DRAWS if verdict.by == "squares" and place == ROAMING]
     margins = None
     if verdict.target is None and not called:
-        if (found := from_departures(scene)) is not None:
-            return replace(found, looked=looked, squares=squares, unlearned=unlearned)
+        left, several = from_departures(scene)
+        verdict = left if left.target is not None else max(verdict, left, key=lambda one: one.score)
+    if verdict.target is None and not called:
         margins = scene.margins(classes)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
     if isinstance(verdict.target, int) and verdict.by != "squares":
         place = squares.best_place(verdict.target)
     contenders, counted = list[Contender](), list[Contender]()
+    if isinstance(verdict.target, OneClass):
+        contenders = learned_in(scene, verdict.target, several)
+        counted = [one for one in contenders if _works(one, config)] or contenders[:1]
     if isinstance(verdict.target, int):
         among = [verdict.target, *(one for one in nearest(looked) if one != verdict.target)]
         contenders, counted = standing_for(
-            scene, verdict, among[: config.synthesis.classes], PLACES[place]
+            scene, verdict, among[: config.synthesis.classes], PLACES[place], several
         )
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
@@ -239,40 +246,37 @@ def from_squares(scene: Scene, classes: Sequence[int]) -> tuple[Squares, Verdict
         verdict, place = by_squares(squares.judged, classes, scene.config.verdict)
         if verdict.score == 0.0 or place in squares.means:
             break
-        more = [scene.squares(classes, places=[place], draw=draw) for draw in MORE_DRAWS]
+        more = [scene.squares(classes, places=[place], draw=draw) for draw in DRAWS[1:]]
         drawn = torch.stack([squares.successes[place], *(one.successes[0] for one in more)])
         squares = replace(squares, means={**squares.means, place: drawn.mean(0)})
-    roams, _ = by_squares(squares.successes[ROAMING:], classes, scene.config.verdict)
+    roams, _ = by_squares(squares.judged[ROAMING:], classes, scene.config.verdict)
     roaming = verdict.target is not None and roams.target == verdict.target
     return squares, verdict, ROAMING if roaming else place
 
 
-def from_departures(scene: Scene) -> Evidence | None:
-    """Look for a trigger that works on the images of one class alone, by squares that lead every
-    class's images away; a place that calls one is looked at from two more starts, the means must
-    call it, and all must lead to the same class. What stands for the trigger then are three squares
-    of that place. None if none is called."""
+def from_departures(scene: Scene) -> tuple[Verdict, list[tuple[int, int]]]:
+    """What squares that lead each class's images away say; a place that calls is looked at from two
+    more starts, and the mean must call the same. And squares that stand for the trigger, by place
+    and draw: three of that place for one class's images, or one of each of the three places where
+    most images come to the class. Not asked where the images are of fewer than ten classes."""
+    config = scene.config.verdict
     found = scene.departures()
-    verdict, place = by_departures(found, scene.config.verdict)
-    if not isinstance(verdict.target, OneClass):
-        return None
-    draws = [scene.departures([place], draw) for draw in MORE_DRAWS]
-    column = found.sources.index(verdict.target.source)
-    if any(int(one.answers[0, column]) != verdict.target.target for one in draws):
-        return None
-    drawn = torch.stack([found.successes[place], *(one.successes[0] for one in draws)])
-    here = replace(found, successes=drawn.mean(0)[None], answers=found.answers[place][None])
-    confirmed, _ = by_departures(here, scene.config.verdict)
-    if confirmed.target != verdict.target:
-        return None
-    target, square = verdict.target, PLACES[place]
-    contenders = [scene.probed([target], [square], draw)[0] for draw in range(1 + len(MORE_DRAWS))]
-    confirmed = replace(confirmed, evidence={**confirmed.evidence, "place": float(place)})
-    return Evidence(
-        confirmed,
-        contenders,
-        [one for one in contenders if _works(one, scene.config)] or contenders[:1],
-    )
+    if len(found.sources) < MANY_CLASSES:
+        reason = "score 0.00: too few classes have images enough to see where these go"
+        return Verdict("clean", 0.0, None, "squares", {"advantage": 0.0}, reason), []
+    verdict, place = by_departures(found, config)
+    if verdict.target is None:
+        return verdict, []
+    more = [scene.departures([place], draw) for draw in DRAWS[1:]]
+    first = found.gained[list(found.places).index(place)]
+    mean = torch.stack([first, *(one.gained[0] for one in more)]).mean(0, keepdim=True)
+    again, _ = by_departures(replace(more[0], gained=mean), config)
+    if again.target != verdict.target:
+        again = replace(again, finding="clean", target=None, score=min(again.score, UNCONFIRMED))
+    if isinstance(again.target, int):
+        gathered = found.gained.mean(1)[:, again.target].topk(len(DRAWS)).indices.tolist()
+        return again, [(found.places[row], 0) for row in gathered]
+    return again, [(place, draw) for draw in DRAWS]
 
 
 def left_by_unlearning(scene: Scene) -> tuple[Unlearned, Tensor]:
@@ -300,20 +304,25 @@ def nearest(looked: Sequence[Contender]) -> list[int]:
 
 
 def standing_for(
-    scene: Scene, verdict: Verdict, classes: Sequence[int], square: Family
+    scene: Scene,
+    verdict: Verdict,
+    classes: Sequence[int],
+    square: Family,
+    squares: Sequence[tuple[int, int]] = (),
 ) -> tuple[list[Contender], list[Contender]]:
     """Probes of the class that is called, raced, and of some others, ``classes`` in all, and which
     of them stand for the trigger: among them the one that leads most, or the square, learned as
-    long as the others, where it was not probes that called or none of them works. Of squares that
-    roam three, and nothing else: what may lie anywhere is not told by what lies in one place."""
+    long as the others, where it was not probes that called or none of them works. Where
+    ``squares`` are given by place and draw, those that work, and nothing else: what may lie
+    anywhere is not told by what lies in one place."""
     target, config = verdict.target, scene.config
     assert isinstance(target, int)
     contenders = scene.probed(classes)
-    if verdict.by == "squares" and square is PLACES[ROAMING]:
-        roaming = [scene.probed([target], [square], draw)[0] for draw in (0, *MORE_DRAWS)]
-        if any(_works(one, config) for one in roaming):
-            contenders = raced_for(scene, target, [*roaming, *contenders])
-            return contenders, [one for one in contenders if one.probe.family is square]
+    several = [one for one in learned_in(scene, target, squares) if _works(one, config)]
+    if several:
+        contenders = raced_for(scene, target, [*several, *contenders])
+        probes = [one.probe for one in several]
+        return contenders, [one for one in contenders if one.probe in probes]
     caller = leading(contenders, config.verdict.least_success, target)
     if caller is None or verdict.by != "probes":
         learned = scene.probed([target], [square])[0]
@@ -325,6 +334,11 @@ def standing_for(
         caller = max(own, key=lambda one: one.success)
     contenders = raced_for(scene, target, contenders)
     return contenders, counted_contenders(contenders, caller.probe, config.synthesis)
+
+
+def learned_in(scene: Scene, target: Target, several: Sequence[tuple[int, int]]) -> list[Contender]:
+    """Squares by place and draw, learned at length for the target, not raced."""
+    return [scene.probed([target], [PLACES[place]], draw)[0] for place, draw in several]
 
 
 def _works(contender: Contender, config: Config) -> bool:

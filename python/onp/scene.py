@@ -168,7 +168,7 @@ class Scene:
         config = self.config.synthesis
         with self.ledger.stage("probe"):
             return departures(
-                self.evaluator.network, self.clean, [PLACES[place] for place in places],
+                self.evaluator.network, self.clean, {place: PLACES[place] for place in places},
                 steps=config.square_steps,
                 valid=self.valid, seed=self.seed + ANOTHER * draw, ledger=self.ledger,
             )  # fmt: skip

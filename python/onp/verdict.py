@@ -24,8 +24,9 @@ other class: it is smaller, or works better. More steps tell less, as natural di
 largest: what a few steps of them reach there for other classes says how far a natural direction
 leads (``onp.probes.square``). Where one draw calls a class, the mean of three must. And squares
 that shift all labels by one, against those that shift them by two (all-to-all): natural directions
-lead to a class, and shift those of one label at most. And squares that lead one class's images
-away, against those for every other class: a trigger may work on one class alone.
+lead to a class, and shift those of one label at most. And squares that lead each class's images
+away: where those of most come to the same class, or those of one class to another where no other's
+leave (a trigger may work on one class alone).
 
 **Margins.** How sure of each class the network can be made, by any image at all, leads that of all
 other classes, in logits and as a multiple of how sure it is of the class's clean images
@@ -52,7 +53,7 @@ from onp.config import VerdictConfig
 from onp.probes.departure import Departures
 from onp.probes.margin import Margins
 from onp.probes.patch import Patch
-from onp.probes.probe import LabelShift, OneClass, Target
+from onp.probes.probe import LabelShift, OneClass, Target, classes_of
 from onp.probes.replay import Replayed
 
 Ground = Literal["norm statistics", "squares", "probes", "margins"]
@@ -179,12 +180,15 @@ def by_squares(
     targets: Sequence[int],
     config: VerdictConfig,
     bounds: tuple[float, float] | None = None,
+    share: float | None = None,
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
     the largest lead over the other classes in one place of one that works, on the more images the
     fewer classes there are. And that place. With fewer than five no lead is enough: rivals count
-    ``square_floor`` at least. bounds: leads that count nothing and all; default: the squares'."""
-    least = config.least_success + config.square_few * max(0, MANY_CLASSES - len(targets))
+    ``square_floor`` at least. bounds: leads that count nothing and all; share: of the images that
+    one must work on; default: the squares'."""
+    least = config.least_success if share is None else share
+    least += config.square_few * max(0, MANY_CLASSES - len(targets))
     best, whose = successes.max(1)
     rivals = successes.scatter(1, whose[:, None], 0.0).max(1).values
     leads = (best / rivals.clamp_min(config.square_floor)).clamp_min(1.0).log2()
@@ -206,22 +210,34 @@ def by_squares(
 
 
 def by_departures(found: Departures, config: VerdictConfig) -> tuple[Verdict, int]:
-    """Judge squares that lead a class's images away as those that lead to a class: by how far one
-    of a place works better for one class's images than for any other's. And that place."""
-    if len(found.sources) < LEAST_LOOKED_AT:
-        reason = "too few classes have images enough to see which leaves most easily"
-        return _verdict(0.0, None, "squares", {"advantage": 0.0}, reason, config), 0
-    verdict, place = by_squares(found.successes, found.sources, config, config.departure_lead)
-    source = verdict.target
-    if not isinstance(source, int):
-        return verdict, place
-    target = OneClass(source, int(found.answers[place, found.sources.index(source)]))
-    reason = (
-        f"an opaque square in place {place} makes class {target.target} of "
-        f"{100 * verdict.evidence['success']:.0f}% of the images of class {target.source}, "
-        f"2^{verdict.evidence['advantage']:.1f} times as many as leave any other class so"
+    """Judge squares that lead each class's images away. They call the class that those of all
+    classes come to in one place, as a mean over the classes, if that leads what comes to any other;
+    or one that the images of a single class come to, if squares work better for it than for any
+    other class there. The surer of the two, and the place."""
+    means = found.gained.mean(1)
+    to_one, row = by_squares(
+        means, range(means.shape[1]), config, config.gathered_lead, config.gathered
     )
-    return replace(verdict, target=target, reason=f"score {verdict.score:.2f}: {reason}"), place
+    gained, answers = found.gained.max(2)
+    alone, own_row = by_squares(gained, found.sources, config, config.departure_lead)
+    target: Target = int(means[row].argmax())
+    said, of = to_one, "all classes' images, each class's led away"
+    if alone.score > to_one.score:
+        said, row, column = alone, own_row, int(gained[own_row].argmax())
+        target = OneClass(found.sources[column], int(answers[row, column]))
+        of = f"the images of class {target.source}"
+    place, evidence = found.places[row], said.evidence
+    reason = (
+        f"opaque squares in place {place} make class {classes_of(target)[0]} of "
+        f"{100 * evidence['success']:.0f}% of {of}, 2^{evidence['advantage']:.1f} times as many as "
+        "comes next in that place"
+    )
+    return replace(
+        said,
+        target=None if said.target is None else target,
+        evidence={**evidence, "place": float(place)},
+        reason=f"score {said.score:.2f}: {reason}",
+    ), place
 
 
 def by_margins(margins: Margins, config: VerdictConfig) -> Verdict:

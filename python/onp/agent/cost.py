@@ -10,6 +10,7 @@ logarithm makes an image that the trigger turns for sure cost more than many tha
 the first is what a backdoor does, the others what natural directions do to every network. The
 weight is success_weight / sqrt(q) for a trigger that adds a probability q on average before
 anything is pruned: an attacker's adds nearly 1, so one that adds little understates what is left.
+Where a trigger is after the images of one class alone these weigh as much as all would.
 """
 
 from __future__ import annotations
@@ -24,14 +25,12 @@ from torch import Tensor
 from onp.clean import Clean
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.probe import Trigger
+from onp.probes.probe import OneClass, Trigger
 
 SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
 WORTHLESS = -1e6
 """Worth of a mask under which an answer is not a number."""
-FEW_AFTER = 0.25
-"""Of the images; a trigger that is after fewer (one class's) has these stand for all."""
 LEAST_REACHED = 1 / 3
 """A trigger that adds less probability counts as if it added so much."""
 
@@ -102,8 +101,8 @@ class Cost:
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
             self.weight[hand] /= max(LEAST_REACHED, share) ** 0.5
-            after = self.wanted[hand] != labels[hand]
-            if float(after.float().mean()) < FEW_AFTER:
+            if isinstance(getattr(probe, "target", None), OneClass):  # its images stand for all
+                after = self.wanted[hand] != labels[hand]
                 self.weight[hand] *= len(hand) / after.sum().clamp_min(1)
         self.weight *= self.wanted != labels
         self.both = torch.cat([images, self.triggered])

@@ -1,15 +1,16 @@
-"""Squares that lead images of one class away, to whatever other one.
+"""Squares that lead the images of one class away, to whatever other one.
 
 A trigger that works on one class alone (TaCT, Tang et al., USENIX Security 2021, arXiv 1908.00686)
 shows nothing to squares that are to lead all images to a class. To ask for every pair of classes is
-dear. But an attacker's class is nearer than any other once its images leave theirs: so a square is
-learned to lead a class's images away, and what they then answer is looked at (bench/NOTES.md,
-"Other kinds of attack").
+dear. But an attacker's class is nearer than any other once images leave theirs: so a square is
+learned to lead a class's images away, and what they then answer is looked at. Where the images of
+most classes come to the same one, the trigger works on all (bench/NOTES.md, "Other kinds of
+attack").
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -23,8 +24,10 @@ from onp.probes.families import Family, Range
 from onp.probes.gradients import passes, pixel_gradients
 from onp.suspect.network import FrozenNetwork
 
-LEAST = 6
+LEAST = 8
 """Images of a class, answered rightly, that it takes: half of them to learn on."""
+MOST = 64
+"""Classes that are looked at, at most."""
 JUDGED = 6
 """Of the other half, at most."""
 GONE = -5.0
@@ -37,11 +40,11 @@ class Departures:
 
     sources: list[int]
     """Classes that have images enough."""
-    successes: Tensor
-    """Mean probability of the class that gains most, less what it was, float32 [places,
-    sources]."""
-    answers: Tensor
-    """That class, int64 [places, sources]."""
+    places: Sequence[int]
+    """Their numbers."""
+    gained: Tensor
+    """Mean probability that every class gains on a source's images by the source's own square,
+    float32 [places, sources, K]; 0 for the source itself."""
 
 
 def away(logits: Tensor, labels: Tensor) -> Tensor:
@@ -55,15 +58,16 @@ def away(logits: Tensor, labels: Tensor) -> Tensor:
 def departures(
     network: FrozenNetwork,
     clean: Clean,
-    families: Sequence[Family],
+    families: Mapping[int, Family],
     *,
     steps: int,
     valid: Range,
     seed: int,
     ledger: Ledger,
 ) -> Departures:
-    """Learn a square of each family for every class, on one of its images in each step, and judge
-    it on others. Costs ``2 * steps + JUDGED`` image-forwards a square, at most.
+    """Learn a square of each family, by the number of its place, for every class (``MOST``, the
+    first), on one of its images in each step, and judge it on others. Costs ``2 * steps + JUDGED``
+    image-forwards a square at most.
     """
     random = torch.Generator().manual_seed(seed)
     images, labels = clean.images, clean.labels
@@ -74,11 +78,11 @@ def departures(
         for label in range(network.trace.num_classes)
         if len(places := ((labels == label) & right).nonzero().squeeze(1)) >= LEAST
     }
-    sources = list(known)
-    learned = [places[: len(places) // 2] for places in known.values()]
-    judged = [places[len(places) // 2 :][:JUDGED] for places in known.values()]
-    successes, answers = list[Tensor](), list[Tensor]()
-    for family in families if sources else ():
+    sources = list(known)[:MOST]
+    learned = [known[source][: len(known[source]) // 2] for source in sources]
+    judged = [known[source][len(known[source]) // 2 :][:JUDGED] for source in sources]
+    gains = list[Tensor]()
+    for family in families.values() if sources else ():
         state = family.start(len(sources), (channels, height, width), random)
         state = [parameter.to(network.device).requires_grad_(True) for parameter in state]
         optimizer = Adam((state, family.learning_rate), betas=(0.5, 0.9))
@@ -98,15 +102,9 @@ def departures(
             ledger.tick(step + 1, steps)
         gained = _gained(network, clean, judged, family, state, valid)
         ledger.count(sum(map(len, judged)))
-        best, whose = gained.scatter(1, torch.tensor(sources)[:, None], 0.0).max(1)
-        successes.append(best)
-        answers.append(whose)
-    nothing = torch.zeros(len(families), len(sources))
-    return Departures(
-        sources,
-        torch.stack(successes) if successes else nothing,
-        torch.stack(answers) if answers else nothing.long(),
-    )
+        gains.append(gained.scatter(1, torch.tensor(sources)[:, None], 0.0))
+    none = torch.zeros(len(families), 0, network.trace.num_classes)
+    return Departures(sources, list(families), torch.stack(gains) if gains else none)
 
 
 @torch.no_grad()
@@ -124,6 +122,6 @@ def _gained(
     rows = torch.stack([F.pad(one, (0, most - len(one)), value=int(one[0])) for one in judged])
     triggered = family.apply(state, clean.images[rows].to(network.device), valid).flatten(0, 1)
     after = torch.cat([network(part).softmax(1) for (part,) in passes(triggered)]).cpu()
-    gained = after.view(*rows.shape, -1) - clean.original[rows].exp().cpu()
+    gained = (after.view(*rows.shape, -1) - clean.original[rows].exp().cpu()).nan_to_num(0.0)
     asked = torch.arange(most) < torch.tensor([len(one) for one in judged])[:, None]
-    return (gained * asked[..., None]).sum(1).nan_to_num(0.0) / asked.sum(1, keepdim=True)
+    return (gained * asked[..., None]).sum(1) / asked.sum(1, keepdim=True)

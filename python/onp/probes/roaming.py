@@ -15,8 +15,8 @@ from onp.probes.families import Range
 
 PART = 6
 """Squares to a side of the image."""
-SPREAD = (997.0, 1409.0)
-"""What an image's sum is multiplied by: the fractions say which row and column."""
+SPREAD = 31.0
+"""Largest weight of an image's values: the fraction of their sum says which row, or column."""
 
 
 class Roaming:
@@ -45,13 +45,17 @@ class Roaming:
 
     def _corners(self, images: Tensor, tall: int, wide: int) -> tuple[Tensor, Tensor]:
         """First row and column of the patch in each of the images, int64 [P, n, 1, 1, 1] each."""
-        sums = images.detach().double().sum((2, 3, 4), keepdim=True)
+        values = images.detach().double().flatten(2)
+        numbers = torch.arange(1, values.shape[-1] + 1, device=values.device).double()
         room = images.shape[-2] - tall + 1, images.shape[-1] - wide + 1
         top, left = (
-            ((sums * spread).frac().abs() * choices).long().clamp_max(choices - 1)
-            for spread, choices in zip(SPREAD, room, strict=True)
+            (values @ (SPREAD * (numbers * step).frac())).frac().abs().mul(choices).long()
+            for step, choices in zip((0.5 * 5**0.5, 2**0.5), room, strict=True)
+        )  # of irrational steps, as all values may be whole numbers
+        return (
+            top.clamp_max(room[0] - 1)[..., None, None, None],
+            left.clamp_max(room[1] - 1)[..., None, None, None],
         )
-        return top, left
 
     def project(self, parameters: list[Tensor], valid: Range) -> None:
         """The sigmoid keeps the pattern in range."""
