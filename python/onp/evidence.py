@@ -237,10 +237,10 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
 
 def from_squares(scene: Scene, classes: Sequence[int]) -> tuple[Squares, Verdict, int]:
     """Squares of every place for the classes, what they say, and the place that says it. Those of a
-    place that calls a class are learned from two more starts, and the means must call it: a natural
-    direction that leads so far need not do so from another start, an attacker's mostly does
+    place that scores at all are learned from two more starts, and the means must call: a natural
+    direction that leads far need not do so from another start, an attacker's mostly does
     (bench/NOTES.md, "Squares, three times"). Where the square without a place would call the class
-    by itself, it stands for what the others show."""
+    by itself, in the one draw that it may have had, it stands for what the others show."""
     squares = scene.squares(classes)
     while True:
         verdict, place = by_squares(squares.judged, classes, scene.config.verdict)
