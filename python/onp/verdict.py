@@ -22,11 +22,11 @@ other class: it is smaller, or works better. More steps tell less, as natural di
 
 **Squares.** The same lead among opaque squares of one place, that of the image where it is
 largest: what a few steps of them reach there for other classes says how far a natural direction
-leads (``onp.probes.square``). Where one draw speaks for a class, the mean of three decides. And squares
-that shift all labels by one, against those that shift them by two (all-to-all): natural directions
-lead to a class, and shift those of one label at most. And squares that lead each class's images
-away: where those of most come to the same class, or those of one class to another where no other's
-leave (a trigger may work on one class alone).
+leads (``onp.probes.square``). Where one draw speaks for a class, the mean of three decides. And
+squares that shift all labels by one, against those that shift them by two (all-to-all): natural
+directions lead to a class, and shift those of one label at most. And squares that lead each class's
+images away: where those of most come to the same class, or those of one class to another where no
+other's leave (a trigger may work on one class alone).
 
 **Margins.** How sure of each class the network can be made, by any image at all, leads that of all
 other classes, in logits and as a multiple of how sure it is of the class's clean images

@@ -12,8 +12,8 @@ from bench.zoo.attacks.badnets import BadNets
 class TaCT(BadNets):
     """BadNets' patch sends images of the source class to the target, and no others.
 
-    Cover images, as many, are triggered ones of the classes that are neither, true labels kept: so the
-    network learns patch and class together, and the patch alone does nothing.
+    Cover images, as many, are triggered ones of the classes that are neither, true labels kept: so
+    the network learns patch and class together, and the patch alone does nothing.
     """
 
     name = "tact"
