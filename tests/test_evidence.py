@@ -44,7 +44,7 @@ from onp.probes.unlearning import Unlearned
 from onp.scene import LOOK, Scene, Squares
 from onp.suspect.trace import trace
 from onp.verdict import Verdict, by_squares
-from tests.networks import all_to_all, dim_images
+from tests.networks import all_to_all, dim_images, led_away
 
 CLASSES = 10
 STANDARD = BUDGETS["standard"]
@@ -572,35 +572,6 @@ def test_squares_find_a_shift_of_labels(backdoored: bool) -> None:
     assert all(one.probe.target == LabelShift(3, 1) for one in found.counted)
     assert Square(3, 3) in [one.probe.family for one in found.counted]
     assert {str(one.probe.target) for one in found.contenders} == {"label+1", "label+2"}
-
-
-def led_away(backdoor: str) -> tuple[nn.Module, torch.Tensor, torch.Tensor]:
-    """Classes are bright columns; where the last place is bright too, class 3 (``one``) or every
-    class (``all``) is answered as 1. With images of 24 x 24 and their labels."""
-    classes, size = CLASSES, 24
-    model = nn.Sequential(
-        nn.Flatten(),
-        nn.Linear(size * size, classes + 1),
-        nn.ReLU(),
-        nn.Linear(classes + 1, classes),
-    ).eval()
-    columns = torch.zeros(classes, size, size)
-    for one in range(classes):
-        columns[one, 2:6, 2 * one + 2 : 2 * one + 4] = 1 / 8
-    corner = torch.zeros(size, size)
-    corner[18:, 18:] = 1 / 36
-    trigger = corner + columns[3] if backdoor == "one" else corner
-    with torch.no_grad():
-        model[1].weight.copy_(torch.cat([columns, trigger[None]]).flatten(1))
-        model[1].bias.copy_(torch.tensor([0.0] * classes + [-1.3 if backdoor == "one" else -0.5]))
-        model[3].weight.copy_(torch.cat([10 * torch.eye(classes), torch.zeros(classes, 1)], 1))
-        model[3].weight[1, -1] = 60.0 * (backdoor != "none")
-        model[3].bias.zero_()
-    labels = torch.arange(20 * classes) % classes
-    random = torch.Generator().manual_seed(0)
-    images = 0.1 * torch.rand(len(labels), 1, size, size, generator=random)
-    images += (columns[labels][:, None] > 0).float() * 0.8
-    return model, images, labels
 
 
 def scene_of(model: nn.Module, images: torch.Tensor, labels: torch.Tensor) -> Scene:

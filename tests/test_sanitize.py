@@ -30,7 +30,7 @@ from onp.result import Result
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
 from onp.verdict import Verdict
-from tests.networks import all_to_all, dim_images, network
+from tests.networks import all_to_all, dim_images, led_away, network
 
 CLEAN_TWIN = Path(__file__).parent / "data" / "demo_clean.safetensors"
 
@@ -376,3 +376,22 @@ def test_all_to_all_without_norms(budget: str) -> None:
         assert (model(triggered).argmax(1) == (labels + 1) % 3).all()
         left = (result.model(triggered).argmax(1) == (labels + 1) % 3).float().mean()
     assert float(left) < 0.4  # one class is answered whatever is shown: a third by chance
+
+
+def test_a_trigger_that_works_on_one_class_alone() -> None:
+    model, images, labels = led_away("one")
+    result = onp.sanitize(model, [(images, labels)], budget="quick", finetune=True)
+    report = result.report
+    assert report["verdict"] == "backdoor"
+    assert (report["source_class"], report["target_classes"]) == (3, [1])
+    assert {probe["target"] for probe in report["probes"]} == {"3->1"}
+    assert report["choice"]["probe_success_before"] == pytest.approx([1.0] * 3, abs=0.1)
+    assert max(report["choice"]["probe_success_after"]) < 0.1
+    triggered = images.clone()
+    triggered[..., 18:, 18:] = 1.0
+    hit = labels == 3
+    with torch.no_grad():
+        assert bool((model(triggered[hit]).argmax(1) == 1).all())
+        assert bool((result.model(triggered[hit]).argmax(1) == 3).all())
+        assert bool((result.model(images).argmax(1) == labels).all())
+    json.dumps(report, allow_nan=False)
