@@ -325,7 +325,7 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     assert {one.probe.target for one in found.looked} == set(range(CLASSES))
     assert found.squares is not None
     without = target is None or by == "margins"
-    assert play.departed == ([(list(range(17)), 0)] if without else [])
+    assert play.departed == ([(list(range(17)), 0)] if target is None else [])
     assert play.driven == ([list(range(CLASSES))] if without else [])
     assert (found.margins is not None) == without
     assert {one.probe.target for one in found.counted} == (set() if target is None else {target})

@@ -213,11 +213,11 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     several = [(ROAMING, draw) for draw in DRAWS if verdict.by == "squares" and place == ROAMING]
     margins = None
     if verdict.target is None and not called:
-        left, several = from_departures(scene)
-        verdict = left if left.target is not None else max(verdict, left, key=lambda one: one.score)
-    if verdict.target is None and not called:
         margins = scene.margins(classes)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
+    if verdict.target is None and not called:
+        left, several = from_departures(scene)
+        verdict = left if left.target is not None else max(verdict, left, key=lambda one: one.score)
     if isinstance(verdict.target, int) and verdict.by != "squares":
         place = squares.best_place(verdict.target)
     contenders, counted = list[Contender](), list[Contender]()
