@@ -198,8 +198,9 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
 
 def from_probes(scene: Scene, called: bool = False) -> Evidence:
     """Look at every class (64 at most) by a few steps of triggers and of squares; where neither
-    these nor the norms (``called``) call one, margins may. A class that is called is probed by
-    every family, and so are those that are nearest by the looks, and its probes are raced."""
+    these nor the norms (``called``) call one, margins may, and then squares that lead each class
+    away. A class that is called is probed by every family, and so are those that are nearest by the
+    looks, and its probes are raced."""
     config = scene.config
     unlearned = unlearning = None
     classes: Sequence[int] = range(scene.evaluator.trace.num_classes)
