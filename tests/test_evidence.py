@@ -633,6 +633,7 @@ def test_where_classes_go_must_be_the_same_in_the_mean_of_three_draws(
     assert verdict.target == (later if later == OneClass(3, 1) else None)
     assert verdict.finding == ("backdoor" if later == OneClass(3, 1) else "clean")
     assert (verdict.score < 0.55) == (verdict.target is None)
+    assert verdict.reason.startswith(f"score {verdict.score:.2f}: ")
 
 
 def test_a_class_of_few_images_is_not_led_away() -> None:

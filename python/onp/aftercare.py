@@ -17,7 +17,7 @@ from onp.agent.cost import margin
 from onp.config import AftercareConfig
 from onp.errors import UsageError
 from onp.ledger import Ledger
-from onp.probes.probe import OneClass, Trigger
+from onp.probes.probe import Trigger, after_one_class
 from onp.suspect.network import training_layout
 
 _BATCH = 125
@@ -143,7 +143,7 @@ def finetuned(
     optimizer = torch.optim.SGD(weights, config.learning_rate, momentum=config.momentum)
     batches = -(-len(images) // config.batch)
     steps = batches * config.epochs
-    alone = any(isinstance(getattr(probe, "target", None), OneClass) for probe in probes)
+    alone = any(map(after_one_class, probes))
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=random)

@@ -1,6 +1,7 @@
 """What speaks for a backdoor: first what the batch norms remember, then how far a few steps of
 triggers and of squares lead to each class, and where none of them calls one, how far the classes'
-margins can be driven. What is called is probed by every family."""
+margins can be driven and where each class's images go once they are led away. What is called is
+probed by every family."""
 
 from __future__ import annotations
 
@@ -273,7 +274,9 @@ def from_departures(scene: Scene) -> tuple[Verdict, list[tuple[int, int]]]:
     mean = torch.stack([first, *(one.gained[0] for one in more)]).mean(0, keepdim=True)
     again, _ = by_departures(replace(more[0], gained=mean), config)
     if again.target != verdict.target:
-        again = replace(again, finding="clean", target=None, score=min(again.score, UNCONFIRMED))
+        score = min(again.score, UNCONFIRMED)
+        reason = f"score {score:.2f}: more draws do not bear out what squares led images to"
+        again = replace(again, finding="clean", target=None, score=score, reason=reason)
     if isinstance(again.target, int):
         gathered = found.gained.mean(1)[:, again.target].topk(len(DRAWS)).indices.tolist()
         return again, [(found.places[row], 0) for row in gathered]

@@ -169,7 +169,7 @@ class Scene:
         with self.ledger.stage("probe"):
             return departures(
                 self.evaluator.network, self.clean, {place: PLACES[place] for place in places},
-                steps=config.square_steps,
+                steps=config.square_steps, most=config.looked_at,
                 valid=self.valid, seed=self.seed + ANOTHER * draw, ledger=self.ledger,
             )  # fmt: skip
 

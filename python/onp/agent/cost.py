@@ -25,7 +25,7 @@ from torch import Tensor
 from onp.clean import Clean
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
-from onp.probes.probe import OneClass, Trigger
+from onp.probes.probe import Trigger, after_one_class
 
 SUREST = 0.98
 """Share of the excess probability that is counted, so that its logarithm stays finite: 3.9 nats."""
@@ -101,7 +101,7 @@ class Cost:
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
             self.weight[hand] /= max(LEAST_REACHED, share) ** 0.5
-            if isinstance(getattr(probe, "target", None), OneClass):  # its images stand for all
+            if after_one_class(probe):
                 after = self.wanted[hand] != labels[hand]
                 self.weight[hand] *= len(hand) / after.sum().clamp_min(1)
         self.weight *= self.wanted != labels

@@ -26,8 +26,6 @@ from onp.suspect.network import FrozenNetwork
 
 LEAST = 8
 """Images of a class, answered rightly, that it takes: half of them to learn on."""
-MOST = 64
-"""Classes that are looked at, at most."""
 JUDGED = 6
 """Of the other half, at most."""
 GONE = -5.0
@@ -41,7 +39,7 @@ class Departures:
     sources: list[int]
     """Classes that have images enough."""
     places: Sequence[int]
-    """Their numbers."""
+    """Numbers of the places."""
     gained: Tensor
     """Mean probability that every class gains on a source's images by the source's own square,
     float32 [places, sources, K]; 0 for the source itself."""
@@ -61,11 +59,12 @@ def departures(
     families: Mapping[int, Family],
     *,
     steps: int,
+    most: int,
     valid: Range,
     seed: int,
     ledger: Ledger,
 ) -> Departures:
-    """Learn a square of each family, by the number of its place, for every class (``MOST``, the
+    """Learn a square of each family, by the number of its place, for every class (``most``, the
     first), on one of its images in each step, and judge it on others. Costs ``2 * steps + JUDGED``
     image-forwards a square at most.
     """
@@ -78,7 +77,7 @@ def departures(
         for label in range(network.trace.num_classes)
         if len(places := ((labels == label) & right).nonzero().squeeze(1)) >= LEAST
     }
-    sources = list(known)[:MOST]
+    sources = list(known)[:most]
     learned = [known[source][: len(known[source]) // 2] for source in sources]
     judged = [known[source][len(known[source]) // 2 :][:JUDGED] for source in sources]
     gains = list[Tensor]()

@@ -71,6 +71,11 @@ class Trigger(Protocol):
         ...
 
 
+def after_one_class(trigger: Trigger) -> bool:
+    """Whether it works on one class's images alone, which then stand for all."""
+    return isinstance(trigger, Probe) and isinstance(trigger.target, OneClass)
+
+
 @dataclass(frozen=True, eq=False)
 class Probe:
     """One synthesised trigger: a function of images that should make ``target`` the answer."""

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from onp.probes.families import Range
+from onp.probes.square import Opaque
 
 PART = 6
 """Squares to a side of the image."""
@@ -19,11 +20,10 @@ SPREAD = 31.0
 """Largest weight of an image's values: the fraction of their sum says which row, or column."""
 
 
-class Roaming:
-    """Only its pattern is learned."""
+class Roaming(Opaque):
+    """Of all places of the image."""
 
     name = "roaming"
-    learning_rate = 0.5
 
     def start(
         self, probes: int, shape: tuple[int, int, int], generator: torch.Generator
@@ -33,7 +33,7 @@ class Roaming:
         return [torch.randn(size, generator=generator) * 0.5]
 
     def apply(self, parameters: list[Tensor], images: Tensor, valid: Range) -> Tensor:
-        pattern = valid[0] + (valid[1] - valid[0]) * parameters[0].sigmoid()
+        pattern = self.pattern(parameters, valid)
         tall, wide = pattern.shape[-2:]
         probe, image, channel, row, column = (
             torch.arange(size, device=images.device).view(-1, *(1,) * after)
@@ -56,14 +56,3 @@ class Roaming:
             top.clamp_max(room[0] - 1)[..., None, None, None],
             left.clamp_max(room[1] - 1)[..., None, None, None],
         )
-
-    def project(self, parameters: list[Tensor], valid: Range) -> None:
-        """The sigmoid keeps the pattern in range."""
-
-    def size(self, parameters: list[Tensor], valid: Range) -> Tensor:
-        """The same for all: they differ in what they reach alone."""
-        return torch.ones(len(parameters[0]))
-
-    def penalty(self, parameters: list[Tensor]) -> Tensor:
-        """None."""
-        return 0.0 * parameters[0].flatten(1).sum(1)

@@ -19,14 +19,34 @@ SIDES = 4
 """Squares to a side of the image."""
 
 
+class Opaque:
+    """What opaque patches of one size have in common: only their pattern is learned."""
+
+    learning_rate = 0.5
+
+    def pattern(self, parameters: list[Tensor], valid: Range) -> Tensor:
+        """In the valid range, float32 [P, 1, C, height, width]."""
+        return valid[0] + (valid[1] - valid[0]) * parameters[0].sigmoid()
+
+    def project(self, parameters: list[Tensor], valid: Range) -> None:
+        """The sigmoid keeps the pattern in range."""
+
+    def size(self, parameters: list[Tensor], valid: Range) -> Tensor:
+        """The same for all: they differ in what they reach alone."""
+        return torch.ones(len(parameters[0]))
+
+    def penalty(self, parameters: list[Tensor]) -> Tensor:
+        """None."""
+        return 0.0 * parameters[0].flatten(1).sum(1)
+
+
 @dataclass(frozen=True)
-class Square:
-    """An opaque square in one place of the grid; only its pattern is learned."""
+class Square(Opaque):
+    """An opaque square in one place of the grid."""
 
     row: int
     column: int
     name = "square"
-    learning_rate = 0.5
 
     def start(
         self, probes: int, shape: tuple[int, int, int], generator: torch.Generator
@@ -44,20 +64,9 @@ class Square:
 
     def apply(self, parameters: list[Tensor], images: Tensor, valid: Range) -> Tensor:
         margins = self.margins(images.shape[-2], images.shape[-1])
-        pattern = valid[0] + (valid[1] - valid[0]) * parameters[0].sigmoid()
+        pattern = self.pattern(parameters, valid)
         clear = F.pad(torch.zeros_like(pattern[:1, :1, :1]), margins, value=1.0)
         return images * clear + F.pad(pattern, margins)
-
-    def project(self, parameters: list[Tensor], valid: Range) -> None:
-        """The sigmoid keeps the pattern in range."""
-
-    def size(self, parameters: list[Tensor], valid: Range) -> Tensor:
-        """The same for all: they differ in what they reach alone."""
-        return torch.ones(len(parameters[0]))
-
-    def penalty(self, parameters: list[Tensor]) -> Tensor:
-        """None."""
-        return 0.0 * parameters[0].flatten(1).sum(1)
 
 
 SQUARES = [Square(row, column) for row in range(SIDES) for column in range(SIDES)]
