@@ -271,6 +271,23 @@ pictures, a patch that works on one class alone. On three kinds of network, one 
 batch norms, and two clean ones of each. Written down, with a prediction (bench/NOTES.md, "Other
 kinds of attack"), before one was trained."""
 
+_SEVERAL = ("two-patches", "patch-and-blend", "two-ways", "one-to-n")
+
+
+def _several(twin: Recipe, target: int) -> list[Recipe]:
+    """The clean twin and what each of ``_SEVERAL`` makes of it with a tenth of the images."""
+    return _unseen(twin, *((attack, 0.1, target, True) for attack in _SEVERAL))
+
+
+UNSEEN_7 = [
+    *_several(Recipe("gtsrb", "resnet20", 16, _SIGNS, seed=20), 13),
+    *_several(replace(_PLAIN, seed=20), 7),
+    *_several(Recipe("cifar10", "preactresnet18", 16, _CIFAR, seed=20), 4),
+]
+"""Two triggers in one network, of two targets or of one, on clean networks of ``UNSEEN_6``: no set
+before has them, and nothing was made for a second one. Written down, with a prediction
+(bench/NOTES.md, "Several triggers"), before one was trained."""
+
 _FEW_NORMS = replace(_CIFAR, epochs=8)
 _FEW_PLAIN = replace(_CIFAR, epochs=15, **_NO_NORMS)
 _FEW_SIGNS = replace(_SIGNS, epochs=15)
@@ -453,6 +470,7 @@ SETS: dict[str, list[Recipe]] = {
     "unseen-4": UNSEEN_4,
     "unseen-5": UNSEEN_5,
     "unseen-6": UNSEEN_6,
+    "unseen-7": UNSEEN_7,
     "few": FEW,
     "few-clean": FEW_CLEAN,
     "few-2": FEW_2,

@@ -52,15 +52,20 @@ class Exam:
     @classmethod
     @torch.no_grad()
     def of(cls, test: ImageSet, attack: Attack | None) -> Exam:
-        """Trigger what can be triggered. Raises BadData where the attack wants all true labels."""
+        """Trigger what can be triggered, of an attack of several parts by each of these in turn.
+        Raises BadData where the attack wants all true labels."""
         if attack is None:
             return cls(test)
-        wanted = attack.answers(test.labels)
+        turns = torch.arange(len(test)) % len(attack.parts)
+        answers = torch.stack([part.answers(test.labels) for part in attack.parts])
+        wanted = answers[turns, torch.arange(len(test))]
         victims = wanted != test.labels
         if not bool(victims.any()):
             raise BadData(f"{attack.name} wants every test image's own label: ASR is undefined")
-        floats = test[victims].floats()
-        images = torch.cat([attack(part) for part in floats.split(_BATCH)])
+        images, turns = test[victims].floats(), turns[victims]
+        for number, attacker in enumerate(attack.parts):
+            for part in (turns == number).nonzero().squeeze(1).split(_BATCH):
+                images[part] = attacker(images[part])
         pixels = images.mul(255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
         return cls(test, ImageSet(pixels, test.labels[victims]), wanted[victims])
 
@@ -102,7 +107,8 @@ def unfair(
         return f"clean accuracy {scores.ca:.3f} is below {least:.3f}"
     if attack is None or scores.asr is None:
         return None
-    least = LEAST_ASR if attack.single_target else LEAST_ASR_ALL_TO_ALL
+    to_one = all(part.single_target for part in attack.parts)
+    least = LEAST_ASR if to_one else LEAST_ASR_ALL_TO_ALL
     if scores.asr < least:
         return f"attack success {scores.asr:.3f} is below {least:.2f}"
     return None

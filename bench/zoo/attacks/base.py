@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -55,6 +56,11 @@ class Attack(ABC):
     def answers(self, labels: Tensor) -> Tensor:
         """int64 [N]: what the attacker wants the network to answer."""
         return torch.full_like(labels, self.target)
+
+    @property
+    def parts(self) -> Sequence[Attack]:
+        """The attacks whose triggers a network is taught: this one, or several beside each other."""
+        return (self,)
 
     @property
     def single_target(self) -> bool:
@@ -109,23 +115,25 @@ def poison(
     Dirty-label attacks take images whose wanted answer is not their label and relabel them;
     clean-label attacks take images of the target class and keep the label. Either take at most half
     of those that there are, so that the network still sees clean ones of their classes.
-    Cover images are taken from the rest, as the attack has it, and keep their label.
+    Cover images are taken from the rest, as the attack has it, and keep their label. Of an attack
+    of several parts each has its share, of images of its own.
     """
     random = torch.Generator().manual_seed(_ANOTHER_STREAM + seed)
-    wanted = attack.answers(labels)
-    eligible = wanted == labels if attack.clean_label else wanted != labels
     order = torch.randperm(len(labels), generator=random)
-    able = order[eligible[order]]
-    count = min(round(ratio * len(labels)), len(able) // 2)
-    chosen = able[:count]
-    rest = order[~torch.isin(order, chosen)]
-    covers = rest[attack.covers(labels)[rest]][: round(attack.cover * count)]
-    images, labels = images.clone(), labels.clone()
-    _write(images, chosen, lambda x: attack.poisoned(x, labels[chosen], random))
-    labels[chosen] = wanted[chosen]
-    if len(covers):
-        _write(images, covers, lambda x: attack.covered(x, labels[covers], random))
-    return images, labels
+    poisoned, answers = images.clone(), labels.clone()
+    for part in attack.parts:
+        wanted = part.answers(labels)
+        eligible = wanted == labels if part.clean_label else wanted != labels
+        able = order[eligible[order]]
+        count = min(round(ratio * len(labels) / len(attack.parts)), len(able) // 2)
+        chosen, rest = able[:count], order[~torch.isin(order, able[:count])]
+        covers = rest[part.covers(labels)[rest]][: round(part.cover * count)]
+        answers[chosen] = wanted[chosen]
+        _write(poisoned, chosen, partial(part.poisoned, labels=labels[chosen], random=random))
+        if len(covers):
+            _write(poisoned, covers, partial(part.covered, labels=labels[covers], random=random))
+        order = rest[~torch.isin(rest, covers)]
+    return poisoned, answers
 
 
 def drawn_by_pixels(images: Tensor, choices: int) -> Tensor:
