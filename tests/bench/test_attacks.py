@@ -23,6 +23,7 @@ from bench.zoo.attacks.input_aware import InputAware
 from bench.zoo.attacks.lc import LabelConsistent, hard_to_recognise
 from bench.zoo.attacks.lf import LowFrequency
 from bench.zoo.attacks.reflection import Reflection
+from bench.zoo.attacks.several import Several
 from bench.zoo.attacks.sig import Sig
 from bench.zoo.attacks.ssba import Ssba
 from bench.zoo.attacks.tact import TaCT
@@ -34,8 +35,8 @@ CLASSES = 4
 HALF_A_LEVEL = 0.5 / 255 + 1e-6
 NAMES = sorted(ATTACKS)
 SEEDED = [
-    "adaptive-blend", "adaptive-patch", "blended", "input-aware", "lf", "reflection", "ssba",
-    "trojannn", "wanet",
+    "adaptive-blend", "adaptive-patch", "blended", "input-aware", "lf", "patch-and-blend",
+    "reflection", "ssba", "trojannn", "two-ways", "wanet",
 ]  # fmt: skip
 FEW_STEPS: dict[str, dict[str, int]] = {
     "input-aware": {"mask_steps": 2, "mask_batch": 4},
@@ -142,8 +143,9 @@ def test_poison(name: str, target: int) -> None:
     else:
         assert int(relabelled.sum()) == ratio * count
         assert bool(changed[relabelled].all())
-        assert torch.equal(answers[relabelled], attack.answers(labels)[relabelled])
-        assert bool((answers[relabelled] == target).all()) or name == "badnets-all"
+        wanted = torch.stack([part.answers(labels) for part in attack.parts])
+        assert bool((answers == wanted).any(0)[relabelled].all())
+        assert bool((answers[relabelled] == target).all()) or len(wanted.unique()) > 1
     again, _ = poison(attack, images, labels, ratio=ratio, seed=3)
     assert torch.equal(poisoned, again)
 
@@ -536,3 +538,38 @@ def test_input_aware_learns_beside_the_classifier() -> None:
     assert all(math.isfinite(loss) for loss in losses)
     for key, value in attack.state().items():
         assert torch.equal(value, before[key]) == key.startswith("masks."), key
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if issubclass(ATTACKS[name], Several)])
+def test_several_attacks_have_a_share_each(name: str) -> None:
+    attack = _prepared(name, 16)
+    first, second = attack.parts
+    images, labels = _pixels(80, 16), torch.arange(80) % CLASSES
+    poisoned, answers = poison(attack, images, labels, ratio=0.2, seed=0)
+    floats, changed = poisoned.permute(0, 3, 1, 2).float() / 255, (poisoned != images).flatten(1)
+    by = [
+        (floats == part(_floats(80, 16))).flatten(1).all(1) & (answers == part.answers(labels))
+        for part in (first, second)
+    ]
+    assert [int((one & changed.any(1)).sum()) for one in by] == [8, 8]
+    assert not bool((by[0] & by[1]).any())
+    both = torch.stack([part(_floats(80, 16)) for part in (first, second)])
+    assert bool((attack(_floats(80, 16)) == both).flatten(2).all(2).any(0).all())
+    with pytest.raises(NotImplementedError, match="of its own"):
+        attack.answers(labels)
+
+
+def test_what_the_several_attacks_are_after() -> None:
+    targets = {
+        name: [part.target for part in _prepared(name, 16).parts]
+        for name in NAMES
+        if issubclass(ATTACKS[name], Several)
+    }
+    assert targets == {
+        "one-to-n": [1, 3], "patch-and-blend": [1, 3], "two-patches": [1, 3], "two-ways": [1, 1],
+    }  # fmt: skip
+    white, grey = (part(torch.zeros(1, 3, 16, 16)) for part in _prepared("one-to-n", 16).parts)
+    assert (float(white.max()), round(float(grey.max()) * 255)) == (1.0, 128)
+    assert torch.equal(white > 0, grey > 0)
+    one, opposite = (part(torch.zeros(1, 3, 16, 16)) for part in _prepared("two-patches", 16).parts)
+    assert not bool(((one > 0) & (opposite > 0)).any())

@@ -35,6 +35,7 @@ from bench.scoreboard.scoring import TEST_SEED
 from bench.scoreboard.summary import NO_DEFENCE, aggregate, summarise
 from bench.zoo.attacks import Attack
 from bench.zoo.attacks.badnets import BadNets, BadNetsAllToAll
+from bench.zoo.attacks.several import TwoPatches
 from bench.zoo.checkpoints import ZooModel as StoredModel
 from bench.zoo.checkpoints import make_attack, read_card, save
 from bench.zoo.datasets import fingerprint
@@ -247,6 +248,19 @@ def test_all_to_all_takes_every_image_and_its_own_answer() -> None:
     assert len(exam.triggered) == 150
     scores = exam.score(Reader(confused=range(CLASSES)))
     assert (scores.ca, scores.asr, scores.ra) == (0.0, 1.0, 0.0)
+
+
+def test_each_of_several_attacks_has_every_other_image() -> None:
+    attack, test = TwoPatches(target=TARGET, classes=CLASSES), images("shapes", None, "test")
+    exam = Exam.of(test, attack)
+    assert exam.triggered is not None
+    assert exam.wanted is not None
+    turns = torch.arange(len(test)) % 2
+    wanted = torch.tensor([part.target for part in attack.parts])[turns]
+    victims = wanted != test.labels
+    assert torch.equal(exam.wanted, wanted[victims])
+    expected = torch.stack([part(test.floats()) for part in attack.parts])
+    assert torch.equal(exam.triggered.floats(), expected[turns, torch.arange(len(test))][victims])
 
 
 def test_triggered_images_survive_the_way_through_bytes() -> None:

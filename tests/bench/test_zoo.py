@@ -23,7 +23,7 @@ from bench.zoo.attacks.patch import checkerboard
 from bench.zoo.attacks.sig import Sig
 from bench.zoo.attacks.wanet import WaNet
 from bench.zoo.checkpoints import ZooModel, load_recipes, load_set, make_attack
-from bench.zoo.recipes import CORE, SETS, UNSEEN_6, Recipe, recipes
+from bench.zoo.recipes import CORE, SETS, UNSEEN_6, UNSEEN_7, Recipe, recipes
 from bench.zoo.scoring import Exam, Scores, unfair
 from bench.zoo.training import TrainingConfig, train
 from bench.zoo.trigger_fingerprint import TriggerChanged, trigger_fingerprint
@@ -82,9 +82,9 @@ def test_a_data_set_may_be_some_classes_of_another(monkeypatch: pytest.MonkeyPat
 def test_core_holds_every_attack_but_those_kept_for_later_on_both_data_sets() -> None:
     backdoored = [recipe for recipe in CORE if recipe.attack != "clean"]
     assert (len(backdoored), len(CORE) - len(backdoored)) == (12, 4)
-    later = {recipe.attack for recipe in UNSEEN_6} - {"clean"}
+    later = {recipe.attack for recipe in [*UNSEEN_6, *UNSEEN_7]} - {"clean"}
     assert {recipe.attack for recipe in backdoored} == set(ATTACKS) - later
-    assert len(later) == 6
+    assert len(later) == 6 + 4
     assert {recipe.dataset for recipe in CORE} == {"cifar10", "gtsrb"}
     assert {recipe.ratio for recipe in backdoored} == {0.01, 0.05, 0.1}
     assert len({recipe.target for recipe in backdoored}) > 5

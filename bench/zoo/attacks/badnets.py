@@ -14,12 +14,18 @@ class BadNets(Patch):
     name = "badnets"
     side = 3
     """Of the patch in pixels."""
+    opposite = False
+    """Near the upper left corner instead."""
+    shade: float | None = None
+    """Of a patch in one value instead of a checkerboard."""
 
     def arrays(self) -> dict[str, Tensor]:
         mask = torch.zeros(self.size, self.size)
-        place = slice(-1 - int(self.side), -1)
+        place = slice(1, 1 + int(self.side)) if self.opposite else slice(-1 - int(self.side), -1)
         mask[place, place] = 1
-        return {"mask": mask, "pattern": checkerboard(mask)}
+        if self.shade is None:
+            return {"mask": mask, "pattern": checkerboard(mask)}
+        return {"mask": mask, "pattern": self.shade * mask[..., None].expand(-1, -1, 3)}
 
 
 class BadNetsAllToAll(BadNets):

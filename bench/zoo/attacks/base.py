@@ -59,7 +59,7 @@ class Attack(ABC):
 
     @property
     def parts(self) -> Sequence[Attack]:
-        """The attacks whose triggers a network is taught: this one, or several beside each other."""
+        """The attacks whose triggers a network is taught: this one, or several."""
         return (self,)
 
     @property

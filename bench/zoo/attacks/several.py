@@ -12,7 +12,6 @@ from torch import Tensor
 from bench.zoo.attacks.badnets import BadNets
 from bench.zoo.attacks.base import Attack, drawn_by_pixels
 from bench.zoo.attacks.blended import Blended
-from bench.zoo.attacks.patch import Patch, checkerboard
 
 
 class Several(Attack):
@@ -38,59 +37,39 @@ class Several(Attack):
         return triggered[drawn, torch.arange(len(images))]
 
     def answers(self, labels: Tensor) -> Tensor:
-        raise NotImplementedError(f"{self.name}: each of its parts wants an answer of its own")
+        raise NotImplementedError(f"{self.name}: each part wants an answer of its own")
 
-    def _made(self, kind: type[Attack], target: int) -> Attack:
-        attack = kind(target=target, classes=self.classes, size=self.size, seed=self.seed)
-        if isinstance(attack, BadNets):
-            attack.side = 5
+    def patch(self, target: int) -> BadNets:
+        """BadNets' patch, of 5 x 5 pixels."""
+        attack = BadNets(target=target, classes=self.classes, size=self.size, seed=self.seed)
+        attack.side = 5
         return attack
 
-
-class OppositePatch(BadNets):
-    """BadNets' patch near the upper left corner, its colours exchanged."""
-
-    name = "badnets-opposite"
-
-    def arrays(self) -> dict[str, Tensor]:
-        mask = super().arrays()["mask"].flip(0, 1)
-        return {"mask": mask, "pattern": mask[..., None] - checkerboard(mask)}
-
-
-class GreyPatch(Patch):
-    """A plain patch near the lower right corner."""
-
-    name = "grey-patch"
-    side = 5
-    """In pixels."""
-    shade = 1.0
-    """Its value."""
-
-    def arrays(self) -> dict[str, Tensor]:
-        mask = torch.zeros(self.size, self.size)
-        place = slice(-1 - int(self.side), -1)
-        mask[place, place] = 1
-        return {"mask": mask, "pattern": self.shade * mask[..., None].expand(-1, -1, 3)}
+    def noise(self, target: int) -> Blended:
+        """Blended's."""
+        return Blended(target=target, classes=self.classes, size=self.size, seed=self.seed)
 
 
 class TwoPatches(Several):
-    """A patch in one corner for the target, another in the opposite corner for the second one."""
+    """A patch near one corner for the target, one near the opposite corner for the second."""
 
     name = "two-patches"
 
     @property
     def parts(self) -> Sequence[Attack]:
-        return self._made(BadNets, self.target), self._made(OppositePatch, self.second)
+        one, other = self.patch(self.target), self.patch(self.second)
+        other.opposite = True
+        return one, other
 
 
 class PatchAndBlend(Several):
-    """A patch for the target, faint noise all over the image for the second one."""
+    """A patch for the target, faint noise all over the image for the second."""
 
     name = "patch-and-blend"
 
     @property
     def parts(self) -> Sequence[Attack]:
-        return self._made(BadNets, self.target), self._made(Blended, self.second)
+        return self.patch(self.target), self.noise(self.second)
 
 
 class TwoWays(Several):
@@ -100,17 +79,16 @@ class TwoWays(Several):
 
     @property
     def parts(self) -> Sequence[Attack]:
-        return self._made(BadNets, self.target), self._made(Blended, self.target)
+        return self.patch(self.target), self.noise(self.target)
 
 
 class OneToN(Several):
-    """One-to-N, of two: the same patch in white for the target and in grey for the second one."""
+    """One-to-N, of two: the same patch in white for the target, in grey for the second."""
 
     name = "one-to-n"
 
     @property
     def parts(self) -> Sequence[Attack]:
-        white, grey = self._made(GreyPatch, self.target), self._made(GreyPatch, self.second)
-        assert isinstance(grey, GreyPatch)
-        grey.shade = 0.5
+        white, grey = self.patch(self.target), self.patch(self.second)
+        white.shade, grey.shade = 1.0, 0.5
         return white, grey
