@@ -103,7 +103,12 @@ class ReplayConfig:
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
     target_weight: float = 0.5
-    """Of the cross-entropy to a target that is asked for."""
+    """Of the cross-entropy to a target that is asked for;"""
+    apart_weight: float = 0.05
+    """to several, which only tells the triggers apart: more makes them larger than the
+    attacker's."""
+    most_unexplained: float = 0.5
+    """Share of the shift's square that triggers of several targets may leave."""
     held_back: float = 0.3
     """Share of the images that such a trigger is judged on."""
 
@@ -282,6 +287,12 @@ class VerdictConfig:
     gathered_lead: tuple[float, float] = (1.2, 3.0)
     """the binary logarithm of that share over any other class's: called from 2.2 on. Clean networks
     of ten classes and more reach 1.8, backdoored ones that squares miss start at 2.4."""
+    further_lead: tuple[float, float] = (1.5, 3.0)
+    """Where a class is called already, binary logarithm of the lead of a look, and of a square, for
+    another one, from which on this is called too: natural squares reach 2.5 there, those of a
+    second trigger start at 3.5;"""
+    further_success: float = 0.8
+    """and share of the images that it must work on: of natural looks that lead .6."""
     square_floor: float = 0.05
     """Of that success: what is below counts as this."""
     shift: tuple[float, float] = (0.4, 1.4)
@@ -311,6 +322,9 @@ class VerdictConfig:
     """The norms' shift over what chance makes of it."""
     share: tuple[float, float] = (0.2, 0.6)
     """Share of the clean images that the replayed triggers move to one class, on average."""
+    beside: float = 0.1
+    """Share of the images that such triggers bring to a further class, on average, which then has a
+    trigger of its own: with one attacker's trigger .04 at most, with two .17 and more."""
     effort: tuple[float, float] = (1.5, 2.2)
     """Size of the patch that explains the norms' shift, over what it explains of the excess (in
     units of what chance makes of 500 images). Backdoored networks come to 1.3 (of three classes to

@@ -27,6 +27,8 @@ from onp.suspect.network import FrozenNetwork
 from onp.verdict import (
     MANY_CLASSES,
     Verdict,
+    also_called,
+    beyond_doubt,
     by_departures,
     by_label_shift,
     by_margins,
@@ -45,6 +47,23 @@ UNCONFIRMED = 0.5
 """Score, at most, of what a place says that more draws of it do not bear out."""
 LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """What is called, and the squares that stand for its trigger, where they call it too."""
+
+    verdict: Verdict
+    draws: Sequence[tuple[int, int]]
+    """By place and draw: of one trigger that squares call the first draw, of several, and beside
+    looks, all of them, as a trigger of many has fewer images to be told by."""
+    alone: bool = False
+    """Whether nothing else does."""
+
+    @property
+    def target(self) -> int:
+        assert isinstance(self.verdict.target, int)
+        return self.verdict.target
 
 
 @dataclass(frozen=True)
@@ -153,23 +172,30 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
     excess = shift.excess / (config.verdict.moving if shift.long else 1.0)
     with scene.ledger.stage("replay"):
-        replayed = [scene.replayed(shift, family) for family in config.replay.families]
+        families = config.replay.families
+        replayed = [scene.replayed(shift, family)[0] for family in families]
         verdict = by_statistics(excess, len(shift.clean), replayed, config.verdict)
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
         if not bool((labels == probes[0].wanted(labels)).any()):
             return None
+        if verdict.also:
+            probes = [
+                one.probe
+                for name in families
+                for one in scene.replayed(shift, name, verdict.targets)
+                if one.unexplained <= config.replay.most_unexplained
+            ]
         if verdict.score < config.verdict.certain and classes > 2:
             one, two = (
-                scene.replayed(shift, config.replay.families[0], LabelShift(classes, by))
-                for by in (1, 2)
+                scene.replayed(shift, families[0], [LabelShift(classes, by)])[0] for by in (1, 2)
             )
             shifted = by_label_shift(excess, one, two, config.verdict)
             if shifted.score > verdict.score:
                 verdict, probes = shifted, [one.probe]
                 if shifted.target is not None:
-                    others = config.replay.families[1:]
-                    probes += [scene.replayed(shift, name, shifted.target).probe for name in others]
+                    for name in families[1:]:
+                        probes.append(scene.replayed(shift, name, [shifted.target])[0].probe)
     if verdict.target is None:
         return Evidence(verdict, [], [], verdict)
     with scene.ledger.stage("respond"):
@@ -200,8 +226,8 @@ def from_shifting_squares(scene: Scene) -> Evidence | None:
 def from_probes(scene: Scene, called: bool = False) -> Evidence:
     """Look at every class (64 at most) by a few steps of triggers and of squares; where neither
     these nor the norms (``called``) call one, margins may, and then squares that lead each class
-    away. A class that is called is probed by every family, and so are those that are nearest by the
-    looks, and its probes are raced."""
+    away. Classes that are called are probed by every family, and so are those that are nearest by
+    the looks, and their probes are raced."""
     config = scene.config
     unlearned = unlearning = None
     classes: Sequence[int] = range(scene.evaluator.trace.num_classes)
@@ -209,49 +235,74 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
         unlearned, unlearning = left_by_unlearning(scene)
         classes = unlearned.suspects(config.synthesis.looked_at)
     looked = scene.looks(classes)
-    squares, seen, place = from_squares(scene, classes)
-    said = by_probes(looked, config.verdict, called)
-    verdict = seen if seen.score > said.score else said
-    several = [(ROAMING, draw) for draw in DRAWS if verdict.by == "squares" and place == ROAMING]
-    margins = None
+    squares, calls = from_looks(scene, looked, scene.squares(classes), called)
+    verdict, margins = calls[0].verdict, None
     if verdict.target is None and not called:
         margins = scene.margins(classes)
         verdict = max(verdict, by_margins(margins, config.verdict), key=lambda one: one.score)
+    draws = list[tuple[int, int]]()
     if verdict.target is None and not called:
-        left, several = from_departures(scene)
+        left, draws = from_departures(scene)
         verdict = left if left.target is not None else max(verdict, left, key=lambda one: one.score)
-    if isinstance(verdict.target, int) and verdict.by != "squares":
-        place = squares.best_place(verdict.target)
     contenders, counted = list[Contender](), list[Contender]()
     if isinstance(verdict.target, OneClass):
-        contenders = learned_in(scene, verdict.target, several)
+        contenders = learned_in(scene, verdict.target, draws)
         counted = [one for one in contenders if _works(one, config)] or contenders[:1]
     if isinstance(verdict.target, int):
-        among = [verdict.target, *(one for one in nearest(looked) if one != verdict.target)]
-        contenders, counted = standing_for(
-            scene, verdict, among[: config.synthesis.classes], PLACES[place], several
-        )
+        if calls[0].verdict.target is None:
+            calls = [Call(verdict, draws, alone=bool(draws))]
+        contenders, counted = standing_for(scene, calls, squares, nearest(looked))
+        verdict = also_called(verdict, [one.verdict for one in calls[1:]])
     return Evidence(
         verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
         unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
 
 
-def from_squares(scene: Scene, classes: Sequence[int]) -> tuple[Squares, Verdict, int]:
-    """Squares of every place for the classes, what they say, and the place that says it. Those of a
-    place that scores at all are learned from two more starts, and the means must call: a natural
-    direction that leads far need not do so from another start, an attacker's mostly does
+def from_looks(
+    scene: Scene, looked: Sequence[Contender], squares: Squares, called: bool = False
+) -> tuple[Squares, list[Call]]:
+    """What looks and squares say, the surer of them, and if that is a class, what they call beyond
+    doubt among the others, and so on: an attacker may have taught several triggers, of a class
+    each, and a class that has one is no measure of how near others are. And the squares, with what
+    was drawn again."""
+    config, calls = scene.config.verdict, list[Call]()
+    left = [target for target in squares.targets if isinstance(target, int)]
+    while True:
+        said = by_probes([one for one in looked if one.probe.target in left], config, called)
+        squares, seen, place = from_squares(scene, squares, left)
+        verdict = seen if seen.score > said.score else said
+        if calls and not beyond_doubt(verdict, config):
+            break
+        squared = verdict.target is not None and seen.target == verdict.target
+        draws = [(place, draw) for draw in DRAWS] if squared else []
+        calls.append(Call(verdict, draws, alone=verdict is seen and place == ROAMING))
+        if not isinstance(verdict.target, int):
+            break
+        left.remove(verdict.target)
+    first = calls[0]
+    if len(calls) == 1 and first.verdict.by == "squares" and not first.alone:
+        calls = [replace(first, draws=first.draws[:1])]
+    return squares, calls
+
+
+def from_squares(
+    scene: Scene, squares: Squares, classes: Sequence[int]
+) -> tuple[Squares, Verdict, int]:
+    """What the squares, of every place, say of some of their classes, and the place that says it.
+    Those of a place that scores at all are learned from two more starts, and the means must call: a
+    natural direction that leads far need not do so from another start, an attacker's mostly does
     (bench/NOTES.md, "Squares, three times"). Where the square without a place would call the class
     by itself, in the one draw that it may have had, it stands for what the others show."""
-    squares = scene.squares(classes)
+    columns = [list(squares.targets).index(one) for one in classes]
     while True:
-        verdict, place = by_squares(squares.judged, classes, scene.config.verdict)
+        verdict, place = by_squares(squares.judged[:, columns], classes, scene.config.verdict)
         if verdict.score == 0.0 or place in squares.means:
             break
-        more = [scene.squares(classes, places=[place], draw=draw) for draw in DRAWS[1:]]
+        more = [scene.squares(squares.targets, places=[place], draw=draw) for draw in DRAWS[1:]]
         drawn = torch.stack([squares.successes[place], *(one.successes[0] for one in more)])
         squares = replace(squares, means={**squares.means, place: drawn.mean(0)})
-    roams, _ = by_squares(squares.judged[ROAMING:], classes, scene.config.verdict)
+    roams, _ = by_squares(squares.judged[ROAMING:, columns], classes, scene.config.verdict)
     roaming = verdict.target is not None and roams.target == verdict.target
     return squares, verdict, ROAMING if roaming else place
 
@@ -308,27 +359,43 @@ def nearest(looked: Sequence[Contender]) -> list[int]:
 
 
 def standing_for(
-    scene: Scene,
-    verdict: Verdict,
-    classes: Sequence[int],
-    square: Family,
-    squares: Sequence[tuple[int, int]] = (),
+    scene: Scene, calls: Sequence[Call], squares: Squares, near: Sequence[int]
 ) -> tuple[list[Contender], list[Contender]]:
-    """Probes of the class that is called, raced, and of some others, ``classes`` in all, and which
-    of them stand for the trigger: among them the one that leads most, or the square, learned as
-    long as the others, where it was not probes that called or none of them works. Where
-    ``squares`` are given by place and draw, those that work, and nothing else: what may lie
-    anywhere is not told by what lies in one place."""
-    target, config = verdict.target, scene.config
-    assert isinstance(target, int)
-    contenders = scene.probed(classes)
-    several = [one for one in learned_in(scene, target, squares) if _works(one, config)]
-    if several:
+    """Probes of the classes that are called, raced, and of those of ``near`` (the nearest first)
+    that are not, as many as there are beside one; and which of them stand for the triggers."""
+    own = [one.target for one in calls]
+    others = [one for one in near if one not in own][: scene.config.synthesis.classes - 1]
+    probed = scene.probed([*own, *others])
+    contenders, counted = list[Contender](), list[Contender]()
+    for call in calls:
+        some = [one for one in probed if one.probe.target in (call.target, *others)]
+        place = squares.best_place(call.target)
+        raced, stand = standing_for_one(scene, call, some, PLACES[place])
+        contenders += [one for one in raced if one.probe.target == call.target]
+        counted += stand
+    return [*contenders, *(one for one in probed if one.probe.target in others)], counted
+
+
+def standing_for_one(
+    scene: Scene, call: Call, contenders: Sequence[Contender], square: Family
+) -> tuple[list[Contender], list[Contender]]:
+    """Of the contenders, which are of the class that is called and of others, those of the class
+    raced, and which of them stand for its trigger: among them the one that leads most, or the
+    square that called, or the ``square`` given, learned as long as the others, where neither called
+    or none of them works; and beside them further squares of the call. Where its squares stand
+    alone, those that work, and nothing else: what may lie anywhere is not told by what lies in one
+    place."""
+    verdict, target, config = call.verdict, call.target, scene.config
+    several = [one for one in learned_in(scene, target, call.draws) if _works(one, config)]
+    if several and call.alone:
         contenders = raced_for(scene, target, [*several, *contenders])
         probes = [one.probe for one in several]
         return contenders, [one for one in contenders if one.probe in probes]
     caller = leading(contenders, config.verdict.least_success, target)
-    if caller is None or verdict.by != "probes":
+    if several and verdict.by == "squares":
+        caller, *several = several
+        contenders = [caller, *contenders]
+    elif caller is None or verdict.by != "probes":
         learned = scene.probed([target], [square])[0]
         contenders = [learned, *contenders]
         if verdict.by == "squares" or _works(learned, config):
@@ -337,7 +404,8 @@ def standing_for(
         own = (one for one in contenders if one.probe.target == target)
         caller = max(own, key=lambda one: one.success)
     contenders = raced_for(scene, target, contenders)
-    return contenders, counted_contenders(contenders, caller.probe, config.synthesis)
+    counted = counted_contenders(contenders, caller.probe, config.synthesis)
+    return [*several, *contenders], [*counted, *several]
 
 
 def learned_in(scene: Scene, target: Target, several: Sequence[tuple[int, int]]) -> list[Contender]:

@@ -22,10 +22,9 @@ def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:
     config, target = scene.config, evidence.verdict.target
     if evidence.verdict.by == "norm statistics" or isinstance(target, OneClass):
         return []
-    assert target is not None
     images, labels = scene.clean.images, scene.clean.labels
     fresh = synthesise(
-        scene.evaluator.network, images, labels, [target],
+        scene.evaluator.network, images, labels, evidence.verdict.targets,
         steps=config.synthesis.renewal_steps, draw=config.synthesis.images_per_step,
         valid=scene.valid, seed=scene.seed + 1, ledger=scene.ledger, gates=(~mask).float(),
     )  # fmt: skip

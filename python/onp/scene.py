@@ -105,11 +105,13 @@ class Scene:
             )
         return replace(self, clean=clean, copies=len(clean) - len(self.clean))
 
-    def replayed(self, shift: NormShift, family: str, target: Target | None = None) -> Replayed:
-        """A trigger that explains the norms' shift: see ``onp.probes.replay``."""
+    def replayed(
+        self, shift: NormShift, family: str, targets: Sequence[Target] = ()
+    ) -> list[Replayed]:
+        """Triggers that explain the norms' shift: see ``onp.probes.replay``."""
         return replay(
             shift, self.clean, self.config.replay, REPLAYED[family],
-            target=target, valid=self.valid, seed=self.seed, ledger=self.ledger,
+            targets=targets, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 
     def probed(

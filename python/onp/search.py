@@ -77,6 +77,7 @@ class Search:
     def features(self, counted: Sequence[Contender], gates: Tensor) -> Tensor:
         """The node features, float32 [S, F]."""
         trace, evidence = self.evaluator.trace, self.evidence
+        own = evidence.verdict.targets
         nothing = torch.zeros(trace.sites)
         return node_features(
             trace, self.scene.model, self.graph, activation_statistics(self.scene.before),
@@ -84,7 +85,7 @@ class Search:
             gates,
             nothing if evidence.unlearning is None else evidence.unlearning,
             [c.ranking for c in counted],
-            [c.ranking for c in evidence.contenders if c.probe.target != evidence.verdict.target],
+            [c.ranking for c in evidence.contenders if c.probe.target not in own],
         )  # fmt: skip
 
     def cost(
@@ -98,6 +99,9 @@ class Search:
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
+        if self.evidence.verdict.by != "norm statistics":
+            triggers = len({contender.probe.target for contender in counted})
+            config = replace(config, success_weight=triggers * config.success_weight)
         probes = [contender.probe for contender in counted]
         reached = [contender.success for contender in counted]
         places = torch.arange(len(self.clean))[images].tolist()

@@ -71,6 +71,8 @@ LEAST_LOOKED_AT = 5
 by up to 2^3.9."""
 MANY_CLASSES = 10
 """With fewer, all of them must show more."""
+MOST = 0.5
+"""Share of the images that come to the classes of several triggers together, at least."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -87,6 +89,13 @@ class Verdict:
     """The pieces of evidence by name, as measured."""
     reason: str
     """One sentence for people."""
+    also: tuple[int, ...] = ()
+    """Further classes, which it answers to triggers of their own."""
+
+    @property
+    def targets(self) -> list[Target]:
+        """All that it answers."""
+        return [] if self.target is None else [self.target, *self.also]
 
 
 def target_of(replayed: Sequence[Replayed]) -> Target:
@@ -99,13 +108,52 @@ def target_of(replayed: Sequence[Replayed]) -> Target:
     return max(said, key=lambda target: said[target])
 
 
+def also_answered(
+    replayed: Sequence[Replayed], target: Target, config: VerdictConfig
+) -> tuple[int, ...]:
+    """Classes other than the target that triggers which agree with the norms' shift bring a share
+    (``beside``) of the images to, as a mean over them by their agreement: of one attacker's trigger
+    there are none. None either unless most images come to these and the target: an all-to-all
+    backdoor's go everywhere."""
+    agreeing = [one for one in replayed if one.agreement >= config.certain_agreement]
+    if not agreeing or not isinstance(target, int):
+        return ()
+    weights = torch.tensor([one.agreement for one in agreeing])
+    gains = torch.stack([one.gains for one in agreeing])
+    means = ((weights[:, None] * gains).sum(0) / weights.sum()).tolist()
+    order = sorted(range(len(means)), key=lambda one: -means[one])
+    also = tuple(one for one in order if one != target and means[one] >= config.beside)
+    return also if means[target] + sum(means[one] for one in also) >= MOST else ()
+
+
+def beyond_doubt(verdict: Verdict, config: VerdictConfig) -> bool:
+    """Whether looks or squares call a class beside another one: near such a one a natural direction
+    leads further than it would in a clean network."""
+    least = config.further_lead[verdict.by == "squares"]
+    found = verdict.evidence
+    enough = found["advantage"] >= least and found["success"] >= config.further_success
+    return verdict.target is not None and enough
+
+
+def also_called(verdict: Verdict, others: Sequence[Verdict]) -> Verdict:
+    """The verdict, and the classes that others call."""
+    also = tuple(one.target for one in others if isinstance(one.target, int))
+    reasons = "".join(f"; {one.reason.partition(': ')[2]}" for one in others)
+    return replace(verdict, also=also, reason=verdict.reason + reasons)
+
+
 def by_statistics(
     excess: float, images: int, replayed: Sequence[Replayed], config: VerdictConfig
 ) -> Verdict:
     """Judge the norms' shift (how far it is beyond chance, measured on so many images) and the
     triggers that replay it."""
     target = target_of(replayed)
-    share = sum(r.share for r in replayed if r.probe.target == target) / len(replayed)
+    also = also_answered(replayed, target, config)
+    own = [one for one in replayed if one.probe.target == target]
+    share = sum(one.share for one in own) / len(replayed)
+    if also:
+        moved = [one.gains[[target, *also]].sum() for one in replayed]
+        share = float(torch.stack(moved).clamp_min(0.0).mean())
     efforts = [
         one.probe.size / max(one.agreement, LEAST_AGREEMENT)
         for one in replayed
@@ -114,7 +162,7 @@ def by_statistics(
     effort = min(efforts, default=0.0) / excess * math.sqrt(images / EFFORT_IMAGES)
     score = (_ramp(excess, *config.excess) + _ramp(share, *config.share)) / 2
     score *= 1.0 - _ramp(effort, *config.effort)
-    alike = [one.agreement for one in replayed if one.probe.target == target]
+    alike = [one.agreement for one in own]
     return _verdict(
         score,
         target,
@@ -127,8 +175,9 @@ def by_statistics(
         },
         f"the batch norms' moments are {excess:.1f} times as far from the clean images' as chance "
         f"has it, and {len(replayed)} triggers that explain it move {100 * share:.0f}% of the "
-        f"images to class {target} on average",
+        f"images to {' and '.join(f'class {one}' for one in (target, *also))} on average",
         config,
+        also,
     )
 
 
@@ -306,6 +355,7 @@ def _verdict(
     evidence: dict[str, float],
     reason: str,
     config: VerdictConfig,
+    also: tuple[int, ...] = (),
 ) -> Verdict:
     found = score >= config.threshold
     return Verdict(
@@ -315,6 +365,7 @@ def _verdict(
         by,
         evidence,
         f"score {score:.2f}: {reason}",
+        also if found else (),
     )
 
 

@@ -74,7 +74,7 @@ def repair_report(
         "statistics": None if evidence.statistics is None else evidence.statistics.evidence,
         "norm_shift": None if shift is None else round(shift.excess, 4),
         "source_class": verdict.target.source if isinstance(verdict.target, OneClass) else None,
-        "target_classes": [] if verdict.target is None else classes_of(verdict.target),
+        "target_classes": [one for target in verdict.targets for one in classes_of(target)],
         "accuracy": {
             "before": before / count,
             "after": after / count,
