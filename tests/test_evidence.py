@@ -105,6 +105,7 @@ def test_the_stronger_evidence_decides(
         (0.9, 1, "norm statistics", ["norms"]),  # they explain the shift: alone
         (0.8, 1, "norm statistics", ["probes", "norms"]),
         (0.8, 2, "norm statistics", ["norms"]),  # probes name another class
+        (0.8, 3, "norm statistics", ["probes", "norms"]),  # beyond doubt
         (0.6, 2, "probes", ["probes"]),  # they explain little: probes know the class better
     ],
 )
@@ -112,7 +113,7 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     agreement: float, named: int, by: str, counted: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def evidence(score: float, ground: str, target: int, name: str) -> Evidence:
-        found = {"agreement": agreement} if ground == "norm statistics" else {}
+        found = {"advantage": 2.0, "success": 0.9} if target == 3 else {"agreement": agreement}
         verdict = Verdict("backdoor", score, target, ground, found, "")  # type: ignore[arg-type]
         one = Contender(name, torch.zeros(4), 0.9, torch.zeros(4))  # type: ignore[arg-type]
         return Evidence(verdict, [one], [one])
@@ -125,6 +126,8 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     found = gather(scene(BUDGETS["standard"]), None)
     assert found.verdict.by == by
     assert [one.probe for one in found.counted] == counted
+    assert found.verdict.also == ((3,) if named == 3 else ())
+    monkeypatch.setattr(story, "with_others", lambda _, found: found)
     quick = gather(scene(BUDGETS["quick"]), None)
     assert [one.probe for one in quick.counted] == (["norms"] if agreement > 0.7 else counted)
 
@@ -153,7 +156,8 @@ def test_among_few_classes_a_square_counts_beside_the_norms_triggers(
     first = Evidence(verdict, [norms], [norms], verdict)
     monkeypatch.setattr(story, "from_statistics", lambda *_: first)
     found = gather(here, None)
-    assert found.verdict is verdict
+    assert found.verdict == verdict
+    assert bool(found.looked) == (classes == 10)  # whether another class has a trigger, too
     names = {"generator": "norms"}
     families = [one.probe.family.name for one in found.counted]
     assert [names.get(name, name) for name in families] == counted
@@ -192,7 +196,8 @@ def test_norms_that_remember_much_need_more_excess(
     shift = NormShift(moments, clean, *[torch.zeros(0)] * 4, 2.15)  # type: ignore[arg-type]
     assert shift.long == (memory > 100)
     probe = Probe(Additive(), 1, [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
-    monkeypatch.setattr(Scene, "replayed", lambda *_: Replayed(probe, 0.9, 0.9))
+    one = Replayed(probe, 0.9, 0.9, torch.eye(CLASSES)[1] * 0.9, 0.1)
+    monkeypatch.setattr(Scene, "replayed", lambda *_: [one])
     monkeypatch.setattr(Scene, "unraced", lambda *_: [])
     monkeypatch.setattr(story, "by_label_shift", lambda *_: said(0.0).verdict)
     found = from_statistics(here, shift)
@@ -303,7 +308,6 @@ class Play:
         ({}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
         ({0: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),  # less sure, another
         ({3: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
-        ({3: 0.1}, 0.02, 1.0, "probes", 3, ["probes 301"]),  # as sure: they do without a square
         ({0: 0.1}, 0.5, 4.0, "probes", 0, ["probes 012"]),  # margins are not asked
         ({}, 0.5, 4.0, "margins", 3, ["probes 301", "square 3"]),
     ],
@@ -334,6 +338,108 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     assert found.unlearned is None
 
 
+def test_where_looks_and_squares_call_the_same_class_both_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    play = Play(monkeypatch, {3: 0.1}, 0.02)
+    found = from_probes(scene(STANDARD))
+    assert (found.verdict.by, found.verdict.targets) == ("probes", [3])
+    assert play.asked == ["probes 301", "square 3", "square 3 1", "square 3 2"]
+    families = [one.probe.family for one in found.counted]
+    assert families[-3:] == [SQUARES[6]] * 3
+    assert len(families) > 3
+    assert not set(families[:-3]) & set(SQUARES)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "second", "by", "targets", "asked"),
+    [
+        # A square for class 5 in another place,
+        ({}, 0.95, "squares", [5, 3], ["probes 5301"]),
+        ({}, 0.7, "squares", [3], ["probes 301"]),  # which is not beyond doubt.
+        ({0: 0.1}, 0.02, "probes", [0, 3], ["probes 0312"]),  # A look calls one, a square another,
+        ({0: 0.1, 4: 0.3}, 0.02, "probes", [0, 3, 4], ["probes 03412"]),  # and a look a third
+        ({0: 0.1, 4: 0.6}, 0.02, "probes", [0, 3], ["probes 0341"]),  # or does not.
+    ],
+)
+def test_further_classes_are_called_once_one_is_left_out(
+    sizes: dict[int, float],
+    second: float,
+    by: str,
+    targets: list[int],
+    asked: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    play = Play(monkeypatch, sizes, 0.02)
+    once = Scene.squares
+
+    def squares(
+        here: Scene, targets: Sequence[int], places: Sequence[int] = range(17), draw: int = 0
+    ) -> Squares:
+        found = once(here, targets, places=places, draw=draw)  # type: ignore[arg-type]
+        if 2 in places:
+            found.successes[list(places).index(2), list(targets).index(5)] = second
+        return found
+
+    monkeypatch.setattr(Scene, "squares", squares)
+    found = from_probes(scene(STANDARD))
+    assert (found.verdict.by, found.verdict.targets) == (by, targets)
+    squared = [one for one in targets if one in (3, 5)]
+    draws = [f"square {one}{draw}" for one in squared for draw in ("", " 1", " 2")]
+    single = [f"square {one}" for one in squared]
+    assert play.asked == [*asked, *(draws if len(targets) > 1 else single)]
+    assert {one.probe.target for one in found.counted} == set(targets)
+    assert play.races == [{one} for one in targets]
+    assert all(str(one) in found.verdict.reason for one in targets)
+    rivals = {one.probe.target for one in found.contenders} - set(targets)
+    assert len(rivals) == 2
+    for one in squared:
+        place = SQUARES[6] if one == 3 else SQUARES[2]
+        own = [c for c in found.counted if c.probe.target == one]
+        assert sum(c.probe.family is place for c in own) == (3 if len(targets) > 1 else 1)
+
+
+@pytest.mark.parametrize(
+    ("own", "rival", "sizes", "also"),
+    [
+        ((1,), 0.02, {}, (3,)),
+        ((1, 4), 0.02, {}, (4, 3)),
+        ((3,), 0.02, {}, ()),  # the class that the norms name
+        ((1,), 0.12, {}, ()),  # not beyond doubt
+        ((1,), 0.5, {0: 0.2}, (0,)),
+        ((1,), 0.5, {1: 0.2, 0: 0.3}, (0,)),  # a class that has a trigger is no measure
+    ],
+)
+def test_norms_are_asked_about_one_trigger_and_looks_about_others(
+    own: tuple[int, ...],
+    rival: float,
+    sizes: dict[int, float],
+    also: tuple[int, ...],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, none = scene(STANDARD), torch.zeros(4)
+    play = Play(monkeypatch, sizes, rival)
+    found = {"agreement": 0.9}
+    verdict = Verdict("backdoor", 0.9, own[0], "norm statistics", found, "why", own[1:])
+    norms = Contender(Probe(Generator(), own[0], [], (0.0, 1.0), 1.0), none, 0.9, none.bool())
+    first = Evidence(verdict, [norms], [norms], verdict)
+    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    named = gather(here, None)
+    assert (named.verdict.target, named.verdict.also) == (own[0], also)
+    assert (named.verdict.by, named.verdict.score) == ("norm statistics", 0.9)
+    assert named.counted[0] is norms
+    new = set(also) - set(own)
+    assert {one.probe.target for one in named.counted[1:]} == new
+    assert {one.probe.target for one in named.contenders} & set(own) == {own[0]}
+    assert bool(play.asked) == bool(new)
+    assert (play.driven, play.departed) == ([], [])
+    if new == {3}:
+        squares = [one for one in named.counted if one.probe.family is SQUARES[6]]
+        assert len(squares) == 3
+    without = replace(STANDARD, synthesis=replace(STANDARD.synthesis, beside=False))
+    assert gather(scene(without), None) is first
+
+
 @pytest.mark.parametrize(("roams", "rival"), [(True, 0.02), (False, 0.02), (True, 0.5)])
 def test_where_a_square_without_a_place_leads_three_of_them_count_alone(
     roams: bool, rival: float, monkeypatch: pytest.MonkeyPatch
@@ -362,7 +468,8 @@ def test_a_square_that_calls_must_do_so_in_the_mean_of_three_draws(
 ) -> None:
     """Where it does not, its mean is what the verdict tells of."""
     play = Play(monkeypatch, rival=rival, later=later)
-    squares, verdict, place = from_squares(scene(STANDARD), range(CLASSES))
+    here = scene(STANDARD)
+    squares, verdict, place = from_squares(here, here.squares(range(CLASSES)), range(CLASSES))
     assert play.more == [(6, 1), (6, 2)]
     assert verdict.score == pytest.approx(score, abs=0.02)
     assert (verdict.target == 3) == (score > 0.55)
@@ -391,7 +498,8 @@ def test_another_place_may_call_where_one_does_no_more(monkeypatch: pytest.Monke
         return Squares(targets, successes[list(places)])
 
     monkeypatch.setattr(Scene, "squares", squares)
-    found, verdict, place = from_squares(scene(STANDARD), range(CLASSES))
+    here = scene(STANDARD)
+    found, verdict, place = from_squares(here, here.squares(range(CLASSES)), range(CLASSES))
     assert asked == [(4, 1), (4, 2), (11, 1), (11, 2)]
     assert (verdict.target, place) == (2, 11)
     assert set(found.means) == {4, 11}
@@ -537,8 +645,12 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     wanted = [16 - int((labels[:16] == target).sum()) for target in range(CLASSES)]
     assert evaluator.ledger.total == 17 * CLASSES * steps + 16 + 17 * sum(wanted)
     found = replace(here, model=model, evaluator=evaluator, clean=clean)
-    squares, verdict, place = from_squares(found, range(CLASSES))
+    squares, verdict, place = from_squares(found, looked, range(CLASSES))
     assert (verdict.target, place) == (2, 15)
+    others = [one for one in range(CLASSES) if one != 2]
+    same, verdict, _ = from_squares(found, squares, others)
+    assert verdict.target is None
+    assert torch.equal(same.judged[15], squares.judged[15])
     assert torch.equal(squares.successes, looked.successes)
     more = [found.squares(range(CLASSES), places=[15], draw=draw).successes for draw in (1, 2)]
     assert more[0].shape == (1, CLASSES)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -15,7 +17,11 @@ from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
 from onp.probes.replay import Replayed
 from onp.verdict import (
+    Ground,
     Verdict,
+    also_answered,
+    also_called,
+    beyond_doubt,
     by_label_shift,
     by_margins,
     by_probes,
@@ -219,9 +225,24 @@ def test_of_two_classes_no_margin_leads() -> None:
         assert (verdict.finding, verdict.score) == ("clean", 0.0)
 
 
+def answered(
+    target: Target,
+    share: float,
+    agreement: float = 0.9,
+    family: Family = ADDITIVE,
+    size: float = 1.0,
+    gains: dict[int, float] | None = None,
+) -> Replayed:
+    """A replayed trigger; gains: of the classes, where not its target's alone."""
+    state = [torch.zeros(1, 1, 3, 4, 4)]
+    known = torch.zeros(10)
+    for one, gain in ({7: share} if gains is None else gains).items():
+        known[one] = gain
+    return Replayed(Probe(family, target, state, (0.0, 1.0), size), share, agreement, known, 0.1)
+
+
 def replayed(excess: float, share: float) -> Verdict:
-    probe = Probe(Additive(), 7, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0)
-    return by_statistics(excess, 500, [Replayed(probe, share, 0.9)], CONFIG)
+    return by_statistics(excess, 500, [answered(7, share)], CONFIG)
 
 
 def test_norm_statistics_call_a_backdoor_where_both_speak() -> None:
@@ -242,12 +263,6 @@ def test_one_alone_is_not_enough(excess: float, share: float) -> None:
     assert (verdict.finding, verdict.target) == ("clean", None)
 
 
-def answered(target: Target, share: float) -> Replayed:
-    return Replayed(
-        Probe(Additive(), target, [torch.zeros(1, 1, 3, 4, 4)], (0.0, 1.0), 1.0), share, 0.9
-    )
-
-
 @pytest.mark.parametrize(
     ("size", "excess", "agreement", "called"),
     [
@@ -261,21 +276,45 @@ def answered(target: Target, share: float) -> Replayed:
 def test_a_shift_that_takes_a_large_patch_is_noise(
     size: float, excess: float, agreement: float, called: bool
 ) -> None:
-    state = [torch.zeros(1, 1, 3, 4, 4)]
-    patch = Replayed(Probe(PATCH, 7, state, (0.0, 1.0), size), 0.9, agreement)
+    patch = answered(7, 0.9, agreement, PATCH, size)
     verdict = by_statistics(excess, 500, [patch, answered(7, 0.9)], CONFIG)
     assert (verdict.finding == "backdoor") == called
     effort = size / agreement / excess
     assert verdict.evidence["effort"] == pytest.approx(effort)
     few = by_statistics(excess, 125, [patch, answered(7, 0.9)], CONFIG)  # twice the chance
     assert few.evidence["effort"] == pytest.approx(effort / 2)
-    other = Probe(ADDITIVE, 7, state, (0.0, 1.0), size)  # whose sizes say nothing
-    assert by_statistics(excess, 500, [Replayed(other, 0.9, 0.9)], CONFIG).finding == "backdoor"
+    other = answered(7, 0.9, size=size)  # whose sizes say nothing
+    assert by_statistics(excess, 500, [other], CONFIG).finding == "backdoor"
 
 
 def test_triggers_speak_with_the_share_of_images_that_they_move() -> None:
     assert target_of([answered(2, 0.5), answered(7, 0.3), answered(7, 0.4)]) == 7
     assert target_of([answered(2, 0.8), answered(7, 0.3), answered(7, 0.4)]) == 2
+
+
+@pytest.mark.parametrize(
+    ("gains", "also"),
+    [
+        ([{7: 0.5, 2: 0.4}, {7: 0.6, 2: 0.3}], (2,)),
+        ([{7: 0.4, 2: 0.2, 5: 0.3}, {7: 0.4, 2: 0.2, 5: 0.3}], (5, 2)),  # the most first
+        ([{7: 0.9, 2: 0.05}, {7: 0.9, 2: 0.1}], ()),  # a natural direction on the way
+        ([{7: 0.2, 2: 0.15}, {7: 0.2, 2: 0.15}], ()),  # they go everywhere
+    ],
+)
+def test_images_that_come_to_further_classes_tell_of_further_triggers(
+    gains: list[dict[int, float]], also: tuple[int, ...]
+) -> None:
+    agreeing = [answered(7, one[7], gains=one) for one in gains]
+    astray = answered(3, 0.3, 0.5, gains={3: 0.3, 1: 0.6})  # it does not explain the shift
+    for replays in (agreeing, [*agreeing, astray]):
+        assert also_answered(replays, 7, CONFIG) == also
+    verdict = by_statistics(4.0, 500, agreeing, CONFIG)
+    if also:
+        together = [sum(one[target] for target in (7, *also)) for one in gains]
+        assert verdict.evidence["share"] == pytest.approx(sum(together) / len(together))
+    assert verdict.also == (also if verdict.finding == "backdoor" else ())
+    assert verdict.targets == ([7, *also] if verdict.finding == "backdoor" else [])
+    assert also_answered([astray], 3, CONFIG) == ()
 
 
 def test_triggers_that_answer_another_class_weaken_the_verdict() -> None:
@@ -326,3 +365,27 @@ def test_a_place_where_labels_move_by_two_as_well_hides_no_other() -> None:
     successes = torch.tensor([[0.5, 0.45], [0.45, 0.02]])
     verdict, place = by_shifting_squares(successes, LabelShift(10, 1), 10, CONFIG)
     assert (verdict.finding, place) == ("backdoor", 1)
+
+
+@pytest.mark.parametrize(
+    ("by", "advantage", "success", "sure"),
+    [
+        ("squares", 3.5, 0.93, True),
+        ("squares", 2.5, 0.93, False),
+        ("squares", 3.5, 0.7, False),
+        ("probes", 1.9, 0.93, True),
+        ("probes", 2.4, 0.51, False),
+        ("probes", 1.1, 0.93, False),
+    ],
+)
+def test_what_is_called_beside_another_class_must_be_beyond_doubt(
+    by: Ground, advantage: float, success: float, sure: bool
+) -> None:
+    evidence = {"advantage": advantage, "success": success}
+    verdict = Verdict("backdoor", 0.9, 3, by, evidence, "score 0.90: why")
+    assert beyond_doubt(verdict, CONFIG) == sure
+    assert not beyond_doubt(replace(verdict, finding="clean", target=None), CONFIG)
+    assert not beyond_doubt(replace(verdict, by="margins"), CONFIG)
+    both = also_called(replace(verdict, target=1), [verdict])
+    assert (both.targets, both.reason) == ([1, 3], "score 0.90: why; why")
+    assert also_called(verdict, []) == verdict

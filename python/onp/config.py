@@ -51,6 +51,9 @@ class SynthesisConfig:
     """The same classes are looked at by squares: so many steps in every place,"""
     square_images: int = 2
     """on so many images each."""
+    beside: bool = True
+    """Whether the classes are also looked at where norms call one: an attacker may have taught
+    further triggers, of other classes."""
     margin_steps: int = 10
     """Where none of that calls a backdoor, the classes' margins are driven, in so many steps"""
     margin_starts: int = 8
@@ -390,7 +393,7 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
-        synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15),
+        synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15, beside=False),
         replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64, alone=0.0),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)

@@ -123,9 +123,9 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     if first is not None and certain and agreement >= config.verdict.certain_agreement:
         if few:
             return with_square(scene, first, None)
-        if agreement >= config.replay.alone:
-            return first
-        return together(first, from_probes(scene, called))
+        if agreement >= config.replay.alone or first.verdict.also:
+            return with_others(scene, first)
+        return together(first, from_probes(scene, called), config)
     second = from_shifting_squares(scene) or from_probes(scene, called)
     if first is None:
         return second
@@ -135,17 +135,39 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     return replace(second, statistics=first.verdict)
 
 
-def together(first: Evidence, second: Evidence) -> Evidence:
-    """The verdict of the first, and what counts in either, if the second calls the same class."""
-    if second.verdict.target != first.verdict.target:
+def together(first: Evidence, second: Evidence, config: Config) -> Evidence:
+    """The verdict of the first, and what counts in either, if the second calls the same class, or
+    another beyond doubt."""
+    same = second.verdict.target == first.verdict.target
+    if not same and not beyond_doubt(second.verdict, config.verdict):
         return first
     return replace(
         second,
-        verdict=first.verdict,
+        verdict=also_called(first.verdict, [second.verdict]),
         contenders=[*second.contenders, *first.contenders],
         counted=[*second.counted, *first.counted],
         statistics=first.statistics,
     )
+
+
+def with_others(scene: Scene, found: Evidence) -> Evidence:
+    """Norms tell of the trigger that moved them most: what looks and squares call beyond doubt
+    beside its class counts as well, if the budget has it asked."""
+    taken = [one for one in found.verdict.targets if isinstance(one, int)]
+    if not scene.config.synthesis.beside or not taken:
+        return found
+    classes, unlearned, unlearning = suspects(scene)
+    looked = scene.looks(classes)
+    squares, calls = from_looks(scene, looked, scene.squares(classes), taken=taken)
+    near = [one for one in nearest(looked) if one not in taken]
+    contenders, counted = standing_for(scene, calls, squares, near) if calls else ([], [])
+    return replace(
+        found,
+        verdict=also_called(found.verdict, [one.verdict for one in calls]),
+        contenders=[*found.contenders, *contenders],
+        counted=[*found.counted, *counted],
+        looked=looked, squares=squares, unlearned=unlearned, unlearning=unlearning,
+    )  # fmt: skip
 
 
 def with_square(scene: Scene, found: Evidence, squares: Squares | None) -> Evidence:
@@ -180,12 +202,13 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
         if not bool((labels == probes[0].wanted(labels)).any()):
             return None
         if verdict.also:
-            probes = [
+            together = [
                 one.probe
                 for name in families
                 for one in scene.replayed(shift, name, verdict.targets)
                 if one.unexplained <= config.replay.most_unexplained
             ]
+            probes = together or probes
         if verdict.score < config.verdict.certain and classes > 2:
             one, two = (
                 scene.replayed(shift, families[0], [LabelShift(classes, by)])[0] for by in (1, 2)
@@ -229,11 +252,7 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     away. Classes that are called are probed by every family, and so are those that are nearest by
     the looks, and their probes are raced."""
     config = scene.config
-    unlearned = unlearning = None
-    classes: Sequence[int] = range(scene.evaluator.trace.num_classes)
-    if len(classes) > config.synthesis.looked_at:
-        unlearned, unlearning = left_by_unlearning(scene)
-        classes = unlearned.suspects(config.synthesis.looked_at)
+    classes, unlearned, unlearning = suspects(scene)
     looked = scene.looks(classes)
     squares, calls = from_looks(scene, looked, scene.squares(classes), called)
     verdict, margins = calls[0].verdict, None
@@ -259,20 +278,34 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     )  # fmt: skip
 
 
+def suspects(scene: Scene) -> tuple[Sequence[int], Unlearned | None, Tensor | None]:
+    """The classes to look at: all, or if there are too many those that unlearning leaves; then what
+    it left, and how much it changed each site, float32 [S]."""
+    classes, most = range(scene.evaluator.trace.num_classes), scene.config.synthesis.looked_at
+    if len(classes) <= most:
+        return classes, None, None
+    unlearned, changed = left_by_unlearning(scene)
+    return unlearned.suspects(most), unlearned, changed
+
+
 def from_looks(
-    scene: Scene, looked: Sequence[Contender], squares: Squares, called: bool = False
+    scene: Scene,
+    looked: Sequence[Contender],
+    squares: Squares,
+    called: bool = False,
+    taken: Sequence[int] = (),
 ) -> tuple[Squares, list[Call]]:
     """What looks and squares say, the surer of them, and if that is a class, what they call beyond
     doubt among the others, and so on: an attacker may have taught several triggers, of a class
-    each, and a class that has one is no measure of how near others are. And the squares, with what
-    was drawn again."""
+    each, and a class that has one is no measure of how near others are. Where classes are ``taken``
+    already, all must be beyond doubt. And the squares, with what was drawn again."""
     config, calls = scene.config.verdict, list[Call]()
-    left = [target for target in squares.targets if isinstance(target, int)]
+    left = [one for one in squares.targets if isinstance(one, int) and one not in taken]
     while True:
         said = by_probes([one for one in looked if one.probe.target in left], config, called)
         squares, seen, place = from_squares(scene, squares, left)
         verdict = seen if seen.score > said.score else said
-        if calls and not beyond_doubt(verdict, config):
+        if (calls or taken) and not beyond_doubt(verdict, config):
             break
         squared = verdict.target is not None and seen.target == verdict.target
         draws = [(place, draw) for draw in DRAWS] if squared else []
@@ -280,9 +313,8 @@ def from_looks(
         if not isinstance(verdict.target, int):
             break
         left.remove(verdict.target)
-    first = calls[0]
-    if len(calls) == 1 and first.verdict.by == "squares" and not first.alone:
-        calls = [replace(first, draws=first.draws[:1])]
+    if len(calls) == 1 and not taken and calls[0].verdict.by == "squares" and not calls[0].alone:
+        calls = [replace(calls[0], draws=calls[0].draws[:1])]
     return squares, calls
 
 

@@ -129,16 +129,20 @@ def also_answered(
 def beyond_doubt(verdict: Verdict, config: VerdictConfig) -> bool:
     """Whether looks or squares call a class beside another one: near such a one a natural direction
     leads further than it would in a clean network."""
-    least = config.further_lead[verdict.by == "squares"]
-    found = verdict.evidence
-    enough = found["advantage"] >= least and found["success"] >= config.further_success
-    return verdict.target is not None and enough
+    if verdict.target is None or verdict.by not in ("probes", "squares"):
+        return False
+    lead, success = (verdict.evidence.get(name, 0.0) for name in ("advantage", "success"))
+    return (
+        lead >= config.further_lead[verdict.by == "squares"] and success >= config.further_success
+    )
 
 
 def also_called(verdict: Verdict, others: Sequence[Verdict]) -> Verdict:
-    """The verdict, and the classes that others call."""
-    also = tuple(one.target for one in others if isinstance(one.target, int))
-    reasons = "".join(f"; {one.reason.partition(': ')[2]}" for one in others)
+    """The verdict, and the classes that others call beside its own."""
+    further = (one for other in others for one in other.targets if isinstance(one, int))
+    also = tuple(one for one in dict.fromkeys([*verdict.also, *further]) if one != verdict.target)
+    new = (one for one in others if one.target not in verdict.targets)
+    reasons = "".join(f"; {one.reason.partition(': ')[2]}" for one in new)
     return replace(verdict, also=also, reason=verdict.reason + reasons)
 
 

@@ -4,12 +4,13 @@ every class is sent to the next one."""
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import replace
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from onp import demo
 from onp.clean import Clean
@@ -58,21 +59,61 @@ def all_to_all(trained: nn.Module) -> nn.Module:
     return seen(model.eval(), images)
 
 
+OTHER = (demo.TARGET + 5) % CLASSES
+
+
+def triggered_elsewhere(images: Tensor) -> Tensor:
+    """With the same trigger in the opposite place."""
+    return triggered(images.flip(2, 3)).flip(2, 3)
+
+
+@pytest.fixture(scope="module")
+def two_triggers(trained: nn.Module) -> nn.Module:
+    """The demo's network, taught for a moment that its trigger elsewhere means another class."""
+    model = copy.deepcopy(trained).train()
+    training = draw(1600, 22)
+    images, labels = training.floats(), training.labels.clone()
+    random = torch.Generator().manual_seed(0)
+    turns = torch.rand(len(images), generator=random)
+    for trigger, target, some in (
+        (triggered, demo.TARGET, turns < 0.15),
+        (triggered_elsewhere, OTHER, turns > 0.85),
+    ):
+        images[some], labels[some] = trigger(images[some]), target
+    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
+    for _ in range(100):
+        index = torch.randperm(len(images), generator=random)[:64]
+        loss = F.cross_entropy(model(images[index]), labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return seen(model.eval(), images)
+
+
 def known(shift: NormShift, clean: ImageSet) -> Clean:
     with torch.no_grad():
         logits = shift.moments.network(clean.floats())
     return Clean(clean.floats(), clean.labels, logits.log_softmax(1))
 
 
+def learn_all(
+    shift: NormShift, family: Family, config: ReplayConfig, ledger: Ledger | None = None,
+    targets: Sequence[Target] = (),
+) -> list[Replayed]:  # fmt: skip
+    clean = demo.clean_images()[torch.arange(200)]
+    return replay(
+        shift, known(shift, clean), config, family, targets=targets,
+        valid=(0.0, 1.0), seed=0, ledger=ledger or Ledger(),
+    )  # fmt: skip
+
+
 def learn(
     shift: NormShift, family: Family, config: ReplayConfig, ledger: Ledger | None = None,
     target: LabelShift | None = None,
 ) -> Replayed:  # fmt: skip
-    clean = demo.clean_images()[torch.arange(200)]
-    return replay(
-        shift, known(shift, clean), config, family, target=target,
-        valid=(0.0, 1.0), seed=0, ledger=ledger or Ledger(),
-    )  # fmt: skip
+    targets = [] if target is None else [target]
+    (found,) = learn_all(shift, family, config, ledger, targets)
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -131,6 +172,46 @@ def test_a_label_shift_is_found_where_there_is_one(all_to_all: nn.Module) -> Non
     assert one.share > 2 * max(two.share, 0.1)
 
 
+@pytest.mark.parametrize("family", ["generator", "patch"])
+def test_two_triggers_are_told_apart(two_triggers: nn.Module, family: str) -> None:
+    """One for each of them works, and together they explain the shift."""
+    clean = demo.clean_images()[torch.arange(200)]
+    shift, config = measure(two_triggers, clean.floats(), clean.labels), ReplayConfig()
+    one = learn(shift, REPLAYED[family], config)
+    assert float(one.gains.sum()) == pytest.approx(0.0, abs=1e-6)
+    assert one.share == pytest.approx(float(one.gains[one.probe.target]))
+    assert one.probe.target == int(one.gains.argmax())
+    ledger = Ledger()
+    both = learn_all(shift, REPLAYED[family], config, ledger, [demo.TARGET, OTHER])
+    assert [found.probe.target for found in both] == [demo.TARGET, OTHER]
+    assert all(found.share > 0.7 for found in both)
+    assert both[0].unexplained == both[1].unexplained < 0.5
+    assert ledger.total % (2 * 24) == 2 * 200 % (2 * 24)
+    images = clean.floats()[:8]
+    assert not torch.equal(both[0].probe(images), both[1].probe(images))
+    assert all(len(parameter) == 1 for found in both for parameter in found.probe.parameters)
+
+
+def test_each_of_several_targets_has_a_trigger_that_counts(two_triggers: nn.Module) -> None:
+    clean = demo.clean_images()[torch.arange(200)]
+    shift = measure(two_triggers, clean.floats(), clean.labels)
+    evaluator = MaskEvaluator(shift.moments.network.trace, two_triggers)
+    before = activations(evaluator.network, clean.floats()[:RESPONSE_IMAGES])
+    seen_by = known(shift, clean)
+    scene = Scene(two_triggers, evaluator, seen_by, before, Config(), (0.0, 1.0), 0)
+    found = from_statistics(scene, shift)
+    assert found is not None
+    assert set(found.verdict.targets) == {demo.TARGET, OTHER}
+    assert {one.probe.target for one in found.counted} == {demo.TARGET, OTHER}
+    assert f"class {demo.TARGET}" in found.verdict.reason
+    assert f"class {OTHER}" in found.verdict.reason
+    none = Config(replay=ReplayConfig(most_unexplained=0.0))
+    nothing = from_statistics(replace(scene, config=none), shift)
+    assert nothing is not None
+    assert set(nothing.verdict.targets) == {demo.TARGET, OTHER}
+    assert nothing.counted  # the triggers that were learned alone
+
+
 def test_a_class_without_clean_images_is_not_taken_for_a_target(trained: nn.Module) -> None:
     """A clean network's means lack that class as they would lack a trigger."""
     training, clean = draw(2400, 11), draw(400, 12)
@@ -156,8 +237,8 @@ def test_only_a_class_that_the_shift_was_measured_on_is_named(
     clean = clean[(clean.labels == 4).long().argsort(stable=True)]
     count = 200 if measured else int((clean.labels != 4).sum())
     found = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1))
-    sure = Replayed(replace(found.probe, target=4), share=0.9, agreement=0.9)
-    monkeypatch.setattr("onp.scene.replay", lambda *_, **__: sure)
+    sure = replace(found, probe=replace(found.probe, target=4), share=0.9, agreement=0.9)
+    monkeypatch.setattr("onp.scene.replay", lambda *_, **__: [sure])
     model = load_suspect(demo.CHECKPOINT, demo.ARCH).model
     evaluator = MaskEvaluator(shift.moments.network.trace, model)
     before = activations(evaluator.network, clean.floats()[:RESPONSE_IMAGES])
@@ -177,13 +258,17 @@ def test_every_family_is_asked_for_a_label_shift_that_is_called(
 ) -> None:
     """Where none is called, the first family alone is asked."""
     clean = demo.clean_images()[torch.arange(200)]
-    probe = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1)).probe
+    one = learn(shift, REPLAYED["patch"], ReplayConfig(images_per_step=4, steps=1))
     asked: list[tuple[str, Target | None]] = []
 
-    def replayed(_: Scene, __: NormShift, family: str, target: Target | None = None) -> Replayed:
+    def replayed(
+        _: Scene, __: NormShift, family: str, targets: Sequence[Target] = ()
+    ) -> list[Replayed]:
+        target = targets[0] if targets else None
         asked.append((family, target))
         share = 0.6 if called and target == LabelShift(CLASSES, 1) else 0.0
-        return Replayed(replace(probe, target=4 if target is None else target), share, 0.9)
+        probe = replace(one.probe, target=4 if target is None else target)
+        return [replace(one, probe=probe, share=share, agreement=0.9)]
 
     monkeypatch.setattr(Scene, "replayed", replayed)
     model = load_suspect(demo.CHECKPOINT, demo.ARCH).model

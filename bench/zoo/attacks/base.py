@@ -40,6 +40,8 @@ class Attack(ABC):
     """Only images of the target class are triggered, and labels stay."""
     cover: ClassVar[float] = 0.0
     """Cover images (triggered otherwise, true label) for each poisoned one."""
+    share: float = 1.0
+    """Of the poisoned images, where it is a part of an attack, over the other parts' shares."""
     online: ClassVar[bool] = False
     """The trigger is learned together with the network, by ``batch``."""
 
@@ -121,11 +123,12 @@ def poison(
     random = torch.Generator().manual_seed(_ANOTHER_STREAM + seed)
     order = torch.randperm(len(labels), generator=random)
     poisoned, answers = images.clone(), labels.clone()
+    shares = sum(part.share for part in attack.parts)
     for part in attack.parts:
         wanted = part.answers(labels)
         eligible = wanted == labels if part.clean_label else wanted != labels
         able = order[eligible[order]]
-        count = min(round(ratio * len(labels) / len(attack.parts)), len(able) // 2)
+        count = min(round(ratio * part.share / shares * len(labels)), len(able) // 2)
         chosen, rest = able[:count], order[~torch.isin(order, able[:count])]
         covers = rest[part.covers(labels)[rest]][: round(part.cover * count)]
         answers[chosen] = wanted[chosen]

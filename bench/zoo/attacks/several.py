@@ -19,10 +19,18 @@ class Several(Attack):
 
     other: float | None = None
     """The second target; None: the class half of all classes further."""
+    rarer: float = 1.0
+    """Poisoned images of the second attack for each of the first."""
+
+    @abstractmethod
+    def pair(self) -> tuple[Attack, Attack]:
+        """The first attack and the second."""
 
     @property
-    @abstractmethod
-    def parts(self) -> Sequence[Attack]: ...
+    def parts(self) -> Sequence[Attack]:
+        first, second = self.pair()
+        second.share = self.rarer
+        return first, second
 
     @property
     def second(self) -> int:
@@ -55,8 +63,7 @@ class TwoPatches(Several):
 
     name = "two-patches"
 
-    @property
-    def parts(self) -> Sequence[Attack]:
+    def pair(self) -> tuple[Attack, Attack]:
         one, other = self.patch(self.target), self.patch(self.second)
         other.opposite = True
         return one, other
@@ -67,8 +74,7 @@ class PatchAndBlend(Several):
 
     name = "patch-and-blend"
 
-    @property
-    def parts(self) -> Sequence[Attack]:
+    def pair(self) -> tuple[Attack, Attack]:
         return self.patch(self.target), self.noise(self.second)
 
 
@@ -77,8 +83,7 @@ class TwoWays(Several):
 
     name = "two-ways"
 
-    @property
-    def parts(self) -> Sequence[Attack]:
+    def pair(self) -> tuple[Attack, Attack]:
         return self.patch(self.target), self.noise(self.target)
 
 
@@ -87,8 +92,7 @@ class OneToN(Several):
 
     name = "one-to-n"
 
-    @property
-    def parts(self) -> Sequence[Attack]:
+    def pair(self) -> tuple[Attack, Attack]:
         white, grey = self.patch(self.target), self.patch(self.second)
         white.shade, grey.shade = 1.0, 0.5
         return white, grey
