@@ -52,6 +52,7 @@ def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, 
         "score": round(verdict.score, 5),
         "by": verdict.by,
         "named": None if named is None else str(getattr(named, "target", named)),
+        "also": list(verdict.also),
     } | provenance()
 
 

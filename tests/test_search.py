@@ -80,6 +80,23 @@ def test_a_trigger_that_adds_little_weighs_more(scene: Scene) -> None:
         torch.testing.assert_close(cost.weight, 2.0 * factor * others)
 
 
+@pytest.mark.parametrize(("by", "times"), [("probes", 2.0), ("norm statistics", 1.0)])
+def test_each_trigger_of_several_weighs_as_much_as_one(scene: Scene, by: By, times: float) -> None:
+    """But for replayed ones, which come stronger than the attacker's."""
+    one = toy()[3]
+    assert isinstance(one.target, int)
+    other = replace(one, target=1 - one.target)
+    search, contender = search_of(scene, one, 1.0, by)
+    both = [contender, replace(contender, probe=other)]
+    cost = search.cost(both, slice(20), success_weight=2.0)
+    wanted = torch.empty_like(cost.labels)
+    for contender, hand in zip(both, cost.hands, strict=True):
+        wanted[hand] = contender.probe.wanted(cost.labels[hand])
+    torch.testing.assert_close(cost.weight, 2.0 * times * (wanted != cost.labels))
+    same = [contender, replace(contender, probe=replace(one, target=contender.probe.target))]
+    assert float(search.cost(same, slice(20), success_weight=2.0).weight.max()) == 2.0
+
+
 @pytest.mark.parametrize(
     ("worths", "starts"), [([-0.1], 1), ([-0.4, -0.1], 2), ([-0.4, -0.3, -0.5], 3)]
 )

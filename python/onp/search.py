@@ -95,13 +95,15 @@ class Search:
         success_weight: float | None = None,
         exact: bool = False,
     ) -> Cost:
-        """The cost on a part of the clean images: a slice, or places int64 [n]."""
+        """The cost on a part of the clean images: a slice, or places int64 [n]. Where there are
+        triggers of several targets, each of these weighs as much as one alone would, though it has
+        a share of the images; but for replayed ones, which come stronger than the attacker's."""
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
         if self.evidence.verdict.by != "norm statistics":
-            triggers = len({contender.probe.target for contender in counted})
-            config = replace(config, success_weight=triggers * config.success_weight)
+            targets = len({contender.probe.target for contender in counted})
+            config = replace(config, success_weight=targets * config.success_weight)
         probes = [contender.probe for contender in counted]
         reached = [contender.success for contender in counted]
         places = torch.arange(len(self.clean))[images].tolist()
