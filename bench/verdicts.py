@@ -78,7 +78,9 @@ def summary(rows: list[dict[str, Any]]) -> str:
             for which in (True, False)
         ]
         aimed = [row for row in own if row["target"] is not None]
-        right = sum(row["named"] == row["target"] for row in aimed)
+        right = sum(
+            row["target"] in (row["named"], *map(str, row.get("also", []))) for row in aimed
+        )
         area = "–"
         if all(len(part) for part in parts):
             low, high = _interval(*parts)

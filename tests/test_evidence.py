@@ -358,8 +358,9 @@ def test_where_looks_and_squares_call_the_same_class_both_count(
         ({}, 0.95, "squares", [5, 3], ["probes 5301"]),
         ({}, 0.7, "squares", [3], ["probes 301"]),  # which is not beyond doubt.
         ({0: 0.1}, 0.02, "probes", [0, 3], ["probes 0312"]),  # A look calls one, a square another,
-        ({0: 0.1, 4: 0.3}, 0.02, "probes", [0, 3, 4], ["probes 03412"]),  # and a look a third
+        ({0: 0.1, 4: 0.3}, 0.02, "probes", [0, 4, 3], ["probes 04312"]),  # and a look a third
         ({0: 0.1, 4: 0.6}, 0.02, "probes", [0, 3], ["probes 0341"]),  # or does not.
+        ({0: 0.1, 4: 0.42}, 0.02, "probes", [0, 3], ["probes 0341"]),  # As sure, not beyond doubt.
     ],
 )
 def test_further_classes_are_called_once_one_is_left_out(
@@ -436,7 +437,7 @@ def test_norms_are_asked_about_one_trigger_and_looks_about_others(
     if new == {3}:
         squares = [one for one in named.counted if one.probe.family is SQUARES[6]]
         assert len(squares) == 3
-    without = replace(STANDARD, synthesis=replace(STANDARD.synthesis, beside=False))
+    without = replace(STANDARD, synthesis=replace(STANDARD.synthesis, look_beside=False))
     assert gather(scene(without), None) is first
 
 
@@ -648,8 +649,9 @@ def test_squares_find_the_class_and_the_place_of_a_backdoor() -> None:
     squares, verdict, place = from_squares(found, looked, range(CLASSES))
     assert (verdict.target, place) == (2, 15)
     others = [one for one in range(CLASSES) if one != 2]
+    spent = evaluator.ledger.total
     same, verdict, _ = from_squares(found, squares, others)
-    assert verdict.target is None
+    assert (verdict.target, evaluator.ledger.total) == (None, spent)  # nothing is drawn again
     assert torch.equal(same.judged[15], squares.judged[15])
     assert torch.equal(squares.successes, looked.successes)
     more = [found.squares(range(CLASSES), places=[15], draw=draw).successes for draw in (1, 2)]

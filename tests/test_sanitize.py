@@ -132,8 +132,9 @@ def test_the_report_says_why(repaired: Result) -> None:
     assert all(log["flips"] > 0 for log in report["rounds"])
     assert report["evidence"]["by"] == "norm statistics"
     assert all(probe["worth"] is None and probe["sites"] == 0 for probe in report["probes"])
-    assert report["looks"] == []  # the norms were sure
-    assert report["squares"] is None
+    assert report["target_classes"] == [demo.TARGET]  # looks call no other beside it
+    assert {one["target"] for one in report["looks"]} == set(range(10))
+    assert {one["target"] for one in report["squares"]} == set(range(10))
     assert report["margins"] is None
     stages = {"prepare", "statistics", "replay", "respond", "gates", "agent", "renew", "choose"}
     assert stages < set(report["image_forwards"])

@@ -80,21 +80,23 @@ def test_a_trigger_that_adds_little_weighs_more(scene: Scene) -> None:
         torch.testing.assert_close(cost.weight, 2.0 * factor * others)
 
 
-@pytest.mark.parametrize(("by", "times"), [("probes", 2.0), ("norm statistics", 1.0)])
-def test_each_trigger_of_several_weighs_as_much_as_one(scene: Scene, by: By, times: float) -> None:
-    """But for replayed ones, which come stronger than the attacker's."""
+@pytest.mark.parametrize("by", ["probes", "norm statistics"])
+def test_each_trigger_of_several_weighs_as_much_as_one(scene: Scene, by: By) -> None:
+    """However many stand for it; but for replayed ones, which come stronger than the attacker's."""
     one = toy()[3]
     assert isinstance(one.target, int)
-    other = replace(one, target=1 - one.target)
-    search, contender = search_of(scene, one, 1.0, by)
-    both = [contender, replace(contender, probe=other)]
-    cost = search.cost(both, slice(20), success_weight=2.0)
-    wanted = torch.empty_like(cost.labels)
-    for contender, hand in zip(both, cost.hands, strict=True):
-        wanted[hand] = contender.probe.wanted(cost.labels[hand])
-    torch.testing.assert_close(cost.weight, 2.0 * times * (wanted != cost.labels))
-    same = [contender, replace(contender, probe=replace(one, target=contender.probe.target))]
-    assert float(search.cost(same, slice(20), success_weight=2.0).weight.max()) == 2.0
+    search, first = search_of(scene, one, 1.0, by)
+    second = replace(first, probe=replace(one, target=1 - one.target))
+    counted = [first, replace(first), replace(first), second]
+    cost = search.cost(counted, slice(20), success_weight=2.0)
+    own = [torch.cat(cost.hands[:3]), cost.hands[3]]
+    for contender, hands, share in ((first, own[0], 3 / 4), (second, own[1], 1 / 4)):
+        wanted = contender.probe.wanted(cost.labels[hands])
+        factor = 1.0 if by == "norm statistics" else 1 / share
+        expected = 2.0 * factor * (wanted != cost.labels[hands])
+        torch.testing.assert_close(cost.weight[hands], expected)
+    alone = search.cost([first, replace(first)], slice(20), success_weight=2.0)
+    assert float(alone.weight.max()) == 2.0
 
 
 @pytest.mark.parametrize(

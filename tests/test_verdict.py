@@ -297,6 +297,7 @@ def test_triggers_speak_with_the_share_of_images_that_they_move() -> None:
     [
         ([{7: 0.5, 2: 0.4}, {7: 0.6, 2: 0.3}], (2,)),
         ([{7: 0.4, 2: 0.2, 5: 0.3}, {7: 0.4, 2: 0.2, 5: 0.3}], (5, 2)),  # the most first
+        ([{7: 0.3, 2: 0.2, 5: 0.25, 1: 0.15}] * 2, (5, 2)),  # two at most
         ([{7: 0.9, 2: 0.05}, {7: 0.9, 2: 0.1}], ()),  # a natural direction on the way
         ([{7: 0.2, 2: 0.15}, {7: 0.2, 2: 0.15}], ()),  # they go everywhere
     ],
@@ -315,6 +316,10 @@ def test_images_that_come_to_further_classes_tell_of_further_triggers(
     assert verdict.also == (also if verdict.finding == "backdoor" else ())
     assert verdict.targets == ([7, *also] if verdict.finding == "backdoor" else [])
     assert also_answered([astray], 3, CONFIG) == ()
+    lacking = tuple(one for one in also if one != 2)
+    assert also_answered(agreeing, 7, CONFIG, [0, 1, 5, 7]) == lacking
+    few = [replace(one, gains=one.gains[[0, 1, 2, 3, 4, 5, 6, 7, 8]]) for one in agreeing]
+    assert also_answered(few, 7, CONFIG) == ()  # among fewer than ten classes much else looks so
 
 
 def test_triggers_that_answer_another_class_weaken_the_verdict() -> None:
@@ -388,4 +393,6 @@ def test_what_is_called_beside_another_class_must_be_beyond_doubt(
     assert not beyond_doubt(replace(verdict, by="margins"), CONFIG)
     both = also_called(replace(verdict, target=1), [verdict])
     assert (both.targets, both.reason) == ([1, 3], "score 0.90: why; why")
+    same = replace(verdict, also=(2,), reason="score 0.90: and this")
+    assert also_called(verdict, [same]).reason == "score 0.90: why; and this"
     assert also_called(verdict, []) == verdict

@@ -62,17 +62,18 @@ def known_trigger(
     evaluator = MaskEvaluator(trace, suspect, device=device_of(suspect), ledger=ledger)
     drawn = clean[spread_order(clean.labels, seed)]
     images, labels = drawn.floats(), drawn.labels
-    probe = KnownProbe(attack)
+    probes = [KnownProbe(part) for part in attack.parts]
     seen = images[:RESPONSE_IMAGES]
     before = activations(evaluator.network, seen)
-    response = responses(before, evaluator.network, probe(seen), ledger)
+    changed = [responses(before, evaluator.network, probe(seen), ledger) for probe in probes]
+    response = torch.stack(changed).mean(0)
     known = Clean.seen_by(evaluator, images, labels)
     gates = learn_gates(
-        RelaxedCost(evaluator.network, known, [probe], response, GATES), torch.ones(trace.sites),
+        RelaxedCost(evaluator.network, known, probes, response, GATES), torch.ones(trace.sites),
         steps=GATES.steps, learning_rate=GATES.learning_rate, seed=seed, ledger=ledger,
     )  # fmt: skip
     weighed = CostConfig(success_weight=1.5)  # the yardstick's own, whatever a repair's is
-    cost = Cost(evaluator, known[: SEARCH.images], [probe], weighed)
+    cost = Cost(evaluator, known[: SEARCH.images], probes, weighed)
     nothing = torch.zeros(1, trace.sites, dtype=torch.bool)
     closed = int((gates > 0).sum())
     heads = heads_of(gates, [count for count in GATES.counts if count <= closed])

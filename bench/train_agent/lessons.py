@@ -104,7 +104,7 @@ def lessons_of(networks: Sequence[ZooModel], looks: Looks) -> list[Lesson]:
         for seed in looks.seeds if better is not None else ():
             told = look(seed, looks.budget)
             same = told is not None and (
-                told.evidence.verdict.target == better.evidence.verdict.target
+                set(told.evidence.verdict.targets) == set(better.evidence.verdict.targets)
             )
             if same:
                 lessons.append(Lesson(network, seed, told, better))

@@ -51,9 +51,9 @@ class SynthesisConfig:
     """The same classes are looked at by squares: so many steps in every place,"""
     square_images: int = 2
     """on so many images each."""
-    beside: bool = True
-    """Whether the classes are also looked at where norms call one: an attacker may have taught
-    further triggers, of other classes."""
+    look_beside: bool = True
+    """Whether the classes are also looked at where norms call one of ten or more: an attacker may
+    have taught further triggers, of other classes."""
     margin_steps: int = 10
     """Where none of that calls a backdoor, the classes' margins are driven, in so many steps"""
     margin_starts: int = 8
@@ -61,7 +61,8 @@ class SynthesisConfig:
     renewal_steps: int = 30
     """Steps when the probes are renewed against the best mask."""
     counted: int = 3
-    """At most this many probes of the target count, the best first;"""
+    """At most this many probes of a target count, the best first (and squares, where these call
+    beside looks or one of several targets);"""
     counted_margin: float = 0.1
     """a further one counts if its best mask is worth at most this less than the best's,"""
     counted_lead: float = 0.6
@@ -99,21 +100,21 @@ class ReplayConfig:
     """One trigger of each is learned; the first also tries label shifts and, if one is called,
     the others too."""
     alone: float = 0.85
-    """Agreement with the shift from which on these triggers stand for the attacker's alone. Below
-    it squares and probes are asked, too, and what they find for the same class counts as well. With
-    fewer than ten classes a square counts beside them, however they agree."""
+    """Agreement with the shift from which on these triggers stand for the attacker's of their class
+    alone. Below it squares and probes are asked, too, and what they find for the same class counts
+    as well. With fewer than ten classes a square counts beside them, however they agree."""
     poisoned: float = 0.06
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""
     target_weight: float = 0.5
-    """Of the cross-entropy to a target that is asked for;"""
-    apart_weight: float = 0.05
-    """to several, which only tells the triggers apart: more makes them larger than the
-    attacker's."""
-    most_unexplained: float = 0.5
-    """Share of the shift's square that triggers of several targets may leave."""
+    """Of the cross-entropy to a target that is asked for."""
     held_back: float = 0.3
     """Share of the images that such a trigger is judged on."""
+    apart_weight: float = 0.05
+    """Of the cross-entropy to several targets, which only tells their triggers apart: more makes
+    them larger than the attacker's."""
+    most_unexplained: float = 0.5
+    """Share of the shift's square that triggers of several targets may leave."""
 
 
 SHIPPED = "shipped"
@@ -324,7 +325,8 @@ class VerdictConfig:
     excess: tuple[float, float] = (1.2, 2.2)
     """The norms' shift over what chance makes of it."""
     share: tuple[float, float] = (0.2, 0.6)
-    """Share of the clean images that the replayed triggers move to one class, on average."""
+    """Share of the clean images that the replayed triggers move to one class, or to those of
+    several triggers, on average."""
     beside: float = 0.1
     """Share of the images that such triggers bring to a further class, on average, which then has a
     trigger of its own: with one attacker's trigger .04 at most, with two .17 and more."""
@@ -393,7 +395,9 @@ BUDGETS: dict[str, Config] = {
     "quick": Config(
         "quick",
         unlearning=UnlearningConfig(max_steps=15, gentle_steps=30),
-        synthesis=SynthesisConfig(steps=20, images_per_step=16, renewal_steps=15, beside=False),
+        synthesis=SynthesisConfig(
+            steps=20, images_per_step=16, renewal_steps=15, look_beside=False
+        ),
         replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64, alone=0.0),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)

@@ -19,7 +19,7 @@ from onp.evaluate import MaskEvaluator
 from onp.probes.families import Family, Range
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift, norm_shift
-from onp.probes.probe import LabelShift, OneClass, Target
+from onp.probes.probe import LabelShift, OneClass, Probe, Target
 from onp.probes.responses import responses
 from onp.probes.unlearning import Unlearned, unlearn
 from onp.scene import PLACES, RESPONSE_IMAGES, ROAMING, Scene, Squares
@@ -113,7 +113,7 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     its triggers explain only a part of the shift, or a square, where classes are few; else that of
     squares for a shift of labels, of probes where these call none, or the norms', whichever is
     stronger. Where the norms' triggers explain little, probes that call a backdoor know its class
-    better."""
+    better. Where they explain it all, other classes may have triggers of their own."""
     config = scene.config
     first = from_statistics(scene, shift)
     called = first is not None and first.verdict.target is not None
@@ -129,6 +129,9 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
     second = from_shifting_squares(scene) or from_probes(scene, called)
     if first is None:
         return second
+    agree = agreement >= config.verdict.certain_agreement
+    if called and agree and beyond_doubt(second.verdict, config.verdict):
+        return together(first, second, config)
     named = second.verdict.target is not None and agreement < config.verdict.certain_agreement
     if called and not named and first.verdict.score > second.verdict.score:
         return with_square(scene, first, second.squares) if few else first
@@ -154,7 +157,7 @@ def with_others(scene: Scene, found: Evidence) -> Evidence:
     """Norms tell of the trigger that moved them most: what looks and squares call beyond doubt
     beside its class counts as well, if the budget has it asked."""
     taken = [one for one in found.verdict.targets if isinstance(one, int)]
-    if not scene.config.synthesis.beside or not taken:
+    if not scene.config.synthesis.look_beside or not taken:
         return found
     classes, unlearned, unlearning = suspects(scene)
     looked = scene.looks(classes)
@@ -196,19 +199,16 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     with scene.ledger.stage("replay"):
         families = config.replay.families
         replayed = [scene.replayed(shift, family)[0] for family in families]
-        verdict = by_statistics(excess, len(shift.clean), replayed, config.verdict)
+        verdict = by_statistics(
+            excess, len(shift.clean), replayed, config.verdict, labels.unique().tolist()
+        )
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
         if not bool((labels == probes[0].wanted(labels)).any()):
             return None
         if verdict.also:
-            together = [
-                one.probe
-                for name in families
-                for one in scene.replayed(shift, name, verdict.targets)
-                if one.unexplained <= config.replay.most_unexplained
-            ]
-            probes = together or probes
+            jointly = explaining_together(scene, shift, verdict)
+            probes = jointly or [o.probe for o in replayed if o.probe.target in verdict.targets]
         if verdict.score < config.verdict.certain and classes > 2:
             one, two = (
                 scene.replayed(shift, families[0], [LabelShift(classes, by)])[0] for by in (1, 2)
@@ -224,7 +224,22 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     with scene.ledger.stage("respond"):
         contenders = sorted(scene.unraced(probes), key=lambda contender: -contender.success)
     counted = [c for c in contenders if c.success >= config.race.least_success] or contenders[:1]
+    stand = {one.probe.target for one in counted}
+    verdict = replace(verdict, also=tuple(one for one in verdict.also if one in stand))
     return Evidence(verdict, contenders, counted, verdict)
+
+
+def explaining_together(scene: Scene, shift: NormShift, verdict: Verdict) -> list[Probe]:
+    """Of every family a trigger for each of the classes that are called, which explain the norms'
+    shift together; none of families that explain too little of it."""
+    config = scene.config.replay
+    most = max(config.most_unexplained, (config.least_excess / shift.excess) ** 2)
+    return [
+        one.probe
+        for name in config.families
+        for one in scene.replayed(shift, name, verdict.targets)
+        if one.unexplained <= most
+    ]
 
 
 def from_shifting_squares(scene: Scene) -> Evidence | None:
@@ -302,11 +317,16 @@ def from_looks(
     config, calls = scene.config.verdict, list[Call]()
     left = [one for one in squares.targets if isinstance(one, int) and one not in taken]
     while True:
-        said = by_probes([one for one in looked if one.probe.target in left], config, called)
+        further = bool(calls or taken)
+        some = [one for one in looked if one.probe.target in left]
+        said = by_probes(some, config, called and not further)
         squares, seen, place = from_squares(scene, squares, left)
         verdict = seen if seen.score > said.score else said
-        if (calls or taken) and not beyond_doubt(verdict, config):
-            break
+        if further:
+            sure = [one for one in (said, seen) if beyond_doubt(one, config)]
+            if not sure:
+                break
+            verdict = sure[0]
         squared = verdict.target is not None and seen.target == verdict.target
         draws = [(place, draw) for draw in DRAWS] if squared else []
         calls.append(Call(verdict, draws, alone=verdict is seen and place == ROAMING))
@@ -401,7 +421,7 @@ def standing_for(
     contenders, counted = list[Contender](), list[Contender]()
     for call in calls:
         some = [one for one in probed if one.probe.target in (call.target, *others)]
-        place = squares.best_place(call.target)
+        place = call.draws[0][0] if call.draws else squares.best_place(call.target)
         raced, stand = standing_for_one(scene, call, some, PLACES[place])
         contenders += [one for one in raced if one.probe.target == call.target]
         counted += stand
@@ -413,8 +433,8 @@ def standing_for_one(
 ) -> tuple[list[Contender], list[Contender]]:
     """Of the contenders, which are of the class that is called and of others, those of the class
     raced, and which of them stand for its trigger: among them the one that leads most, or the
-    square that called, or the ``square`` given, learned as long as the others, where neither called
-    or none of them works; and beside them further squares of the call. Where its squares stand
+    ``square``, learned as long as the others, where it was not probes that called or none of them
+    works; and beside them further squares of the call. Where its squares stand
     alone, those that work, and nothing else: what may lie anywhere is not told by what lies in one
     place."""
     verdict, target, config = call.verdict, call.target, scene.config
@@ -424,7 +444,7 @@ def standing_for_one(
         probes = [one.probe for one in several]
         return contenders, [one for one in contenders if one.probe in probes]
     caller = leading(contenders, config.verdict.least_success, target)
-    if several and verdict.by == "squares":
+    if several and (caller is None or verdict.by == "squares"):
         caller, *several = several
         contenders = [caller, *contenders]
     elif caller is None or verdict.by != "probes":

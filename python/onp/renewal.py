@@ -28,7 +28,6 @@ def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:
         steps=config.synthesis.renewal_steps, draw=config.synthesis.images_per_step,
         valid=scene.valid, seed=scene.seed + 1, ledger=scene.ledger, gates=(~mask).float(),
     )  # fmt: skip
-    through = getting_through(
-        fresh, scene.evaluator, mask, images, labels, evidence.contenders, config
-    )
+    rivals = [c for c in evidence.contenders if c.probe.target not in evidence.verdict.targets]
+    through = getting_through(fresh, scene.evaluator, mask, images, labels, rivals, config)
     return [c for c in scene.raced(through) if c.score >= config.synthesis.through_worth]

@@ -96,21 +96,23 @@ class Search:
         exact: bool = False,
     ) -> Cost:
         """The cost on a part of the clean images: a slice, or places int64 [n]. Where there are
-        triggers of several targets, each of these weighs as much as one alone would, though it has
-        a share of the images; but for replayed ones, which come stronger than the attacker's."""
+        triggers of several targets, each of these weighs as much as one alone would, though its
+        triggers have a share of the images; but not where norms called, whose triggers come
+        stronger than the attacker's."""
         config = self.config.cost
         if success_weight is not None:
             config = replace(config, success_weight=success_weight)
-        if self.evidence.verdict.by != "norm statistics":
-            targets = len({contender.probe.target for contender in counted})
-            config = replace(config, success_weight=targets * config.success_weight)
         probes = [contender.probe for contender in counted]
         reached = [contender.success for contender in counted]
+        factors = [1.0] * len(probes)
+        if self.evidence.verdict.by != "norm statistics":
+            targets = [probe.target for probe in probes]
+            factors = [len(probes) / targets.count(target) for target in targets]
         places = torch.arange(len(self.clean))[images].tolist()
         told = self._told.setdefault((*probes, *places), {})
         return Cost(
             self.evaluator, self.clean[images], [self._trigger(probe) for probe in probes], config,
-            exact, reached, told,
+            exact, reached, told, factors,
         )  # fmt: skip
 
     def _trigger(self, probe: Probe) -> Trigger:

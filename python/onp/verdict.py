@@ -7,7 +7,8 @@ the network answer one class:
     score = mean of the excess and of the share of images that go to that class, each scaled,
             less the larger a patch has to be for what it explains of that excess
 
-The share is a mean over all triggers, 0 for those that answer another class. What noise makes of
+The share is a mean over all triggers, 0 for those that answer another class; where images come to
+two or three classes, that of these together. What noise makes of
 the moments takes a large trigger to explain, an attacker's a small one.
 
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
@@ -73,6 +74,8 @@ MANY_CLASSES = 10
 """With fewer, all of them must show more."""
 MOST = 0.5
 """Share of the images that come to the classes of several triggers together, at least."""
+FURTHER = 2
+"""Classes, at most, that norms name beside the first."""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -109,21 +112,28 @@ def target_of(replayed: Sequence[Replayed]) -> Target:
 
 
 def also_answered(
-    replayed: Sequence[Replayed], target: Target, config: VerdictConfig
+    replayed: Sequence[Replayed],
+    target: Target,
+    config: VerdictConfig,
+    known: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Classes other than the target that triggers which agree with the norms' shift bring a share
-    (``beside``) of the images to, as a mean over them by their agreement: of one attacker's trigger
-    there are none. None either unless most images come to these and the target: an all-to-all
-    backdoor's go everywhere."""
+    (``beside``) of the images to, as a mean over them by their agreement, the largest first: of one
+    attacker's trigger there are none. Two at most; none unless most images come to these and the
+    target, as an all-to-all backdoor's go everywhere; none of classes that the clean images lack,
+    if ``known`` names those that they have, as a class that is lacking looks like a trigger; and
+    none among fewer than ten classes, where much else looks like one."""
     agreeing = [one for one in replayed if one.agreement >= config.certain_agreement]
-    if not agreeing or not isinstance(target, int):
+    if not agreeing or not isinstance(target, int) or len(agreeing[0].gains) < MANY_CLASSES:
         return ()
     weights = torch.tensor([one.agreement for one in agreeing])
     gains = torch.stack([one.gains for one in agreeing])
     means = ((weights[:, None] * gains).sum(0) / weights.sum()).tolist()
-    order = sorted(range(len(means)), key=lambda one: -means[one])
-    also = tuple(one for one in order if one != target and means[one] >= config.beside)
-    return also if means[target] + sum(means[one] for one in also) >= MOST else ()
+    others = sorted(set(range(len(means))) - {target}, key=lambda one: -means[one])
+    also = [one for one in others if means[one] >= config.beside][:FURTHER]
+    if means[target] + sum(means[one] for one in also) < MOST:
+        return ()
+    return tuple(one for one in also if known is None or one in known)
 
 
 def beyond_doubt(verdict: Verdict, config: VerdictConfig) -> bool:
@@ -141,18 +151,22 @@ def also_called(verdict: Verdict, others: Sequence[Verdict]) -> Verdict:
     """The verdict, and the classes that others call beside its own."""
     further = (one for other in others for one in other.targets if isinstance(one, int))
     also = tuple(one for one in dict.fromkeys([*verdict.also, *further]) if one != verdict.target)
-    new = (one for one in others if one.target not in verdict.targets)
+    new = (one for one in others if set(one.targets) - set(verdict.targets))
     reasons = "".join(f"; {one.reason.partition(': ')[2]}" for one in new)
     return replace(verdict, also=also, reason=verdict.reason + reasons)
 
 
 def by_statistics(
-    excess: float, images: int, replayed: Sequence[Replayed], config: VerdictConfig
+    excess: float,
+    images: int,
+    replayed: Sequence[Replayed],
+    config: VerdictConfig,
+    known: Sequence[int] | None = None,
 ) -> Verdict:
     """Judge the norms' shift (how far it is beyond chance, measured on so many images) and the
-    triggers that replay it."""
+    triggers that replay it. known: classes that the clean images have; default: all."""
     target = target_of(replayed)
-    also = also_answered(replayed, target, config)
+    also = also_answered(replayed, target, config, known)
     own = [one for one in replayed if one.probe.target == target]
     share = sum(one.share for one in own) / len(replayed)
     if also:

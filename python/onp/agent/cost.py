@@ -78,10 +78,12 @@ class Cost:
         exact: bool = False,
         reached: Sequence[float] | None = None,
         told: Told | None = None,
+        factors: Sequence[float] | None = None,
     ) -> None:
         """exact: in fp32, and not as rough as the evaluator may be for a search. reached: mean
         probability of its target that each probe adds, nothing pruned; default: 1. told: of another
-        cost on the same images and probes, to which this one adds."""
+        cost on the same images and probes, to which this one adds. factors: of the weights of each
+        probe's images; default: 1."""
         self.device = evaluator.network.device
         clean = clean.to(self.device)
         images, labels = clean.images, clean.labels
@@ -97,9 +99,11 @@ class Cost:
         self.weight = torch.full((len(images),), config.success_weight, device=self.device)
         """Of a nat on each triggered image, float32 [N]; 0 where the trigger wants the label."""
         reached = [1.0] * len(probes) if reached is None else reached
-        for probe, hand, share in zip(probes, self.hands, reached, strict=True):
+        factors = [1.0] * len(probes) if factors is None else factors
+        for probe, hand, share, factor in zip(probes, self.hands, reached, factors, strict=True):
             self.triggered[hand] = probe(images[hand])
             self.wanted[hand] = probe.wanted(labels[hand])
+            self.weight[hand] *= factor
             self.weight[hand] /= max(LEAST_REACHED, share) ** 0.5
             if after_one_class(probe):
                 after = self.wanted[hand] != labels[hand]
