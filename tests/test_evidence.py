@@ -307,7 +307,14 @@ class Play:
         ({4: 0.5, 1: 0.9}, 0.5, 1.0, "probes", 4, ["probes 410"]),
         ({}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
         ({0: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),  # less sure, another
-        ({3: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
+        (
+            {3: 0.55},
+            0.15,
+            1.0,
+            "probes",
+            3,
+            ["probes 301"],
+        ),  # the same: no square, but beyond doubt
         ({0: 0.1}, 0.5, 4.0, "probes", 0, ["probes 012"]),  # margins are not asked
         ({}, 0.5, 4.0, "margins", 3, ["probes 301", "square 3"]),
     ],
@@ -338,10 +345,12 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     assert found.unlearned is None
 
 
+@pytest.mark.parametrize("size", [0.1, 0.55])
 def test_where_looks_and_squares_call_the_same_class_both_count(
-    monkeypatch: pytest.MonkeyPatch,
+    size: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    play = Play(monkeypatch, {3: 0.1}, 0.02)
+    """However much surer squares are of it."""
+    play = Play(monkeypatch, {3: size}, 0.02)
     found = from_probes(scene(STANDARD))
     assert (found.verdict.by, found.verdict.targets) == ("probes", [3])
     assert play.asked == ["probes 301", "square 3", "square 3 1", "square 3 2"]

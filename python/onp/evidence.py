@@ -56,7 +56,8 @@ class Call:
     verdict: Verdict
     draws: Sequence[tuple[int, int]]
     """By place and draw: of one trigger that squares call the first draw, of several, and beside
-    looks, all of them, as a trigger of many has fewer images to be told by."""
+    looks if squares are beyond doubt, all of them, as one of many has fewer images to be told by.
+    """
     alone: bool = False
     """Whether nothing else does."""
 
@@ -310,8 +311,9 @@ def from_looks(
     called: bool = False,
     taken: Sequence[int] = (),
 ) -> tuple[Squares, list[Call]]:
-    """What looks and squares say, the surer of them, and if that is a class, what they call beyond
-    doubt among the others, and so on: an attacker may have taught several triggers, of a class
+    """What looks and squares say, the surer of them (looks, if these call the same class: then its
+    trigger is no mere patch), and if that is a class, what they call beyond doubt among the others,
+    and so on: an attacker may have taught several triggers, of a class
     each, and a class that has one is no measure of how near others are. Where classes are ``taken``
     already, all must be beyond doubt. And the squares, with what was drawn again."""
     config, calls = scene.config.verdict, list[Call]()
@@ -321,13 +323,15 @@ def from_looks(
         some = [one for one in looked if one.probe.target in left]
         said = by_probes(some, config, called and not further)
         squares, seen, place = from_squares(scene, squares, left)
-        verdict = seen if seen.score > said.score else said
+        both = said.target is not None and said.target == seen.target
+        verdict = said if both or said.score >= seen.score else seen
         if further:
             sure = [one for one in (said, seen) if beyond_doubt(one, config)]
             if not sure:
                 break
             verdict = sure[0]
-        squared = verdict.target is not None and seen.target == verdict.target
+        beside = both and beyond_doubt(seen, config)
+        squared = beside or (verdict is seen and seen.target is not None)
         draws = [(place, draw) for draw in DRAWS] if squared else []
         calls.append(Call(verdict, draws, alone=verdict is seen and place == ROAMING))
         if not isinstance(verdict.target, int):
