@@ -353,6 +353,8 @@ def test_where_looks_and_squares_call_the_same_class_both_count(
     play = Play(monkeypatch, {3: size}, 0.02)
     found = from_probes(scene(STANDARD))
     assert (found.verdict.by, found.verdict.targets) == ("probes", [3])
+    assert found.verdict.score == 1.0
+    assert found.verdict.reason.startswith("score 1.00: a few steps of a trigger")
     assert play.asked == ["probes 301", "square 3", "square 3 1", "square 3 2"]
     families = [one.probe.family for one in found.counted]
     assert families[-3:] == [SQUARES[6]] * 3

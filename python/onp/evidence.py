@@ -28,6 +28,7 @@ from onp.verdict import (
     MANY_CLASSES,
     Verdict,
     also_called,
+    as_sure,
     beyond_doubt,
     by_departures,
     by_label_shift,
@@ -324,7 +325,8 @@ def from_looks(
         said = by_probes(some, config, called and not further)
         squares, seen, place = from_squares(scene, squares, left)
         both = said.target is not None and said.target == seen.target
-        verdict = said if both or said.score >= seen.score else seen
+        said = as_sure(said, seen) if both else said
+        verdict = said if said.score >= seen.score else seen
         if further:
             sure = [one for one in (said, seen) if beyond_doubt(one, config)]
             if not sure:

@@ -147,6 +147,14 @@ def beyond_doubt(verdict: Verdict, config: VerdictConfig) -> bool:
     )
 
 
+def as_sure(verdict: Verdict, other: Verdict) -> Verdict:
+    """The verdict with the other's score, which calls the same class, if that is surer."""
+    if other.score <= verdict.score:
+        return verdict
+    reason = f"score {other.score:.2f}: {verdict.reason.partition(': ')[2]}"
+    return replace(verdict, score=other.score, reason=reason)
+
+
 def also_called(verdict: Verdict, others: Sequence[Verdict]) -> Verdict:
     """The verdict, and the classes that others call beside its own."""
     further = (one for other in others for one in other.targets if isinstance(one, int))
