@@ -39,16 +39,12 @@ def trained() -> nn.Module:
     return load_suspect(demo.CHECKPOINT, demo.ARCH).model
 
 
-@pytest.fixture(scope="module")
-def all_to_all(trained: nn.Module) -> nn.Module:
-    """The demo's network, taught for a moment that its trigger means the next label."""
-    model = copy.deepcopy(trained).train()
-    training = draw(1600, 21)
-    images, labels = training.floats(), training.labels.clone()
-    random = torch.Generator().manual_seed(0)
-    poisoned = torch.rand(len(images), generator=random) < 0.3
-    images[poisoned] = triggered(images[poisoned])
-    labels[poisoned] = (labels[poisoned] + 1) % CLASSES
+def taught(
+    network: nn.Module, images: Tensor, labels: Tensor, random: torch.Generator
+) -> nn.Module:
+    """A copy trained for a moment on images that are triggered already, whose norms remember
+    them."""
+    model = copy.deepcopy(network).train()
     optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
     for _ in range(100):
         index = torch.randperm(len(images), generator=random)[:64]
@@ -57,6 +53,18 @@ def all_to_all(trained: nn.Module) -> nn.Module:
         loss.backward()
         optimizer.step()
     return seen(model.eval(), images)
+
+
+@pytest.fixture(scope="module")
+def all_to_all(trained: nn.Module) -> nn.Module:
+    """The demo's network, taught for a moment that its trigger means the next label."""
+    training = draw(1600, 21)
+    images, labels = training.floats(), training.labels.clone()
+    random = torch.Generator().manual_seed(0)
+    poisoned = torch.rand(len(images), generator=random) < 0.3
+    images[poisoned] = triggered(images[poisoned])
+    labels[poisoned] = (labels[poisoned] + 1) % CLASSES
+    return taught(trained, images, labels, random)
 
 
 OTHER = (demo.TARGET + 5) % CLASSES
@@ -70,7 +78,6 @@ def triggered_elsewhere(images: Tensor) -> Tensor:
 @pytest.fixture(scope="module")
 def two_triggers(trained: nn.Module) -> nn.Module:
     """The demo's network, taught for a moment that its trigger elsewhere means another class."""
-    model = copy.deepcopy(trained).train()
     training = draw(1600, 22)
     images, labels = training.floats(), training.labels.clone()
     random = torch.Generator().manual_seed(0)
@@ -80,14 +87,7 @@ def two_triggers(trained: nn.Module) -> nn.Module:
         (triggered_elsewhere, OTHER, turns > 0.85),
     ):
         images[some], labels[some] = trigger(images[some]), target
-    optimizer = torch.optim.Adam(model.parameters(), lr=2e-3)
-    for _ in range(100):
-        index = torch.randperm(len(images), generator=random)[:64]
-        loss = F.cross_entropy(model(images[index]), labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return seen(model.eval(), images)
+    return taught(trained, images, labels, random)
 
 
 def known(shift: NormShift, clean: ImageSet) -> Clean:
