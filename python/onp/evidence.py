@@ -225,7 +225,8 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
         return Evidence(verdict, [], [], verdict)
     with scene.ledger.stage("respond"):
         contenders = sorted(scene.unraced(probes), key=lambda contender: -contender.success)
-    counted = [c for c in contenders if c.success >= config.race.least_success] or contenders[:1]
+    own = [one for one in contenders if one.probe.target == verdict.target]
+    counted = [one for one in contenders if _works(one, config) or one is own[0]]
     stand = {one.probe.target for one in counted}
     verdict = replace(verdict, also=tuple(one for one in verdict.also if one in stand))
     return Evidence(verdict, contenders, counted, verdict)
@@ -314,9 +315,9 @@ def from_looks(
 ) -> tuple[Squares, list[Call]]:
     """What looks and squares say, the surer of them (looks, if these call the same class: then its
     trigger is no mere patch), and if that is a class, what they call beyond doubt among the others,
-    and so on: an attacker may have taught several triggers, of a class
-    each, and a class that has one is no measure of how near others are. Where classes are ``taken``
-    already, all must be beyond doubt. And the squares, with what was drawn again."""
+    and so on: an attacker may have taught several triggers, of a class each, and a class that has
+    one is no measure of how near others are. Where classes are ``taken`` already, all must be
+    beyond doubt. And the squares, with what was drawn again."""
     config, calls = scene.config.verdict, list[Call]()
     left = [one for one in squares.targets if isinstance(one, int) and one not in taken]
     while True:
@@ -440,9 +441,8 @@ def standing_for_one(
     """Of the contenders, which are of the class that is called and of others, those of the class
     raced, and which of them stand for its trigger: among them the one that leads most, or the
     ``square``, learned as long as the others, where it was not probes that called or none of them
-    works; and beside them further squares of the call. Where its squares stand
-    alone, those that work, and nothing else: what may lie anywhere is not told by what lies in one
-    place."""
+    works; and beside them further squares of the call. Where its squares stand alone, those that
+    work, and nothing else: what may lie anywhere is not told by what lies in one place."""
     verdict, target, config = call.verdict, call.target, scene.config
     several = [one for one in learned_in(scene, target, call.draws) if _works(one, config)]
     if several and call.alone:

@@ -95,7 +95,7 @@ def replay(
     residual = shift.residual
     enough = 0.0 if asked else max((config.least_excess / shift.excess) ** 2, config.enough)
     unexplained, agreement = 1.0, 0.0
-    drawn = count, config.images_per_step // count
+    drawn = count, max(1, config.images_per_step // count)
     for step in range(config.steps):
         index = torch.randint(learned_on, drawn, generator=random).to(device)
         triggered = family.apply(state, images[index], valid).flatten(0, 1)
