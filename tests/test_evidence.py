@@ -10,23 +10,17 @@ import pytest
 import torch
 from torch import nn
 
-import onp.evidence as story
 from onp.agent.contenders import advantage
 from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
-from onp.evidence import (
-    Evidence,
-    from_departures,
-    from_probes,
-    from_shifting_squares,
-    from_squares,
-    from_statistics,
-    gather,
-    learned_in,
-    nearest,
-)
+from onp.evidence import Evidence, gather
+from onp.evidence.departures import from_departures
+from onp.evidence.looks import from_probes, from_squares, nearest
+from onp.evidence.norms import from_statistics
+from onp.evidence.shifting import from_shifting_squares
+from onp.evidence.standing import learned_in
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.departure import Departures
@@ -91,10 +85,12 @@ def test_the_stronger_evidence_decides(
 ) -> None:
     asks: list[Scene] = []
     first = None if norms is None else said(norms, "norm statistics")
-    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: first)
     second = None if shift is None else said(shift, "squares")
-    monkeypatch.setattr(story, "from_shifting_squares", lambda _: second)
-    monkeypatch.setattr(story, "from_probes", lambda one, _: (asks.append(one), said(probes))[1])
+    monkeypatch.setattr("onp.evidence.order.from_shifting_squares", lambda _: second)
+    monkeypatch.setattr(
+        "onp.evidence.order.from_probes", lambda one, _: (asks.append(one), said(probes))[1]
+    )
     assert gather(scene(BUDGETS["quick"]), None).verdict.score == score
     assert bool(asks) == asked
 
@@ -119,15 +115,15 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
         return Evidence(verdict, [one], [one])
 
     first = evidence(0.7, "norm statistics", 1, "norms")
-    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
-    monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
+    monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: first)
+    monkeypatch.setattr("onp.evidence.order.from_shifting_squares", lambda _: None)
     second = evidence(0.6 if agreement < 0.65 else 0.9, "probes", named, "probes")
-    monkeypatch.setattr(story, "from_probes", lambda *_: second)
+    monkeypatch.setattr("onp.evidence.order.from_probes", lambda *_: second)
     found = gather(scene(BUDGETS["standard"]), None)
     assert found.verdict.by == by
     assert [one.probe for one in found.counted] == counted
     assert found.verdict.also == ((3,) if named == 3 else ())
-    monkeypatch.setattr(story, "with_others", lambda _, found: found)
+    monkeypatch.setattr("onp.evidence.order.with_others", lambda _, found: found)
     quick = gather(scene(BUDGETS["quick"]), None)
     assert [one.probe for one in quick.counted] == (["norms"] if agreement > 0.7 else counted)
 
@@ -154,7 +150,7 @@ def test_among_few_classes_a_square_counts_beside_the_norms_triggers(
     replayed = Probe(Generator(), 3, [], (0.0, 1.0), 1.0)
     norms = Contender(replayed, none, 0.9, none.bool())
     first = Evidence(verdict, [norms], [norms], verdict)
-    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: first)
     found = gather(here, None)
     assert found.verdict == verdict
     assert bool(found.looked) == (classes == 10)  # whether another class has a trigger, too
@@ -174,11 +170,11 @@ def test_where_norms_have_called_margins_are_not_asked(monkeypatch: pytest.Monke
         asked.append(called)
         return said(0.1)
 
-    monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
-    monkeypatch.setattr(story, "from_probes", probes)
+    monkeypatch.setattr("onp.evidence.order.from_shifting_squares", lambda _: None)
+    monkeypatch.setattr("onp.evidence.order.from_probes", probes)
     for norms in (None, 0.3, 0.58):
         first = None if norms is None else said(norms, "norm statistics")
-        monkeypatch.setattr(story, "from_statistics", lambda *_, first=first: first)
+        monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_, first=first: first)
         gather(scene(BUDGETS["standard"]), None)
     assert asked == [False, False, True]
     play = Play(monkeypatch)
@@ -199,7 +195,7 @@ def test_norms_that_remember_much_need_more_excess(
     one = Replayed(probe, 0.9, 0.9, torch.eye(CLASSES)[1] * 0.9, 0.1)
     monkeypatch.setattr(Scene, "replayed", lambda *_: [one])
     monkeypatch.setattr(Scene, "unraced", lambda *_: [])
-    monkeypatch.setattr(story, "by_label_shift", lambda *_: said(0.0).verdict)
+    monkeypatch.setattr("onp.evidence.norms.by_label_shift", lambda *_: said(0.0).verdict)
     found = from_statistics(here, shift)
     assert found is not None
     low, high = here.config.verdict.excess
@@ -435,7 +431,7 @@ def test_norms_are_asked_about_one_trigger_and_looks_about_others(
     verdict = Verdict("backdoor", 0.9, own[0], "norm statistics", found, "why", own[1:])
     norms = Contender(Probe(Generator(), own[0], [], (0.0, 1.0), 1.0), none, 0.9, none.bool())
     first = Evidence(verdict, [norms], [norms], verdict)
-    monkeypatch.setattr(story, "from_statistics", lambda *_: first)
+    monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: first)
     named = gather(here, None)
     assert (named.verdict.target, named.verdict.also) == (own[0], also)
     assert (named.verdict.by, named.verdict.score) == ("norm statistics", 0.9)
@@ -560,8 +556,8 @@ def test_where_norms_explain_little_and_nothing_else_calls_a_square_counts_too(
         verdict = Verdict("backdoor", 0.7, 3, "norm statistics", {"agreement": 0.5}, "")
         norms = Contender(Probe(Generator(), 3, [], (0.0, 1.0), 1.0), none, 0.9, none.bool())
         first = Evidence(verdict, [norms], [norms], verdict)
-        monkeypatch.setattr(story, "from_statistics", lambda *_, first=first: first)
-        monkeypatch.setattr(story, "from_shifting_squares", lambda _: None)
+        monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_, first=first: first)
+        monkeypatch.setattr("onp.evidence.order.from_shifting_squares", lambda _: None)
         found = gather(here, None)
         assert [one.probe.family.name for one in found.counted] == counted
         assert play.driven == []
@@ -574,8 +570,10 @@ def test_of_many_classes_those_are_looked_at_that_unlearning_leaves(
     synthesis = replace(STANDARD.synthesis, looked_at=3)
     here = scene(replace(STANDARD, synthesis=synthesis))
     answers, sites = torch.tensor([0, 1, 9, 8, 3]), torch.rand(4)
-    monkeypatch.setattr(story, "unlearn", lambda model, *_, **__: Unlearned(model, answers))
-    monkeypatch.setattr(story, "responses", lambda *_: sites)
+    monkeypatch.setattr(
+        "onp.evidence.looks.unlearn", lambda model, *_, **__: Unlearned(model, answers)
+    )
+    monkeypatch.setattr("onp.evidence.looks.responses", lambda *_: sites)
     play = Play(monkeypatch)
     found = from_probes(here)
     assert {one.probe.target for one in found.looked} == {2, 3, 4}

@@ -344,12 +344,14 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
         agent=AgentConfig(rounds=2, images=8),
     )
     found = Verdict("backdoor", 1.0, int(labels[0]), "probes", {}, "taken for granted")
-    story = sys.modules["onp.evidence"]
     monkeypatch.setattr(
-        story, "by_probes", lambda probed, *_: replace(found, target=probed[0].probe.target)
+        "onp.evidence.looks.by_probes",
+        lambda probed, *_: replace(found, target=probed[0].probe.target),
     )
-    monkeypatch.setattr(story, "counted_contenders", lambda contenders, *_: contenders[:2])
-    monkeypatch.setattr(story, "from_statistics", lambda *_: None)
+    monkeypatch.setattr(
+        "onp.evidence.standing.counted_contenders", lambda contenders, *_: contenders[:2]
+    )
+    monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: None)
     result = onp.sanitize(model, [(images, labels)], budget=config)
     assert result.verdict == "backdoor"
     assert result.report["choice"]["cost"] <= 2.0

@@ -18,7 +18,8 @@ from onp.config import Config, ReplayConfig
 from onp.data import ImageSet
 from onp.demo.images import draw
 from onp.evaluate import MaskEvaluator
-from onp.evidence import from_statistics, measured_shift
+from onp.evidence import measured_shift
+from onp.evidence.norms import from_statistics
 from onp.ledger import Ledger
 from onp.probes.families import Family
 from onp.probes.norm_shift import NormShift

@@ -1,0 +1,96 @@
+"""What the batch norms remember: triggers that explain it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from torch import nn
+
+from onp.clean import Clean
+from onp.config import Config
+from onp.evaluate import MaskEvaluator
+from onp.evidence.found import Evidence
+from onp.evidence.standing import works
+from onp.probes.families import Range
+from onp.probes.norm_shift import NormShift, norm_shift
+from onp.probes.probe import LabelShift, Probe
+from onp.scene import Scene
+from onp.verdict import Verdict, by_label_shift, by_statistics, target_of
+
+LEAST_A_CLASS = 4
+"""Clean images a class, on average, that the norms' shift is measured on at least."""
+
+
+def measured_shift(
+    evaluator: MaskEvaluator,
+    model: nn.Module,
+    clean: Clean,
+    config: Config,
+    *,
+    valid: Range,
+    seed: int,
+) -> NormShift | None:
+    """The norms' shift, on as many clean images as the budget has it, but on some of every class:
+    class means are taken out of it."""
+    count = max(config.replay.measured, LEAST_A_CLASS * evaluator.trace.num_classes)
+    some = clean[:count]
+    return norm_shift(
+        evaluator.network, model, some.images, some.labels,
+        valid=valid, seed=seed, ledger=evaluator.ledger,
+    )  # fmt: skip
+
+
+def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
+    """Replay the norms' shift, as a label shift too if no class speaks clearly: by the first
+    family and, if a shift is called, by all. None where there is nothing to replay, or where it
+    leads to a class without clean images: the class itself is then what they lack."""
+    config = scene.config
+    if shift is None or shift.excess < config.replay.least_excess:
+        return None
+    classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
+    excess = shift.excess / (config.verdict.moving if shift.long else 1.0)
+    with scene.ledger.stage("replay"):
+        families = config.replay.families
+        replayed = [scene.replayed(shift, family)[0] for family in families]
+        verdict = by_statistics(
+            excess, len(shift.clean), replayed, config.verdict, labels.unique().tolist()
+        )
+        named = target_of(replayed)
+        probes = [one.probe for one in replayed if one.probe.target == named]
+        if not bool((labels == probes[0].wanted(labels)).any()):
+            return None
+        if verdict.also:
+            jointly = explaining_together(scene, shift, verdict)
+            probes = jointly or [o.probe for o in replayed if o.probe.target in verdict.targets]
+        if verdict.score < config.verdict.certain and classes > 2:
+            one, two = (
+                scene.replayed(shift, families[0], [LabelShift(classes, by)])[0] for by in (1, 2)
+            )
+            shifted = by_label_shift(excess, one, two, config.verdict)
+            if shifted.score > verdict.score:
+                verdict, probes = shifted, [one.probe]
+                if shifted.target is not None:
+                    for name in families[1:]:
+                        probes.append(scene.replayed(shift, name, [shifted.target])[0].probe)
+    if verdict.target is None:
+        return Evidence(verdict, [], [], verdict)
+    with scene.ledger.stage("respond"):
+        contenders = sorted(scene.unraced(probes), key=lambda contender: -contender.success)
+    own = [one for one in contenders if one.probe.target == verdict.target]
+    counted = [one for one in contenders if works(one, config) or one is own[0]]
+    stand = {one.probe.target for one in counted}
+    verdict = replace(verdict, also=tuple(one for one in verdict.also if one in stand))
+    return Evidence(verdict, contenders, counted, verdict)
+
+
+def explaining_together(scene: Scene, shift: NormShift, verdict: Verdict) -> list[Probe]:
+    """Of every family a trigger for each of the classes that are called, which explain the norms'
+    shift together; none of families that explain too little of it."""
+    config = scene.config.replay
+    most = max(config.most_unexplained, (config.least_excess / shift.excess) ** 2)
+    return [
+        one.probe
+        for name in config.families
+        for one in scene.replayed(shift, name, verdict.targets)
+        if one.unexplained <= most
+    ]
