@@ -1,6 +1,8 @@
 """Steps of unlearning: ours against a plain loop in torch, eager and compiled.
 
-All take the same steps of the same batches, so that the weights they end with can be compared.
+All take the same steps of the same batches. What the first step changes is compared before several
+are timed: ascent by batch statistics amplifies rounding, so that after four of them torch with
+channels last is as far from torch without as ours is.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from torch import Tensor, nn
 
 from bench.kernels.gate import timed
 from bench.kernels.masked_forward import FIRST, LAST, NETWORKS, settled
-from bench.kernels.peak import Ceilings
+from bench.kernels.peak import Ceilings, best_time
 from bench.kernels.rows import Row
 from bench.zoo.architectures import ARCHITECTURES
 from onp.config import UnlearningConfig
@@ -26,35 +28,40 @@ from onp.probes.unlearning import unlearn
 KERNEL = "unlearning"
 CASES = ("preactresnet18-16", "resnet20-16")
 IMAGES, CLASSES, STEPS = 256, 10, 4
-CONFIG = UnlearningConfig(max_steps=STEPS, stop_accuracy=-1.0)
+CONFIG = UnlearningConfig(stop_accuracy=-1.0)
 """Never done before its last step."""
-TOLERANCE = 2e-2
-"""Of the norm of what the steps changed: batch statistics amplify rounding."""
+TOLERANCE = 2e-3
+"""Of the norm of what one step changes."""
 
 Network = Callable[[Tensor], Tensor]
 
 
-def ours(model: nn.Module, images: Tensor, labels: Tensor) -> list[Tensor]:
-    """What unlearning changes each weight by."""
-    student = unlearn(model, images, labels, CONFIG, seed=0, ledger=Ledger()).model
+Steps = Callable[[int], list[Tensor]]
+"""So many steps, and what they change each weight by."""
+
+
+def ours(model: nn.Module, images: Tensor, labels: Tensor, steps: int) -> list[Tensor]:
+    """What so many steps of unlearning change each weight by."""
+    config = replace(CONFIG, max_steps=steps)
+    student = unlearn(model, images, labels, config, seed=0, ledger=Ledger()).model
     return changes(model, student)
 
 
 def plain(
     model: nn.Module, images: Tensor, labels: Tensor, layout: torch.memory_format, *, compiled: bool
-) -> Callable[[], list[Tensor]]:
+) -> Steps:
     """The same by a loop of torch's own parts; compiled once."""
     student = copy.deepcopy(model).requires_grad_(True).to(memory_format=layout)
     call: Network = torch.compile(student) if compiled else student
 
-    def run() -> list[Tensor]:
+    def run(steps: int) -> list[Tensor]:
         random = torch.Generator().manual_seed(0)
         student.load_state_dict(model.state_dict())
         student.train()
         optimizer = torch.optim.SGD(
             student.parameters(), CONFIG.learning_rate, momentum=CONFIG.momentum
         )
-        for _ in range(STEPS):
+        for _ in range(steps):
             index = torch.randperm(len(images), generator=random)[: CONFIG.batch]
             optimizer.zero_grad()
             logits = call(images[index].contiguous(memory_format=layout))
@@ -81,15 +88,18 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:  # noq
         torch.manual_seed(0)
         model = settled(ARCHITECTURES[arch](width, CLASSES))
         data = torch.rand(IMAGES, 3, 32, 32), torch.randint(CLASSES, (IMAGES,))
-        ways: dict[str, Callable[[], list[Tensor]]] = {
+        ways: dict[str, Steps] = {
             "onp": partial(ours, model, *data),
             "torch eager, NCHW": plain(model, *data, FIRST, compiled=False),
             "torch eager, channels last": plain(model, *data, LAST, compiled=False),
             "torch.compile": plain(model, *data, LAST, compiled=True),
         }
-        expected = ways["torch eager, NCHW"]()
+        expected = ways["torch eager, NCHW"](1)
         for way, run in ways.items():
             case = f"{name}, {STEPS} steps of {CONFIG.batch} images"
             row = Row(KERNEL, case, way, "fp32", None, False)
             row = replace(row, target=1.2 if way == "onp" else None)
-            yield timed(row, run, expected, repeats, TOLERANCE, by_norm=True)
+            row = timed(row, partial(run, 1), expected, 1, TOLERANCE, by_norm=True)
+            if row.correct:
+                row = replace(row, seconds=best_time(partial(run, STEPS), repeats))
+            yield row
