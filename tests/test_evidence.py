@@ -412,7 +412,9 @@ def test_further_classes_are_called_once_one_is_left_out(
     [
         ((1,), 0.02, {}, (3,)),
         ((1, 4), 0.02, {}, (4, 3)),
-        ((3,), 0.02, {}, ()),  # the class that the norms name
+        ((3,), 0.02, {}, ()),  # the class that the norms name: its squares count beside them
+        ((3, 1), 0.02, {}, (1,)),
+        ((3,), 0.02, {0: 0.2}, (0,)),
         ((1,), 0.12, {}, ()),  # not beyond doubt
         ((1,), 0.5, {0: 0.2}, (0,)),
         ((1,), 0.5, {1: 0.2, 0: 0.3}, (0,)),  # a class that has a trigger is no measure
@@ -437,11 +439,12 @@ def test_norms_are_asked_about_one_trigger_and_looks_about_others(
     assert (named.verdict.by, named.verdict.score) == ("norm statistics", 0.9)
     assert named.counted[0] is norms
     new = set(also) - set(own)
-    assert {one.probe.target for one in named.counted[1:]} == new
+    squared = {3} & set(own)
+    assert {one.probe.target for one in named.counted[1:]} == new | squared
     assert {one.probe.target for one in named.contenders} & set(own) == {own[0]}
-    assert bool(play.asked) == bool(new)
+    assert bool(play.asked) == bool(new | squared)
     assert (play.driven, play.departed) == ([], [])
-    if new == {3}:
+    if 3 in new | squared:
         squares = [one for one in named.counted if one.probe.family is SQUARES[6]]
         assert len(squares) == 3
     without = replace(STANDARD, synthesis=replace(STANDARD.synthesis, look_beside=False))

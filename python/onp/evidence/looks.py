@@ -14,7 +14,7 @@ from onp.agent.race import Contender
 from onp.evidence.departures import from_departures
 from onp.evidence.found import Evidence
 from onp.evidence.standing import DRAWS, Call, learned_in, standing_for, works
-from onp.probes.probe import OneClass
+from onp.probes.probe import OneClass, Target
 from onp.probes.responses import responses
 from onp.probes.unlearning import Unlearned, unlearn
 from onp.scene import RESPONSE_IMAGES, ROAMING, Scene, Squares
@@ -130,6 +130,21 @@ def from_squares(
     roams, _ = by_squares(squares.judged[ROAMING:, columns], classes, scene.config.verdict)
     roaming = verdict.target is not None and roams.target == verdict.target
     return squares, verdict, ROAMING if roaming else place
+
+
+def squares_for(
+    scene: Scene, squares: Squares, classes: Sequence[int], called: Sequence[Target]
+) -> tuple[Squares, list[Contender]]:
+    """Of each of the ``classes`` the squares, three of a place from different starts, learned at
+    length, if they lead to it beyond doubt (over classes that are not ``called``) and work. And the
+    squares, with what was drawn again."""
+    others = [one for one in squares.targets if isinstance(one, int) and one not in called]
+    learned = list[Contender]()
+    for target in (one for one in classes if one in squares.targets):
+        squares, said, place = from_squares(scene, squares, [target, *others])
+        if said.target == target and beyond_doubt(said, scene.config.verdict):
+            learned += learned_in(scene, target, [(place, draw) for draw in DRAWS])
+    return squares, [one for one in learned if works(one, scene.config)]
 
 
 def left_by_unlearning(scene: Scene) -> tuple[Unlearned, Tensor]:

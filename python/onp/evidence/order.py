@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from onp.config import Config
 from onp.evidence.found import Evidence
-from onp.evidence.looks import from_looks, from_probes, nearest, suspects
+from onp.evidence.looks import from_looks, from_probes, nearest, squares_for, suspects
 from onp.evidence.norms import from_statistics
 from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import standing_for, works
@@ -62,7 +62,8 @@ def together(first: Evidence, second: Evidence, config: Config) -> Evidence:
 
 def with_others(scene: Scene, found: Evidence) -> Evidence:
     """Norms tell of the trigger that moved them most: what looks and squares call beyond doubt
-    beside its class counts as well, if the budget has it asked."""
+    beside its class counts as well, if the budget has it asked, and squares that call its own
+    class so, as an attacker may have taught a second way to it."""
     taken = [one for one in found.verdict.targets if isinstance(one, int)]
     if not scene.config.synthesis.look_beside or not taken:
         return found
@@ -71,11 +72,13 @@ def with_others(scene: Scene, found: Evidence) -> Evidence:
     squares, calls = from_looks(scene, looked, scene.squares(classes), taken=taken)
     near = [one for one in nearest(looked) if one not in taken]
     contenders, counted = standing_for(scene, calls, squares, near) if calls else ([], [])
+    verdict = also_called(found.verdict, [one.verdict for one in calls])
+    squares, own = squares_for(scene, squares, taken, verdict.targets)
     return replace(
         found,
-        verdict=also_called(found.verdict, [one.verdict for one in calls]),
-        contenders=[*found.contenders, *contenders],
-        counted=[*found.counted, *counted],
+        verdict=verdict,
+        contenders=[*found.contenders, *contenders, *own],
+        counted=[*found.counted, *counted, *own],
         looked=looked, squares=squares, unlearned=unlearned, unlearning=unlearning,
     )  # fmt: skip
 
