@@ -1,8 +1,8 @@
 """Steps of unlearning: ours against a plain loop in torch, eager and compiled.
 
-All take the same steps of the same batches. What the first step changes is compared before several
-are timed: ascent by batch statistics amplifies rounding, so that after four of them torch with
-channels last is as far from torch without as ours is.
+All take the same steps of the same batches. What the first step changes is compared with the same
+in fp64 before several are timed: ascent by batch statistics amplifies rounding, so that after four
+steps torch with channels last is as far from torch without as ours is.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ CASES = ("preactresnet18-16", "resnet20-16")
 IMAGES, CLASSES, STEPS = 256, 10, 4
 CONFIG = UnlearningConfig(stop_accuracy=-1.0)
 """Never done before its last step."""
-TOLERANCE = 2e-3
-"""Of the norm of what one step changes."""
+TOLERANCE = 1e-2
+"""Of the norm of what one step changes: torch's batch norms with channels last come to .008."""
 
 Network = Callable[[Tensor], Tensor]
 
@@ -94,7 +94,8 @@ def rows(quick: bool, repeats: int, ceilings: Ceilings) -> Iterator[Row]:  # noq
             "torch eager, channels last": plain(model, *data, LAST, compiled=False),
             "torch.compile": plain(model, *data, LAST, compiled=True),
         }
-        expected = ways["torch eager, NCHW"](1)
+        exact = copy.deepcopy(model).double(), data[0].double(), data[1]
+        expected = plain(*exact, FIRST, compiled=False)(1)
         for way, run in ways.items():
             case = f"{name}, {STEPS} steps of {CONFIG.batch} images"
             row = Row(KERNEL, case, way, "fp32", None, False)
