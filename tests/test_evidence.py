@@ -17,7 +17,7 @@ from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence, gather
 from onp.evidence.departures import from_departures
-from onp.evidence.looks import from_probes, from_squares, nearest
+from onp.evidence.looks import from_probes, from_squares, nearest, squares_for
 from onp.evidence.norms import from_statistics
 from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import learned_in
@@ -449,6 +449,39 @@ def test_norms_are_asked_about_one_trigger_and_looks_about_others(
         assert len(squares) == 3
     without = replace(STANDARD, synthesis=replace(STANDARD.synthesis, look_beside=False))
     assert gather(scene(without), None) is first
+
+
+@pytest.mark.parametrize(
+    ("own", "beside", "works", "place"),
+    [
+        (0.9, 0.08, True, 6),
+        (0.9, 0.08, False, None),
+        (0.9, 0.2, True, None),  # it does not lead beyond doubt
+        (0.7, 0.08, True, None),  # nor on images enough
+    ],
+)
+def test_squares_of_a_class_that_norms_call_count_wherever_another_class_leads(
+    own: float, beside: float, works: bool, place: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Class 5 leads in another place, by further, on fewer images."""
+    play = Play(monkeypatch, at_length=(0.9, 0.9 if works else 0.1))
+    successes = torch.full((17, CLASSES), 0.04)
+    successes[6] = beside
+    successes[6, 3], successes[9, 5] = own, 0.75
+    monkeypatch.setattr(
+        Scene,
+        "squares",
+        lambda _, targets, places=range(17), draw=0: Squares(targets, successes[list(places)]),
+    )
+    here = scene(STANDARD)
+    squares, found = squares_for(here, here.squares(range(CLASSES)), [3, 77], [3, 77])
+    assert [one.probe.family for one in found] == [SQUARES[6]] * 3 * (place is not None)
+    assert {one.probe.target for one in found} <= {3}
+    learned = ["square 3", "square 3 1", "square 3 2"]
+    assert play.asked == (learned if (own, beside) == (0.9, 0.08) else [])
+    assert 9 not in squares.means
+    _, said, _ = from_squares(here, squares, range(CLASSES))
+    assert said.target == 5
 
 
 @pytest.mark.parametrize(("roams", "rival"), [(True, 0.02), (False, 0.02), (True, 0.5)])
