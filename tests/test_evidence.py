@@ -356,6 +356,9 @@ def test_where_looks_and_squares_call_the_same_class_both_count(
     assert families[-3:] == [SQUARES[6]] * 3
     assert len(families) > 3
     assert not set(families[:-3]) & set(SQUARES)
+    called = from_probes(scene(STANDARD), called=True)  # norms' triggers count beside, squares not
+    assert (called.verdict.by, called.verdict.targets) == ("probes", [3])
+    assert [one.probe.family for one in called.counted] == families[:-3]
 
 
 @pytest.mark.parametrize(

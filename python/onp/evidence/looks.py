@@ -83,7 +83,9 @@ def from_looks(
     trigger is no mere patch), and if that is a class, what they call beyond doubt among the others,
     and so on: an attacker may have taught several triggers, of a class each, and a class that has
     one is no measure of how near others are. Where classes are ``taken`` already, all must be
-    beyond doubt. And the squares, with what was drawn again."""
+    beyond doubt. And the squares, with what was drawn again. Beside looks squares count too if they
+    are beyond doubt, but not where the norms have ``called``, whose triggers count as well: more
+    squares then cost accuracy (bench/NOTES.md, "Several triggers")."""
     config, calls = scene.config.verdict, list[Call]()
     left = [one for one in squares.targets if isinstance(one, int) and one not in taken]
     while True:
@@ -99,7 +101,7 @@ def from_looks(
             if not sure:
                 break
             verdict = sure[0]
-        beside = both and beyond_doubt(seen, config)
+        beside = both and not called and beyond_doubt(seen, config)
         squared = beside or (verdict is seen and seen.target is not None)
         draws = [(place, draw) for draw in DRAWS] if squared else []
         calls.append(Call(verdict, draws, alone=verdict is seen and place == ROAMING))
