@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -19,6 +20,7 @@ from onp.evidence import Evidence, gather
 from onp.evidence.departures import from_departures
 from onp.evidence.looks import from_probes, from_squares, nearest, squares_for
 from onp.evidence.norms import from_statistics
+from onp.evidence.order import together
 from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import learned_in
 from onp.ledger import Ledger
@@ -111,8 +113,12 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     def evidence(score: float, ground: str, target: int, name: str) -> Evidence:
         found = {"advantage": 2.0, "success": 0.9} if target == 3 else {"agreement": agreement}
         verdict = Verdict("backdoor", score, target, ground, found, "")  # type: ignore[arg-type]
-        one = Contender(name, torch.zeros(4), 0.9, torch.zeros(4))  # type: ignore[arg-type]
+        probe: Any = SimpleNamespace(name=name, target=target)
+        one = Contender(probe, torch.zeros(4), 0.9, torch.zeros(4))
         return Evidence(verdict, [one], [one])
+
+    def names(found: Evidence) -> list[str]:
+        return [one.probe.name for one in found.counted]  # type: ignore[attr-defined]
 
     first = evidence(0.7, "norm statistics", 1, "norms")
     monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: first)
@@ -121,11 +127,29 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     monkeypatch.setattr("onp.evidence.order.from_probes", lambda *_: second)
     found = gather(scene(BUDGETS["standard"]), None)
     assert found.verdict.by == by
-    assert [one.probe for one in found.counted] == counted
+    assert names(found) == counted
     assert found.verdict.also == ((3,) if named == 3 else ())
     monkeypatch.setattr("onp.evidence.order.with_others", lambda _, found: found)
     quick = gather(scene(BUDGETS["quick"]), None)
-    assert [one.probe for one in quick.counted] == (["norms"] if agreement > 0.7 else counted)
+    assert names(quick) == (["norms"] if agreement > 0.7 else counted)
+
+
+def test_a_class_that_norms_call_counts_though_looks_call_another_first() -> None:
+    def one(target: int) -> Contender:
+        none = torch.zeros(4)
+        return Contender(Probe(Patch(), target, [], (0.0, 1.0), 1.0), none, 0.9, none.bool())
+
+    norms = Verdict("backdoor", 0.7, 1, "norm statistics", {}, "norms")
+    first = Evidence(norms, [one(1)], [one(1)], norms)
+    doubtful, sure = {"advantage": 1.0, "success": 0.9}, {"advantage": 2.0, "success": 0.9}
+    for found, targets in ((doubtful, [1, 4]), (sure, [1, 2, 4])):
+        looks = Verdict("backdoor", 1.0, 2, "probes", found, "score 1.00: looks", (1, 4))
+        probes = [one(2), one(1), one(4)]
+        both = together(first, Evidence(looks, probes, probes), STANDARD)
+        assert both.verdict.targets == targets
+        assert {each.probe.target for each in both.counted} == set(targets)
+        assert len(both.contenders) == 4
+        assert both.statistics is norms
 
 
 @pytest.mark.parametrize(

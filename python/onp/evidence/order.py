@@ -46,16 +46,19 @@ def gather(scene: Scene, shift: NormShift | None) -> Evidence:
 
 
 def together(first: Evidence, second: Evidence, config: Config) -> Evidence:
-    """The verdict of the first, and what counts in either, if the second calls the same class, or
-    another beyond doubt."""
-    same = second.verdict.target == first.verdict.target
-    if not same and not beyond_doubt(second.verdict, config.verdict):
+    """The verdict of the first, and what counts in either, of the classes that the second calls as
+    the first does or beyond doubt."""
+    said = second.verdict
+    known = [first.verdict.target, *said.also]
+    sure = [one for one in said.targets if one in known or beyond_doubt(said, config.verdict)]
+    if not sure:
         return first
+    also = tuple(one for one in sure[1:] if isinstance(one, int))
     return replace(
         second,
-        verdict=also_called(first.verdict, [second.verdict]),
+        verdict=also_called(first.verdict, [replace(said, target=sure[0], also=also)]),
         contenders=[*second.contenders, *first.contenders],
-        counted=[*second.counted, *first.counted],
+        counted=[*(one for one in second.counted if one.probe.target in sure), *first.counted],
         statistics=first.statistics,
     )
 
