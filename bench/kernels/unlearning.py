@@ -34,8 +34,6 @@ TOLERANCE = 1e-2
 """Of the norm of what one step changes: torch's batch norms with channels last come to .008."""
 
 Network = Callable[[Tensor], Tensor]
-
-
 Steps = Callable[[int], list[Tensor]]
 """So many steps, and what they change each weight by."""
 

@@ -53,7 +53,7 @@ class SynthesisConfig:
     """on so many images each."""
     look_beside: bool = True
     """Whether the classes are also looked at where norms call one of ten or more: an attacker may
-    have taught further triggers, of other classes."""
+    have taught further triggers, of other classes or of the same."""
     margin_steps: int = 10
     """Where none of that calls a backdoor, the classes' margins are driven, in so many steps"""
     margin_starts: int = 8
@@ -62,7 +62,7 @@ class SynthesisConfig:
     """Steps when the probes are renewed against the best mask."""
     counted: int = 3
     """At most this many probes of a target count, the best first (and squares, where these call
-    beside looks or one of several targets);"""
+    one of several targets, or beside looks or norms);"""
     counted_margin: float = 0.1
     """a further one counts if its best mask is worth at most this less than the best's,"""
     counted_lead: float = 0.6
@@ -101,8 +101,9 @@ class ReplayConfig:
     the others too."""
     alone: float = 0.85
     """Agreement with the shift from which on these triggers stand for the attacker's of their class
-    alone. Below it squares and probes are asked, too, and what they find for the same class counts
-    as well. With fewer than ten classes a square counts beside them, however they agree."""
+    alone, or with squares that lead to it beyond doubt. Below it squares and probes are asked, too,
+    and what they find for the same class counts as well. With fewer than ten classes a square
+    counts beside them, however they agree."""
     poisoned: float = 0.06
     """Assumed share of training images that were triggered: a trigger's effect on the norms scales
     with it. Poisoning a tenth moves them as .07 of them would, a twentieth as .04."""

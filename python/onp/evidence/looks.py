@@ -117,28 +117,20 @@ def from_squares(
     scene: Scene, squares: Squares, classes: Sequence[int], first: int | None = None
 ) -> tuple[Squares, Verdict, int]:
     """What the squares, of every place, say of some of their classes, and the place that says it;
-    of the class ``first`` alone, if one is named, by the places where it comes first.
-    Those of a place that scores at all are learned from two more starts, and the means must call: a
-    natural direction that leads far need not do so from another start, an attacker's mostly does
+    of the class ``first`` alone, if one is named, by the places where it comes first. Those of a
+    place that scores at all are learned from two more starts, and the means must call: a natural
+    direction that leads far need not do so from another start, an attacker's mostly does
     (bench/NOTES.md, "Squares, three times"). Where the square without a place would call the class
     by itself, in the one draw that it may have had, it stands for what the others show."""
-    columns = [list(squares.targets).index(one) for one in classes]
-
-    def judged() -> Tensor:
-        successes = squares.judged[:, columns]
-        if first is None:
-            return successes
-        leading = successes.argmax(1) == list(classes).index(first)
-        return successes * leading[:, None]
-
+    columns, config = [list(squares.targets).index(one) for one in classes], scene.config.verdict
     while True:
-        verdict, place = by_squares(judged(), classes, scene.config.verdict)
+        verdict, place = by_squares(squares.judged[:, columns], classes, config, first=first)
         if verdict.score == 0.0 or place in squares.means:
             break
         more = [scene.squares(squares.targets, places=[place], draw=draw) for draw in DRAWS[1:]]
         drawn = torch.stack([squares.successes[place], *(one.successes[0] for one in more)])
         squares = replace(squares, means={**squares.means, place: drawn.mean(0)})
-    roams, _ = by_squares(judged()[ROAMING:], classes, scene.config.verdict)
+    roams, _ = by_squares(squares.judged[ROAMING:, columns], classes, config, first=first)
     roaming = verdict.target is not None and roams.target == verdict.target
     return squares, verdict, ROAMING if roaming else place
 

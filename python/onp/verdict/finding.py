@@ -78,6 +78,7 @@ def judged(
     config: VerdictConfig,
     also: tuple[int, ...] = (),
 ) -> Verdict:
+    """The verdict of a score: a backdoor, and a target, from the threshold on."""
     found = score >= config.threshold
     return Verdict(
         "backdoor" if found else "clean",
@@ -91,6 +92,7 @@ def judged(
 
 
 def ramp(value: float, low: float, high: float) -> float:
+    """0 up to ``low``, 1 from ``high`` on, linear between them."""
     return min(1.0, max(0.0, (value - low) / (high - low)))
 
 

@@ -20,18 +20,21 @@ def by_squares(
     config: VerdictConfig,
     bounds: tuple[float, float] | None = None,
     share: float | None = None,
+    first: int | None = None,
 ) -> tuple[Verdict, int]:
     """Judge squares by what they reach, float32 [places, classes], for the classes ``targets``: by
     the largest lead over the other classes in one place of one that works, on the more images the
     fewer classes there are. And that place. With fewer than five no lead is enough: rivals count
     ``square_floor`` at least. bounds: leads that count nothing and all; share: of the images that
-    one must work on; default: the squares'."""
+    one must work on; default: the squares'. first: the one class that is judged; default: any."""
     least = config.least_success if share is None else share
     least += config.square_few * max(0, MANY_CLASSES - len(targets))
     best, whose = successes.max(1)
     rivals = successes.scatter(1, whose[:, None], 0.0).max(1).values
     leads = (best / rivals.clamp_min(config.square_floor)).clamp_min(1.0).log2()
     works = best >= least
+    if first is not None:
+        works &= whose == list(targets).index(first)
     place = int(torch.where(works, leads, best - 1.0).argmax())  # the best of them, if none works
     lead, success = float(leads[place] * works[place]), float(best[place])
     target = targets[int(whose[place])]
