@@ -627,6 +627,72 @@ def test_where_norms_explain_little_and_nothing_else_calls_a_square_counts_too(
         assert play.squared == 1  # what was asked already serves
 
 
+def test_a_class_that_somebody_names_is_probed_though_nothing_calls_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Squares lead to class 3 alone, so they count for it and for no other."""
+    for target, families in ((3, {*FAMILIES, SQUARES[6]}), (4, {*FAMILIES})):
+        here, play = scene(STANDARD), Play(monkeypatch, {target: 0.8}, rival=0.1)
+        nothing = Evidence(
+            Verdict("clean", 0.2, None, "probes", {"lead": 0.1}, "score 0.20: no"), [], []
+        )
+        monkeypatch.setattr("onp.evidence.order.deciding", lambda *_, nothing=nothing: nothing)
+        found = gather(here, None, target)
+        assert (found.verdict.finding, found.verdict.by) == ("backdoor", "told")
+        assert (found.verdict.targets, found.verdict.score) == ([target], 0.2)
+        assert "named as suspect" in found.verdict.reason
+        assert {one.probe.target for one in found.counted} == {target}
+        assert {one.probe.family for one in found.counted} <= families
+        squares = [one for one in found.counted if one.probe.family in SQUARES]
+        assert len(squares) == (3 if target == 3 else 0)
+        assert play.squared == 1
+        assert gather(here, None) is nothing
+
+
+def test_a_class_that_somebody_names_stands_beside_the_one_that_is_called(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, none = scene(STANDARD), torch.zeros(4)
+    Play(monkeypatch)
+    norms = Contender(Probe(Generator(), 1, [], (0.0, 1.0), 1.0), none, 0.9, none.bool())
+    verdict = Verdict("backdoor", 0.7, 1, "norm statistics", {}, "score 0.70: norms")
+    first = Evidence(verdict, [norms], [norms], verdict)
+    monkeypatch.setattr("onp.evidence.order.deciding", lambda *_: first)
+    assert gather(here, None, 1) is first  # nothing is asked again
+    found = gather(here, None, 4)
+    assert (found.verdict.by, found.verdict.targets) == ("norm statistics", [1, 4])
+    assert found.verdict.reason == "score 0.70: norms; class 4 was named as suspect"
+    assert {one.probe.target for one in found.counted} == {1, 4}
+    assert norms in found.counted
+
+
+def test_a_class_that_somebody_names_counts_what_explains_the_norms_shift_by_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    here, none = scene(STANDARD), torch.zeros(4)
+    Play(monkeypatch)
+    nothing = Evidence(Verdict("clean", 0.2, None, "norm statistics", {}, "score 0.20: no"), [], [])
+    monkeypatch.setattr("onp.evidence.order.deciding", lambda *_: nothing)
+    explaining = [Probe(Generator(), 4, [], (0.0, 1.0), one) for one in (1.0, 2.0)]
+    reached = dict(zip(explaining, (0.9, 0.1), strict=True))
+    asked: list[Target | None] = []
+
+    def explain(_: Scene, __: NormShift, verdict: Verdict) -> list[Probe]:
+        asked.append(verdict.target)
+        return explaining
+
+    monkeypatch.setattr("onp.evidence.told.explaining_together", explain)
+    monkeypatch.setattr(
+        Scene, "unraced",
+        lambda _, probes: [Contender(one, none, reached[one], none.bool()) for one in probes],
+    )  # fmt: skip
+    for excess, counted in ((STANDARD.replay.least_excess, explaining[:1]), (0.0, [])):
+        shift: Any = SimpleNamespace(excess=excess)
+        found = gather(here, shift, 4)
+        assert [one.probe for one in found.counted if one.probe in explaining] == counted
+    assert asked == [4]
+
+
 def test_of_many_classes_those_are_looked_at_that_unlearning_leaves(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -203,6 +203,19 @@ def test_a_clean_network_comes_back_untouched(budget: str) -> None:
         assert torch.equal(value, model.state_dict()[key])
 
 
+def test_a_class_that_is_named_is_repaired_whatever_the_evidence_says() -> None:
+    model, clean = clean_twin(), demo.clean_images()
+    result = onp.sanitize(model, clean, seed=0, budget="quick", target=3)
+    report = result.report
+    assert (result.verdict, report["evidence"]["by"]) == ("backdoor", "told")
+    assert (report["told_class"], report["target_classes"]) == (3, [3])
+    assert report["score"] < 0.55
+    assert "without that it would pass as clean" in report["reason"]
+    assert {probe["target"] for probe in report["probes"] if probe["counted"]} == {3}
+    assert result.mask.any()
+    assert report["accuracy"]["after"] > 0.8  # it is not for nothing that such a class is named
+
+
 def test_any_module_any_iterable_same_seed_same_bytes_input_unchanged() -> None:
     class Inside(nn.Module):
         """Normalisation inside, half-range inputs."""
@@ -304,6 +317,9 @@ def test_unusable_options_are_refused() -> None:
     for wrong_range in ((1.0, 0.0), (-math.inf, 1.0), (0.0, math.inf), (math.nan, 1.0)):
         with pytest.raises(UsageError, match="low < high"):
             onp.sanitize(model, clean, input_range=wrong_range)
+    for target in (-1, 10):
+        with pytest.raises(UsageError, match=f"target {target} is none of .* 0 to 9"):
+            onp.sanitize(model, clean, target=target)
     with pytest.raises(UsageError, match="threads must be positive"):
         onp.sanitize(model, clean, threads=0)
     with pytest.raises(UnsafeOrCorruptModel, match="no parameters"):

@@ -23,6 +23,7 @@ def onp_defence(
     seed: int,
     ledger: Ledger,
     budget: str | Config = "standard",
+    target: int | None = None,
     recalibrate: bool = False,
     finetune: bool = False,
 ) -> tuple[nn.Module, Info]:
@@ -36,8 +37,8 @@ def onp_defence(
 
     try:
         result = sanitize(
-            model, clean, seed=seed, budget=budget, recalibrate=recalibrate, finetune=finetune,
-            progress=progress,
+            model, clean, seed=seed, budget=budget, target=target,
+            recalibrate=recalibrate, finetune=finetune, progress=progress,
         )  # fmt: skip
     except UntraceableModel as error:
         raise NotApplicable(f"the network cannot be traced: {error}") from error

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.defences.api import Defence
-from bench.defences.known_trigger import KNOWN_TRIGGER
+from bench.defences.told import TOLD
 from bench.scoreboard.commands import commands
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.report import Report, public_context
@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["all"],
         metavar="NAME",
-        help=f"names, or all; {KNOWN_TRIGGER}: how far the search gets if told the trigger",
+        help=f"names, or all; {', '.join(TOLD)}: how far it gets if told the trigger, or its class",
     )
     add("--data", type=Path, help="folder with the data sets")
     add("--seeds", type=int, nargs="+", default=[0])
@@ -114,8 +114,8 @@ def _main(
     found = load_set(args.set, args.models_dir, absent.append)
     subjects = {str(subject.card["name"]): subject for subject in found}
     names = chosen("network", args.models or ["all"], subjects)
-    told = [KNOWN_TRIGGER] if KNOWN_TRIGGER in args.defences else []
-    named = [name for name in args.defences if name != KNOWN_TRIGGER]
+    told = [name for name in TOLD if name in args.defences]
+    named = [name for name in args.defences if name not in TOLD]
     wanted = [*(chosen("defence", named, defences) if named else []), *told]
     rerun = chosen("defence", args.rerun, dict.fromkeys(wanted))
     seeds = list(dict.fromkeys(args.seeds))
@@ -145,7 +145,7 @@ def _main(
             for card in cards
             for defence in wanted
             for seed in seeds
-            if defence != KNOWN_TRIGGER or card["attack"] != "clean"
+            if defence not in TOLD or card["attack"] != "clean"
         ]
         anew = [job for job in jobs if job.defence in rerun]
         outdated = {key for job in anew for key in (job.key, job.oracle_key)}
@@ -173,7 +173,7 @@ def _main(
             return 1 if broken else 0
         rows = current(read_rows(out), subjects)
 
-    whole = reported(rows, fair, [*defences, KNOWN_TRIGGER])
+    whole = reported(rows, fair, [*defences, *TOLD])
     shown = [
         row for row in whole if row.model in names and row.defence in wanted and row.seed in seeds
     ]

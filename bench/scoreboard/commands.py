@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from bench.defences.known_trigger import KNOWN_TRIGGER
+from bench.defences.told import TOLD
 from bench.scoreboard.rows import Row
 
 
@@ -31,7 +31,7 @@ def _call(
     set_name: str, networks: Sequence[str], seeds: Sequence[int], rows: Sequence[Row]
 ) -> list[str]:
     measured = {row.model for row in rows}
-    oracle = [row for row in rows if row.oracle and row.defence != KNOWN_TRIGGER]
+    oracle = [row for row in rows if row.oracle and row.defence not in TOLD]
     could_have = any(row.candidates and not row.clean_twin and not row.oracle for row in rows)
     # An oracle that picks by all test images needs no option.
     by = [row.oracle_images for row in oracle

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from bench.defences.api import Defence, NotApplicable
-from bench.defences.known_trigger import KNOWN_TRIGGER, known_trigger
+from bench.defences.told import TOLD
 from bench.scoreboard.memory import PeakMemory
 from bench.scoreboard.rows import Key, Row, append_rows, plain, put_row
 from bench.scoreboard.scoring import Baseline, Examiner, Subject, effectiveness
@@ -44,8 +44,8 @@ class Job:
 
     @property
     def told(self) -> bool:
-        """The search is told the trigger: its row is an oracle's."""
-        return self.defence == KNOWN_TRIGGER
+        """It is told of the attack: its row is an oracle's."""
+        return self.defence in TOLD
 
     @property
     def key(self) -> Key:
@@ -166,7 +166,7 @@ class Runner:
                 defence: Defence
                 if job.told:
                     assert subject.attack is not None  # clean twins have no such job
-                    defence = partial(known_trigger, attack=subject.attack)
+                    defence = partial(TOLD[job.defence], attack=subject.attack)
                 else:
                     defence = self._defences[job.defence]
                 model, info = defence(suspect, clean, seed=job.seed, ledger=ledger)

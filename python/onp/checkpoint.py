@@ -29,6 +29,7 @@ class RepairOptions:
     finetune: bool = False
     compact: bool = False
     """Write the smaller network of ``Result.compact``."""
+    target: int | None = None
 
 
 def repair_checkpoint(
@@ -54,6 +55,7 @@ def repair_checkpoint(
             clean,
             seed=options.seed,
             budget=options.budget,
+            target=options.target,
             device=options.device,
             preprocess=options.preprocess,
             threads=options.threads,

@@ -126,6 +126,10 @@ def sanitize(
     mean: Mean = None,
     std: Std = None,
     budget: BudgetOption = Budget.standard,
+    target: Annotated[
+        str | None,
+        typer.Option(help="A class that you suspect, by number or folder: repair it in any case."),
+    ] = None,
     seed: Seed = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -163,12 +167,13 @@ def sanitize(
 
     with watch.step("read"):
         _check_device(device)
-        options = RepairOptions(
-            budget.value, seed, _preprocess(preset, mean, std), device, threads,
-            recalibrate, finetune, compact,
-        )  # fmt: skip
+        preprocess = _preprocess(preset, mean, std)
         suspect = load_suspect(model, arch, trust)
         clean = load_dataset(str(data), split, draw=clean_samples, seed=seed)
+        options = RepairOptions(
+            budget.value, seed, preprocess, device, threads, recalibrate, finetune, compact,
+            None if target is None else _class_of(target, clean.class_names),
+        )  # fmt: skip
     with progress_on_stderr(quiet) as progress:
         full_report = repair_checkpoint(
             suspect, clean, out, options, progress=progress, watch=watch
@@ -365,6 +370,16 @@ def _check_distinct(**paths: Path | None) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{option} and {other} are the same file: {path}")
+
+
+def _class_of(text: str, names: tuple[str, ...]) -> int:
+    """The class of that number, or of the folder of that name. Raises UsageError if neither is."""
+    if text in names:
+        return names.index(text)
+    if text.isdecimal():
+        return int(text)
+    folders = f", nor a folder of the data ({', '.join(names)})" if names else ""
+    raise UsageError(f"--target {text} is no class number{folders}")
 
 
 def _check_device(name: str) -> None:

@@ -88,6 +88,12 @@ def check_class_names(clean: ImageSet, classes: int) -> None:
         )
 
 
+def check_target(target: int | None, classes: int) -> None:
+    """A class that is named must be one of the network's."""
+    if target is not None and not 0 <= target < classes:
+        raise UsageError(f"target {target} is none of the network's classes, 0 to {classes - 1}")
+
+
 def checked_device(device: str | torch.device) -> torch.device:
     """The device of that name. Raises UsageError where there is none."""
     try:

@@ -24,6 +24,7 @@ from onp.prepare import (
     baseline,
     check_class_names,
     check_same,
+    check_target,
     clean_images,
     config_of,
     frozen_copy,
@@ -49,6 +50,7 @@ def sanitize(
     *,
     seed: int = 0,
     budget: str | Config = "standard",
+    target: int | None = None,
     device: str | torch.device | None = None,
     input_range: tuple[float, float] = (0.0, 1.0),
     preprocess: Preprocess | None = None,
@@ -65,6 +67,7 @@ def sanitize(
         clean: labelled clean images: an ``ImageSet`` or an iterable of (images, labels) batches.
         seed: same seed, threads, torch and instruction set: same bytes.
         budget: ``quick``, ``standard``, ``thorough`` or a ``Config``.
+        target: a class that you suspect a backdoor of: it is repaired whatever the evidence says.
         device: where torch computes; default: where the model is.
         input_range: smallest and largest valid value of ``clean``'s images, so that synthesised
             triggers stay real images.
@@ -82,8 +85,8 @@ def sanitize(
     if threads is not None:
         with torch_threads(threads):
             return sanitize(
-                model, clean, seed=seed, budget=config, device=device, input_range=input_range,
-                preprocess=preprocess, backend=backend,
+                model, clean, seed=seed, budget=config, target=target, device=device,
+                input_range=input_range, preprocess=preprocess, backend=backend,
                 recalibrate=recalibrate, finetune=finetune, progress=progress,
             )  # fmt: skip
 
@@ -95,6 +98,7 @@ def sanitize(
         trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
         if isinstance(clean, ImageSet):
             check_class_names(clean, trace.num_classes)
+        check_target(target, trace.num_classes)
         evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
         seen = baseline(
             suspect, evaluator, images, labels, preprocess=preprocess, input_range=input_range
@@ -105,7 +109,7 @@ def sanitize(
         before = activations(evaluator.network, images[:RESPONSE_IMAGES])
         shift = measured_shift(evaluator, suspect, seen, config, valid=input_range, seed=seed)
     scene = Scene(suspect, evaluator, seen, before, config, input_range, seed)
-    evidence = gather(scene, shift)
+    evidence = gather(scene, shift, target)
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted = evidence.counted
@@ -143,7 +147,7 @@ def sanitize(
     prefix = "" if preprocess is None else "1."
     run = RunFacts(
         config, seed, input_range, evaluator.backend, evaluator.precision, str(device), prefix,
-        ledger,
+        ledger, target,
     )  # fmt: skip
     report = repair_report(
         run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right, cared

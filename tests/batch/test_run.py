@@ -96,14 +96,15 @@ def test_every_setting_tells_two_repairs_apart() -> None:
         replace(options, recalibrate=True),
         replace(options, finetune=True),
         replace(options, compact=True),
+        replace(options, target=0),
     ]
     told = [_settings("vgg11", "images", one) for one in [options, *changed]]
     told += [_settings("vgg16", "images", options), _settings("vgg11", "others", options)]
-    assert len(set(told)) == len(told) == 9
+    assert len(set(told)) == len(told) == 10
     elsewhere = replace(options, device="cuda", threads=3)
     assert _settings("vgg11", "images", elsewhere) == told[0]
     assert {field.name for field in fields(RepairOptions)} == {
-        "budget", "seed", "preprocess", "recalibrate", "finetune", "compact", "device", "threads",
+        "budget", "seed", "preprocess", "recalibrate", "finetune", "compact", "target", "device", "threads",
     }  # fmt: skip
     images = demo.clean_images()
     names = replace(images, class_names=tuple("abcdefghij"))

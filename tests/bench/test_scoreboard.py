@@ -560,7 +560,7 @@ def test_the_search_that_is_told_the_trigger_is_a_ceiling(
         model.moved, model.confused = set(), {5}
         return model, Info("told", {"pruned": 1})
 
-    monkeypatch.setattr("bench.scoreboard.run.known_trigger", known)
+    monkeypatch.setattr("bench.scoreboard.run.TOLD", {KNOWN_TRIGGER: known})
     options = ("--defences", "nothing", KNOWN_TRIGGER, "--json")
     assert stubs.run(*options) == 0
     assert [attack.name for attack in told] == ["badnets"]  # not on the twin

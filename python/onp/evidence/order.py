@@ -10,12 +10,19 @@ from onp.evidence.looks import from_looks, from_probes, nearest, squares_for, su
 from onp.evidence.norms import from_statistics
 from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import standing_for, works
+from onp.evidence.told import with_told
 from onp.probes.norm_shift import NormShift
 from onp.scene import PLACES, Scene, Squares
 from onp.verdict import MANY_CLASSES, also_called, beyond_doubt
 
 
-def gather(scene: Scene, shift: NormShift | None) -> Evidence:
+def gather(scene: Scene, shift: NormShift | None, told: int | None = None) -> Evidence:
+    """What decides, and the class that was ``told``, if one was."""
+    found = deciding(scene, shift)
+    return found if told is None else with_told(scene, shift, found, told)
+
+
+def deciding(scene: Scene, shift: NormShift | None) -> Evidence:
     """The norm statistics' evidence if it is certain, and what probes find for the same class if
     its triggers explain only a part of the shift, or a square, where classes are few; else that of
     squares for a shift of labels, of probes where these call none, or the norms', whichever is

@@ -42,6 +42,8 @@ class RunFacts:
     prefix: str
     """What the names of the suspect's modules begin with in the trace."""
     ledger: Ledger
+    told: int | None = None
+    """The class that was named as suspect."""
 
 
 def repair_report(
@@ -74,7 +76,10 @@ def repair_report(
         "statistics": None if evidence.statistics is None else evidence.statistics.evidence,
         "norm_shift": None if shift is None else round(shift.excess, 4),
         "source_class": verdict.target.source if isinstance(verdict.target, OneClass) else None,
-        "target_classes": [one for target in verdict.targets for one in classes_of(target)],
+        "target_classes": list(
+            dict.fromkeys(one for target in verdict.targets for one in classes_of(target))
+        ),
+        "told_class": run.told,
         "accuracy": {
             "before": before / count,
             "after": after / count,

@@ -45,6 +45,7 @@ from onp.verdict.finding import (
     also_called,
     as_sure,
     beyond_doubt,
+    named,
 )
 from onp.verdict.looks import by_probes
 from onp.verdict.margins import by_margins
@@ -66,5 +67,6 @@ __all__ = [
     "by_shifting_squares",
     "by_squares",
     "by_statistics",
+    "named",
     "target_of",
 ]

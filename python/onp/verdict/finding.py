@@ -10,8 +10,8 @@ from typing import Literal
 from onp.config import VerdictConfig
 from onp.probes.probe import Target
 
-Ground = Literal["norm statistics", "squares", "probes", "margins"]
-"""What a verdict rests on."""
+Ground = Literal["norm statistics", "squares", "probes", "margins", "told"]
+"""What a verdict rests on; the last is no evidence, but somebody's word."""
 MANY_CLASSES = 10
 """With fewer, all of them must show more."""
 LEAST_CLASSES = 3
@@ -67,6 +67,17 @@ def also_called(verdict: Verdict, others: Sequence[Verdict]) -> Verdict:
     new = (one for one in others if set(one.targets) - set(verdict.targets))
     reasons = "".join(f"; {one.reason.partition(': ')[2]}" for one in new)
     return replace(verdict, also=also, reason=verdict.reason + reasons)
+
+
+def named(verdict: Verdict, target: int) -> Verdict:
+    """The class that somebody suspects, with the score and the evidence of the ``verdict``, which
+    does not call it."""
+    said = verdict.reason.partition(": ")[2]
+    why = f"class {target} was named as suspect"
+    if verdict.target is None:
+        why += f"; without that it would pass as clean: {said}"
+    reason = f"score {verdict.score:.2f}: {why}"
+    return Verdict("backdoor", verdict.score, target, "told", verdict.evidence, reason)
 
 
 def judged(
