@@ -104,7 +104,8 @@ def test_every_setting_tells_two_repairs_apart() -> None:
     elsewhere = replace(options, device="cuda", threads=3)
     assert _settings("vgg11", "images", elsewhere) == told[0]
     assert {field.name for field in fields(RepairOptions)} == {
-        "budget", "seed", "preprocess", "recalibrate", "finetune", "compact", "target", "device", "threads",
+        "budget", "seed", "preprocess", "recalibrate", "finetune", "compact", "target",
+        "device", "threads",
     }  # fmt: skip
     images = demo.clean_images()
     names = replace(images, class_names=tuple("abcdefghij"))
