@@ -198,7 +198,9 @@ def batch(
     ] = None,
     listing: Annotated[
         Path | None,
-        typer.Option("--list", help="CSV of checkpoints instead: columns model and, if any, arch."),
+        typer.Option(
+            "--list", help="CSV of checkpoints instead: model and, if any, arch and target."
+        ),
     ] = None,
     arch: Arch = None,
     jobs: Annotated[

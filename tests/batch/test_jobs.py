@@ -63,17 +63,24 @@ def test_a_list_has_kinds_of_its_own() -> None:
     assert job.out == OUT / f"{absolute.relative_to('/')}.safetensors"
 
 
+def test_a_list_may_name_suspected_classes() -> None:
+    Path("hub/list.csv").write_text("model,target\na/m.pt,7\nc.safetensors,\n")
+    jobs = jobs_of_list(Path("hub/list.csv"), "vgg11", OUT)
+    assert [job.target for job in jobs] == [7, None]
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "must have the columns model and arch, got none"),
-        ("path\na.pt\n", "must have the columns model and arch, got path"),
+        ("", "must have a column model, and may have arch and target, got none"),
+        ("path\na.pt\n", "must have a column model, and may have arch and target, got path"),
         ("model,size\na.pt,1\n", "got model, size"),
         ("model\n", "names no model"),
         ("model\nmissing.pt\n", "line 2: no such file: missing.pt"),
         ("model\nhub\n", "line 2: no such file: hub"),
         ("model,arch\nx/m.pt,vgg11,3\n", "line 2: expected a model"),
         ("model,arch\n,vgg11\n", "line 2: expected a model"),
+        ("model,target\nx/m.pt,stop\n", "line 2: target must be the number of a class, got 'stop'"),
         ("model\n" + "x" * 200_000, "line 2: field larger than"),
         ("model\n" + "x" * 300, "File name too long"),
     ],

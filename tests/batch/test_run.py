@@ -86,6 +86,21 @@ def test_a_batch_repairs_goes_on_and_gives_what_single_repairs_give(
     assert (code, other["clean"], other["done_before"]) == (0, 2, 1)
 
 
+def test_a_list_names_a_class_for_one_of_the_models(capsys: pytest.CaptureFixture[str]) -> None:
+    def told(rows: str) -> tuple[list[str], int]:
+        Path("list.csv").write_text(f"model,target\n{rows}")
+        options = ["--list", "list.csv", "--out", "told", *OPTIONS, "--json", "--quiet"]
+        assert main(["batch", *options, "--threads", "1"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        return [entry["verdict"] for entry in found["entries"]], found["done_before"]
+
+    assert told("hub/twin.safetensors,\n") == (["clean"], 0)
+    assert told("hub/twin.safetensors,3\n") == (["backdoor"], 0)  # another repair
+    report = json.loads(Path("told/hub/twin.json").read_text())
+    assert (report["told_class"], report["target_classes"]) == (3, [3])
+    assert told("hub/twin.safetensors,3\n") == (["backdoor"], 1)
+
+
 def test_every_setting_tells_two_repairs_apart() -> None:
     """But where it is computed, and how many at a time."""
     options = RepairOptions()

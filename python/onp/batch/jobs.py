@@ -14,7 +14,7 @@ from onp.files import file_error
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 """Files that are taken from a folder."""
-_COLUMNS = {"model", "arch"}
+_COLUMNS = {"model", "arch", "target"}
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Job:
     """The kind of network, as in ``onp.suspect.load.load_suspect``."""
     out: Path
     """Where the repaired weights go, ``.safetensors``."""
+    target: int | None = None
+    """The class that is suspected, as in ``onp.sanitize``."""
 
     @property
     def report(self) -> Path:
@@ -71,8 +73,9 @@ def _jobs_in(folder: Path, arch: str | None, out: Path) -> list[Job]:
 
 
 def jobs_of_list(listing: Path, arch: str | None, out: Path) -> list[Job]:
-    """A job for each row of a CSV file with the columns ``model`` and, if they differ, ``arch``;
-    paths are relative to the list, and keep their place. Raises UsageError, naming the line."""
+    """A job for each row of a CSV file with the columns ``model``, if they differ ``arch`` and,
+    where a class is suspected, its number as ``target``; paths are relative to the list, and keep
+    their place. Raises UsageError, naming the line."""
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -85,16 +88,22 @@ def jobs_of_list(listing: Path, arch: str | None, out: Path) -> list[Job]:
         columns = set(rows.fieldnames or ())
         if "model" not in columns or columns - _COLUMNS:
             found = ", ".join(sorted(map(str, columns))) or "none"
-            raise UsageError(f"--list {listing} must have the columns model and arch, got {found}")
+            raise UsageError(
+                f"--list {listing} must have a column model, and may have arch and target, "
+                f"got {found}"
+            )
         for row in rows:
             where = f"--list {listing}, line {rows.line_num}"
             if None in row or not row["model"]:
-                raise UsageError(f"{where}: expected a model and at most an arch")
+                raise UsageError(f"{where}: expected a model and at most an arch and a target")
             model = Path(row["model"])
             if not (listing.parent / model).is_file():
                 raise UsageError(f"{where}: no such file: {listing.parent / model}")
-            kind = row.get("arch") or arch
-            jobs.append(Job(listing.parent / model, kind, _repaired(out, _inside(model))))
+            kind, target = row.get("arch") or arch, row.get("target") or None
+            if target is not None and not target.isdecimal():
+                raise UsageError(f"{where}: target must be the number of a class, got {target!r}")
+            number = None if target is None else int(target)
+            jobs.append(Job(listing.parent / model, kind, _repaired(out, _inside(model)), number))
     except csv.Error as error:
         raise UsageError(f"--list {listing}, line {rows.line_num + 1}: {error}") from None
     except OSError as error:

@@ -15,7 +15,7 @@ from onp import __version__
 from onp.batch.jobs import Job, check_distinct
 from onp.batch.journal import SCHEMA, Entry, Journal, entries_of
 from onp.batch.supervisor import Lost, supervise
-from onp.batch.worker import Outcome, Task, save_images, serve
+from onp.batch.worker import Outcome, Task, options_of, save_images, serve
 from onp.checkpoint import RepairOptions
 from onp.data import ImageSet
 from onp.environment import cores
@@ -63,7 +63,10 @@ def repair_batch(
     images = _digest(clean)
     tasks = []
     for job in jobs:
-        place, settings = str(job.out.relative_to(out)), _settings(job.arch, images, options)
+        place, settings = (
+            str(job.out.relative_to(out)),
+            _settings(job.arch, images, options_of(job, options)),
+        )
         entry = Entry(model=str(job.model), out=place, settings=settings)
         tasks.append(Task(job, entry, tuple(known.get((place, settings), ()))))
     begun = {path for job in jobs for path in (job.out, job.report)}

@@ -90,13 +90,18 @@ def _reply(task: Task, clean: ImageSet, options: RepairOptions, trust: bool) -> 
     return Reply(Outcome(replace(entry, seconds=round(time.perf_counter() - started, 3))))
 
 
+def options_of(job: Job, options: RepairOptions) -> RepairOptions:
+    """How this one is to be repaired."""
+    return options if job.target is None else replace(options, target=job.target)
+
+
 def _repaired(
     job: Job, entry: Entry, clean: ImageSet, options: RepairOptions, trust: bool
 ) -> Entry:
     """The entry of a repair that has written its weights and its report."""
     suspect = load_suspect(job.model, job.arch, trust)
     make_folder(job.out.parent)
-    report = repair_checkpoint(suspect, clean, job.out, options)
+    report = repair_checkpoint(suspect, clean, job.out, options_of(job, options))
     write_json(job.report, report)
     return replace(
         entry,
