@@ -17,8 +17,7 @@ from torch import nn
 
 from onp import checkpoint
 from onp.__main__ import main
-from onp.cli import _class_of
-from onp.errors import UntraceableModel, UsageError
+from onp.errors import UntraceableModel
 from onp.suspect.files import read_weights, save_weights
 
 FACTORY = """
@@ -210,12 +209,6 @@ def test_a_class_may_be_named(text: str, target: int, calls: list[dict[str, Any]
     assert calls[0]["target"] == target
 
 
-def test_a_class_may_be_named_by_its_folder() -> None:
-    assert _class_of("stop", ("give way", "stop")) == 1
-    with pytest.raises(UsageError, match=r"--target halt is .*\(give way, stop\)"):
-        _class_of("halt", ("give way", "stop"))
-
-
 def test_aftercare_is_asked_for(
     capsys: pytest.CaptureFixture[str],
     calls: list[dict[str, Any]],
@@ -279,8 +272,8 @@ def test_normalisation(
         (["--seed", "-1"], "Invalid value for '--seed'"),
         (["--device", "abacus"], "--device abacus cannot be used"),
         (["--device", "meta:1:2"], "--device meta:1:2 cannot be used"),
-        (["--target", "stop"], "--target stop is no class number"),
-        (["--target", "-1"], "--target -1 is no class number"),
+        (["--target", "stop"], "target 'stop' is no class number"),
+        (["--target", "-1"], "target '-1' is no class number"),
         (["--frobnicate"], "No such option"),
         (["--arch", "cli_networks:none"], "has no callable none"),
     ],

@@ -90,6 +90,16 @@ def test_a_draw_of_nothing_is_refused(tmp_path: Path, draw: int) -> None:
             load_dataset(source, draw=draw)
 
 
+def test_a_class_has_a_name_or_a_number() -> None:
+    images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    named = ImageSet(images, torch.arange(2), ("2", "stop"))
+    assert [named.class_of(text) for text in ("stop", "2", "1")] == [1, 0, 1]
+    with pytest.raises(UsageError, match=r"'halt' is no class number, nor .* \(2, stop\)"):
+        named.class_of("halt")
+    with pytest.raises(UsageError, match=r"target '-1' is no class number$"):
+        ImageSet(images, torch.arange(2)).class_of("-1")
+
+
 def test_npz(tmp_path: Path) -> None:
     images = pixels(4, 64, 64)
     np.savez(tmp_path / "d.npz", images=images, labels=np.array([3, 1, 0, 2], np.int16))

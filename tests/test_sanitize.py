@@ -207,10 +207,10 @@ def test_a_class_that_is_named_is_repaired_whatever_the_evidence_says() -> None:
     model, clean = clean_twin(), demo.clean_images()
     result = onp.sanitize(model, clean, seed=0, budget="quick", target=3)
     report = result.report
-    assert (result.verdict, report["evidence"]["by"]) == ("backdoor", "told")
+    assert result.verdict == "suspected"
     assert (report["told_class"], report["target_classes"]) == (3, [3])
     assert report["score"] < 0.55
-    assert "without that it would pass as clean" in report["reason"]
+    assert report["reason"].endswith("; nothing is called, but class 3 was named as suspect")
     assert {probe["target"] for probe in report["probes"] if probe["counted"]} == {3}
     assert result.mask.any()
     assert report["accuracy"]["after"] > 0.8  # it is not for nothing that such a class is named
@@ -317,9 +317,11 @@ def test_unusable_options_are_refused() -> None:
     for wrong_range in ((1.0, 0.0), (-math.inf, 1.0), (0.0, math.inf), (math.nan, 1.0)):
         with pytest.raises(UsageError, match="low < high"):
             onp.sanitize(model, clean, input_range=wrong_range)
-    for target in (-1, 10):
+    for target in (-1, 10, 2.5, True):
         with pytest.raises(UsageError, match=f"target {target} is none of .* 0 to 9"):
-            onp.sanitize(model, clean, target=target)
+            onp.sanitize(model, clean, target=target)  # type: ignore[arg-type]
+    with pytest.raises(BadData, match="no clean image is of class 9"):
+        onp.sanitize(model, clean[clean.labels < 9], target=9)
     with pytest.raises(UsageError, match="threads must be positive"):
         onp.sanitize(model, clean, threads=0)
     with pytest.raises(UnsafeOrCorruptModel, match="no parameters"):

@@ -30,7 +30,7 @@ def told_class(
     """The package itself, told the class that the attack is after, but not the trigger: what a
     repair is worth where the verdict is somebody else's."""
     targets = {part.target for part in attack.parts}
-    if len(targets) > 1 or not attack.single_target:
+    if len(targets) > 1 or not all(part.single_target for part in attack.parts):
         raise NotApplicable("the attack is not after one class")
     return onp_defence(model, clean, seed=seed, ledger=ledger, budget=budget, target=targets.pop())
 

@@ -172,7 +172,7 @@ def sanitize(
         clean = load_dataset(str(data), split, draw=clean_samples, seed=seed)
         options = RepairOptions(
             budget.value, seed, preprocess, device, threads, recalibrate, finetune, compact,
-            None if target is None else _class_of(target, clean.class_names),
+            None if target is None else clean.class_of(target),
         )  # fmt: skip
     with progress_on_stderr(quiet) as progress:
         full_report = repair_checkpoint(
@@ -372,16 +372,6 @@ def _check_distinct(**paths: Path | None) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{option} and {other} are the same file: {path}")
-
-
-def _class_of(text: str, names: tuple[str, ...]) -> int:
-    """The class of that number, or of the folder of that name. Raises UsageError if neither is."""
-    if text in names:
-        return names.index(text)
-    if text.isdecimal():
-        return int(text)
-    folders = f", nor a folder of the data ({', '.join(names)})" if names else ""
-    raise UsageError(f"--target {text} is no class number{folders}")
 
 
 def _check_device(name: str) -> None:

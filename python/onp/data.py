@@ -52,6 +52,15 @@ class ImageSet:
     def __getitem__(self, index: Tensor) -> ImageSet:
         return ImageSet(self.images[index], self.labels[index], self.class_names)
 
+    def class_of(self, text: str) -> int:
+        """The class of that name or, where there is none, of that number. Raises UsageError."""
+        if text in self.class_names:
+            return self.class_names.index(text)
+        if text.isdecimal():
+            return int(text)
+        names = f", nor a class of the data ({', '.join(self.class_names)})"
+        raise UsageError(f"target {text!r} is no class number{names if self.class_names else ''}")
+
     def floats(self) -> Tensor:
         """The images as float32 [N, 3, H, W] in [0, 1]."""
         return self.images.permute(0, 3, 1, 2).float().div_(255.0).contiguous()

@@ -6,7 +6,8 @@ import copy
 import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import get_args
+from operator import index
+from typing import SupportsIndex, get_args
 
 import torch
 from torch import Tensor, nn
@@ -88,10 +89,20 @@ def check_class_names(clean: ImageSet, classes: int) -> None:
         )
 
 
-def check_target(target: int | None, classes: int) -> None:
-    """A class that is named must be one of the network's."""
-    if target is not None and not 0 <= target < classes:
+def checked_target(target: SupportsIndex | None, labels: Tensor, classes: int) -> int | None:
+    """The class that is named. Raises UsageError where it is none of the network's, and BadData
+    where none of the ``labels`` int64 [N] is of it: what pruning costs it could not be seen."""
+    if target is None:
+        return None
+    try:
+        number = index(target)
+    except TypeError:
+        number = -1
+    if isinstance(target, bool) or not 0 <= number < classes:
         raise UsageError(f"target {target} is none of the network's classes, 0 to {classes - 1}")
+    if not bool((labels == number).any()):
+        raise BadData(f"no clean image is of class {number}, the target that was named")
+    return number
 
 
 def checked_device(device: str | torch.device) -> torch.device:

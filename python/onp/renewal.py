@@ -20,7 +20,7 @@ def renew(scene: Scene, evidence: Evidence, mask: Tensor) -> list[Contender]:
     class's images, which are too few to judge by.
     """
     config, target = scene.config, evidence.verdict.target
-    if evidence.verdict.by == "norm statistics" or isinstance(target, OneClass):
+    if evidence.verdict.by_norms or isinstance(target, OneClass):
         return []
     images, labels = scene.clean.images, scene.clean.labels
     fresh = synthesise(

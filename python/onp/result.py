@@ -18,7 +18,8 @@ class Result:
     mask: Tensor
     """bool [S]: the pruned sites."""
     verdict: str
-    """``backdoor`` or ``clean``."""
+    """``backdoor``, ``clean``, or ``suspected`` where the evidence calls nothing, but a target was
+    named."""
     report: dict[str, Any]
     """JSON-able; the schema is in docs/report.md."""
     _cut: Callable[[], tuple[nn.Module, int]] = field(repr=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterable
 from types import ModuleType
-from typing import Any
+from typing import Any, SupportsIndex
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from onp.prepare import (
     baseline,
     check_class_names,
     check_same,
-    check_target,
+    checked_target,
     clean_images,
     config_of,
     frozen_copy,
@@ -50,7 +50,7 @@ def sanitize(
     *,
     seed: int = 0,
     budget: str | Config = "standard",
-    target: int | None = None,
+    target: SupportsIndex | None = None,
     device: str | torch.device | None = None,
     input_range: tuple[float, float] = (0.0, 1.0),
     preprocess: Preprocess | None = None,
@@ -98,7 +98,7 @@ def sanitize(
         trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
         if isinstance(clean, ImageSet):
             check_class_names(clean, trace.num_classes)
-        check_target(target, trace.num_classes)
+        told = checked_target(target, labels, trace.num_classes)
         evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
         seen = baseline(
             suspect, evaluator, images, labels, preprocess=preprocess, input_range=input_range
@@ -109,7 +109,7 @@ def sanitize(
         before = activations(evaluator.network, images[:RESPONSE_IMAGES])
         shift = measured_shift(evaluator, suspect, seen, config, valid=input_range, seed=seed)
     scene = Scene(suspect, evaluator, seen, before, config, input_range, seed)
-    evidence = gather(scene, shift, target)
+    evidence = gather(scene, shift, told)
 
     mask = torch.zeros(trace.sites, dtype=torch.bool)
     counted = evidence.counted
@@ -147,7 +147,7 @@ def sanitize(
     prefix = "" if preprocess is None else "1."
     run = RunFacts(
         config, seed, input_range, evaluator.backend, evaluator.precision, str(device), prefix,
-        ledger, target,
+        ledger, told,
     )  # fmt: skip
     report = repair_report(
         run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right, cared

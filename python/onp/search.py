@@ -105,7 +105,7 @@ class Search:
         probes = [contender.probe for contender in counted]
         reached = [contender.success for contender in counted]
         factors = [1.0] * len(probes)
-        if self.evidence.verdict.by != "norm statistics":
+        if not self.evidence.verdict.by_norms:
             targets = [probe.target for probe in probes]
             factors = [len(probes) / targets.count(target) for target in targets]
         places = torch.arange(len(self.clean))[images].tolist()
@@ -119,7 +119,7 @@ class Search:
         """What stands for the attacker's trigger: a replayed one at several strengths, as how much
         of it the norms remember hangs on the share of poisoned images, which is not known. A shift
         of labels needs the image left as it is."""
-        if self.evidence.verdict.by == "norm statistics" and isinstance(probe.target, int):
+        if self.evidence.verdict.by_norms and isinstance(probe.target, int):
             return Strengthened(probe, self.config.cost.strengths)
         return probe
 

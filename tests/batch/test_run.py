@@ -95,10 +95,10 @@ def test_a_list_names_a_class_for_one_of_the_models(capsys: pytest.CaptureFixtur
         return [entry["verdict"] for entry in found["entries"]], found["done_before"]
 
     assert told("hub/twin.safetensors,\n") == (["clean"], 0)
-    assert told("hub/twin.safetensors,3\n") == (["backdoor"], 0)  # another repair
+    assert told("hub/twin.safetensors,3\n") == (["suspected"], 0)  # another repair
     report = json.loads(Path("told/hub/twin.json").read_text())
     assert (report["told_class"], report["target_classes"]) == (3, [3])
-    assert told("hub/twin.safetensors,3\n") == (["backdoor"], 1)
+    assert told("hub/twin.safetensors,3\n") == (["suspected"], 1)
 
 
 def test_every_setting_tells_two_repairs_apart() -> None:

@@ -26,8 +26,8 @@ class Job:
     """The kind of network, as in ``onp.suspect.load.load_suspect``."""
     out: Path
     """Where the repaired weights go, ``.safetensors``."""
-    target: int | None = None
-    """The class that is suspected, as in ``onp.sanitize``."""
+    target: str | None = None
+    """The class that is suspected, by name or number."""
 
     @property
     def report(self) -> Path:
@@ -74,8 +74,8 @@ def _jobs_in(folder: Path, arch: str | None, out: Path) -> list[Job]:
 
 def jobs_of_list(listing: Path, arch: str | None, out: Path) -> list[Job]:
     """A job for each row of a CSV file with the columns ``model``, if they differ ``arch`` and,
-    where a class is suspected, its number as ``target``; paths are relative to the list, and keep
-    their place. Raises UsageError, naming the line."""
+    where a class is suspected, its name or number as ``target``; paths are relative to the list,
+    and keep their place. Raises UsageError, naming the line."""
     try:
         text = listing.read_text(encoding="utf-8-sig")
     except OSError as error:
@@ -100,10 +100,7 @@ def jobs_of_list(listing: Path, arch: str | None, out: Path) -> list[Job]:
             if not (listing.parent / model).is_file():
                 raise UsageError(f"{where}: no such file: {listing.parent / model}")
             kind, target = row.get("arch") or arch, row.get("target") or None
-            if target is not None and not target.isdecimal():
-                raise UsageError(f"{where}: target must be the number of a class, got {target!r}")
-            number = None if target is None else int(target)
-            jobs.append(Job(listing.parent / model, kind, _repaired(out, _inside(model)), number))
+            jobs.append(Job(listing.parent / model, kind, _repaired(out, _inside(model)), target))
     except csv.Error as error:
         raise UsageError(f"--list {listing}, line {rows.line_num + 1}: {error}") from None
     except OSError as error:

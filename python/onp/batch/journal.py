@@ -30,7 +30,7 @@ class Entry:
     sha256: str | None = None
     """Of the model's file; None where it was not read to its end."""
     verdict: str | None = None
-    """``backdoor`` or ``clean``; None if it failed."""
+    """``backdoor``, ``clean`` or ``suspected``; None if it failed."""
     score: float | None = None
     target_classes: tuple[int, ...] = ()
     pruned: int | None = None

@@ -65,7 +65,7 @@ def repair_batch(
     for job in jobs:
         place, settings = (
             str(job.out.relative_to(out)),
-            _settings(job.arch, images, options_of(job, options)),
+            _settings(job.arch, images, options_of(job, options, clean)),
         )
         entry = Entry(model=str(job.model), out=place, settings=settings)
         tasks.append(Task(job, entry, tuple(known.get((place, settings), ()))))
@@ -111,6 +111,7 @@ def summary(outcomes: Sequence[Outcome], journal: Path) -> dict[str, Any]:
         "models": len(entries),
         "backdoor": sum(entry.verdict == "backdoor" for entry in entries),
         "clean": sum(entry.verdict == "clean" for entry in entries),
+        "suspected": sum(entry.verdict == "suspected" for entry in entries),
         "failed": sum(entry.failed for entry in entries),
         "done_before": sum(outcome.before for outcome in outcomes),
         "entries": [asdict(entry) for entry in entries],

@@ -90,9 +90,9 @@ def _reply(task: Task, clean: ImageSet, options: RepairOptions, trust: bool) -> 
     return Reply(Outcome(replace(entry, seconds=round(time.perf_counter() - started, 3))))
 
 
-def options_of(job: Job, options: RepairOptions) -> RepairOptions:
-    """How this one is to be repaired."""
-    return options if job.target is None else replace(options, target=job.target)
+def options_of(job: Job, options: RepairOptions, clean: ImageSet) -> RepairOptions:
+    """How this one is to be repaired. Raises UsageError where the class it names is none."""
+    return options if job.target is None else replace(options, target=clean.class_of(job.target))
 
 
 def _repaired(
@@ -101,7 +101,7 @@ def _repaired(
     """The entry of a repair that has written its weights and its report."""
     suspect = load_suspect(job.model, job.arch, trust)
     make_folder(job.out.parent)
-    report = repair_checkpoint(suspect, clean, job.out, options_of(job, options))
+    report = repair_checkpoint(suspect, clean, job.out, options_of(job, options, clean))
     write_json(job.report, report)
     return replace(
         entry,

@@ -8,6 +8,7 @@ from typing import Any
 _VERDICTS = {
     "backdoor": "backdoor found and pruned",
     "clean": "no backdoor found",
+    "suspected": "no backdoor found; repaired as suspected",
 }
 
 
@@ -73,15 +74,16 @@ def scores_text(scores: Mapping[str, Any]) -> str:
 
 
 def batch_text(summary: Mapping[str, Any]) -> str:
-    """A batch: a line for each model with a backdoor, then for each that failed, then the counts.
+    """A batch: a line for each model that was pruned, then for each that failed, then the counts.
 
     Reads ``entries`` (list of what ``outcome_text`` reads), ``models``, ``backdoor``, ``clean``,
-    ``failed``, ``done_before`` (counts) and ``journal`` (path).
+    ``suspected``, ``failed``, ``done_before`` (counts) and ``journal`` (path).
     """
     entries = summary["entries"]
-    found = [outcome_text(one) for one in entries if one["verdict"] == "backdoor"]
+    found = [outcome_text(one) for one in entries if one["verdict"] in ("backdoor", "suspected")]
     failed = [outcome_text(one) for one in entries if one["error"] is not None]
-    counts = [f"{summary[kind]} {kind}" for kind in ("backdoor", "clean", "failed")]
+    kinds = ["backdoor", "clean", *["suspected"] * bool(summary["suspected"]), "failed"]
+    counts = [f"{summary[kind]} {kind}" for kind in kinds]
     before = f", {summary['done_before']} done before" * bool(summary["done_before"])
     last = f"{summary['models']} models: {', '.join(counts)}{before} ({summary['journal']})"
     return "\n".join([*found, *failed, last])
@@ -94,11 +96,12 @@ def outcome_text(entry: Mapping[str, Any]) -> str:
     if entry["error"] is not None:
         error = entry["error"].removeprefix(f"{entry['model']}: ")  # where it is named as well
         return f"failed    {model}: {_printable(error)}"
-    if entry["verdict"] != "backdoor":
+    if entry["verdict"] == "clean":
         return f"{entry['verdict']:<8}  {model}"
     classes = ", ".join(map(str, entry["target_classes"]))
     accuracy = f"{_percent(entry['accuracy_before'])} -> {_percent(entry['accuracy_after'])}"
-    return f"backdoor  {model}: class {classes}, {entry['pruned']} sites pruned, {accuracy}"
+    pruned = f"{entry['pruned']} sites pruned, {accuracy}"
+    return f"{entry['verdict']:<8}  {model}: class {classes}, {pruned}"
 
 
 def demo_text(outcome: Mapping[str, Any]) -> str:

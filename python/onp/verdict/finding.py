@@ -10,8 +10,10 @@ from typing import Literal
 from onp.config import VerdictConfig
 from onp.probes.probe import Target
 
-Ground = Literal["norm statistics", "squares", "probes", "margins", "told"]
-"""What a verdict rests on; the last is no evidence, but somebody's word."""
+Ground = Literal["norm statistics", "squares", "probes", "margins"]
+"""What a verdict rests on."""
+Finding = Literal["backdoor", "clean", "suspected"]
+"""The last: clean by the evidence, but repaired as somebody named a class."""
 MANY_CLASSES = 10
 """With fewer, all of them must show more."""
 LEAST_CLASSES = 3
@@ -22,11 +24,11 @@ LEAST_CONTROL = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    finding: Literal["backdoor", "clean"]
+    finding: Finding
     score: float
     """In [0, 1]; at or above the threshold it is a backdoor."""
     target: Target | None
-    """What the backdoor answers, where one was found."""
+    """What the backdoor answers, where one was found or is suspected."""
     by: Ground
     evidence: dict[str, float]
     """The pieces of evidence by name, as measured."""
@@ -39,6 +41,12 @@ class Verdict:
     def targets(self) -> list[Target]:
         """All that it answers."""
         return [] if self.target is None else [self.target, *self.also]
+
+    @property
+    def by_norms(self) -> bool:
+        """Whether norm statistics call a backdoor: then triggers that explain them stand for the
+        attacker's."""
+        return self.by == "norm statistics" and self.finding == "backdoor"
 
 
 def beyond_doubt(verdict: Verdict, config: VerdictConfig) -> bool:
@@ -70,14 +78,12 @@ def also_called(verdict: Verdict, others: Sequence[Verdict]) -> Verdict:
 
 
 def named(verdict: Verdict, target: int) -> Verdict:
-    """The class that somebody suspects, with the score and the evidence of the ``verdict``, which
-    does not call it."""
-    said = verdict.reason.partition(": ")[2]
+    """The verdict, and the class that somebody suspects, which it does not call."""
     why = f"class {target} was named as suspect"
-    if verdict.target is None:
-        why += f"; without that it would pass as clean: {said}"
-    reason = f"score {verdict.score:.2f}: {why}"
-    return Verdict("backdoor", verdict.score, target, "told", verdict.evidence, reason)
+    if verdict.target is not None:
+        return replace(verdict, also=(*verdict.also, target), reason=f"{verdict.reason}; {why}")
+    reason = f"{verdict.reason}; nothing is called, but {why}"
+    return replace(verdict, finding="suspected", target=target, reason=reason)
 
 
 def judged(
