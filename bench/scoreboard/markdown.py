@@ -45,7 +45,7 @@ def tables(summary: Summary) -> str:
         parts += ["### Standard deviation of the means of single seeds"]
         parts += [_spreads(summary.defences, lambda spread: _percent(spread.seed_std))]
     if summary.oracle:
-        parts += ["### Oracle: setting picked with the true trigger, an upper bound"]
+        parts += ["### Told of the attack: a setting picked with the true trigger, or what its name says"]
         parts += [main_table(summary.oracle)]
     for field, values in summary.groups.items():
         for value, found in values.items():

@@ -35,7 +35,8 @@ class Row:
     """Of the draw of clean images and of the defence."""
     clean_samples: int
     oracle: bool = False
-    """The setting was picked with the true trigger: an upper bound, never a result."""
+    """Told of the attack: the setting was picked with the true trigger (an upper bound), or the
+    defence knows it or its class. Never a result."""
     oracle_images: int | None = None
     """Clean test images that an oracle row's setting was picked by, with at most as many triggered
     ones: not every image can be triggered."""
