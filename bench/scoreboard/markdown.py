@@ -45,7 +45,7 @@ def tables(summary: Summary) -> str:
         parts += ["### Standard deviation of the means of single seeds"]
         parts += [_spreads(summary.defences, lambda spread: _percent(spread.seed_std))]
     if summary.oracle:
-        parts += ["### Told of the attack: a setting picked with its trigger, or as the name says"]
+        parts += ["### Oracle: a setting picked with the true trigger, or told of the attack"]
         parts += [main_table(summary.oracle)]
     for field, values in summary.groups.items():
         for value, found in values.items():
