@@ -213,7 +213,7 @@ def test_a_class_that_is_named_is_repaired_whatever_the_evidence_says() -> None:
     assert report["reason"].endswith("; nothing is called, but class 3 was named as suspect")
     assert {probe["target"] for probe in report["probes"] if probe["counted"]} == {3}
     assert result.mask.any()
-    assert report["accuracy"]["after"] > 0.8  # it is not for nothing that such a class is named
+    assert report["accuracy"]["after"] > 0.8  # a wrong guess costs some of it
 
 
 def test_any_module_any_iterable_same_seed_same_bytes_input_unchanged() -> None:

@@ -50,7 +50,7 @@ def parser() -> argparse.ArgumentParser:
         nargs="+",
         default=["all"],
         metavar="NAME",
-        help=f"names, or all; {', '.join(TOLD)}: how far it gets if told the trigger, or its class",
+        help=f"names, or all but {', '.join(TOLD)} (told the trigger, or its class)",
     )
     add("--data", type=Path, help="folder with the data sets")
     add("--seeds", type=int, nargs="+", default=[0])

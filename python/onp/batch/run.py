@@ -63,10 +63,8 @@ def repair_batch(
     images = _digest(clean)
     tasks = []
     for job in jobs:
-        place, settings = (
-            str(job.out.relative_to(out)),
-            _settings(job.arch, images, options_of(job, options, clean)),
-        )
+        place = str(job.out.relative_to(out))
+        settings = _settings(job.arch, images, options_of(job, options, clean))
         entry = Entry(model=str(job.model), out=place, settings=settings)
         tasks.append(Task(job, entry, tuple(known.get((place, settings), ()))))
     begun = {path for job in jobs for path in (job.out, job.report)}

@@ -76,9 +76,7 @@ def repair_report(
         "statistics": None if evidence.statistics is None else evidence.statistics.evidence,
         "norm_shift": None if shift is None else round(shift.excess, 4),
         "source_class": verdict.target.source if isinstance(verdict.target, OneClass) else None,
-        "target_classes": list(
-            dict.fromkeys(one for target in verdict.targets for one in classes_of(target))
-        ),
+        "target_classes": [one for target in verdict.targets for one in classes_of(target)],
         "told_class": run.told,
         "accuracy": {
             "before": before / count,
