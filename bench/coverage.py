@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import inspect
-import json
 import sys
 import time
 import warnings
@@ -23,6 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.files import append_row, read_rows
 from bench.scoreboard.provenance import provenance
 from onp import masks
 from onp.errors import OnpError, UnsupportedOperation
@@ -185,7 +185,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="default: bench/results/coverage_LIBRARY.jsonl")
     args = parser.parse_args()
     out = args.out or _RESULTS / f"coverage_{args.library}.jsonl"
-    rows = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    rows = read_rows(out)
     done = {row["network"] for row in rows}
     warnings.filterwarnings("ignore")
     known = networks(args.library)
@@ -195,8 +195,7 @@ def main() -> int:
         if name in done:
             continue
         rows.append(row_of(name, known[name], image_size(args.library, name)) | provenance())
-        with out.open("a") as file:
-            file.write(json.dumps(rows[-1]) + "\n")
+        append_row(out, rows[-1])
         print(f"{name}: {rows[-1].get('reason', 'traced')}", file=sys.stderr, flush=True)
     print(summary(rows))
     return 0

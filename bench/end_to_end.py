@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from bench.files import append_row, read_rows
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
 from bench.zoo.checkpoints import ZooModel, load_set
@@ -134,14 +135,12 @@ def main() -> int:
     ]
     if not networks:
         parser.error(f"no backdoored network of {args.set} in {args.models_dir}")
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    kept = [json.loads(line) for line in lines]
+    kept = read_rows(args.out)
     done = {(row.get("model"), row.get("weights"), row["commit"]) for row in kept}
     commit = provenance()["commit"]
 
     def write(row: Row) -> None:
-        with args.out.open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        append_row(args.out, row)
         print(json.dumps(row), flush=True)
 
     sets: dict[str, ImageSet] = {}

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from bench.files import append_row, read_rows
 from onp import __version__
 from onp.data import PRESETS, ImageSet, draw_balanced, load_dataset
 from onp.metrics import score
@@ -84,11 +85,8 @@ def main() -> None:
     parser.add_argument("--quiet", action="store_true")
     args = parser.parse_args()
     train_set, test_set = load_dataset(args.data, "train"), load_dataset(args.data, "test")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    done = set()
-    if args.out.exists():
-        rows = [json.loads(line) for line in args.out.read_text().splitlines()]
-        done = {(row["model"], row["seed"], row["budget"], row["clean_samples"]) for row in rows}
+    rows = read_rows(args.out)
+    done = {(row["model"], row["seed"], row["budget"], row["clean_samples"]) for row in rows}
     for spec in args.model:
         for seed in args.seeds:
             name = Path(spec.partition(":")[0]).name
@@ -96,8 +94,7 @@ def main() -> None:
                 print(f"{name}, seed {seed}: done before", file=sys.stderr)
                 continue
             row = repair(spec, train_set, test_set, seed, args)
-            with args.out.open("a") as lines:
-                lines.write(json.dumps(row) + "\n")
+            append_row(args.out, row)
             print(json.dumps(row), flush=True)
 
 

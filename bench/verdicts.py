@@ -9,7 +9,6 @@ bootstrap interval over networks, calls, and the classes named.
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from dataclasses import replace
@@ -19,21 +18,22 @@ from typing import Any
 import torch
 
 from bench.ablations.setting import investigate
+from bench.files import append_row, read_rows
 from bench.scoreboard.provenance import provenance
 from bench.zoo.checkpoints import ZooModel, load_set
 from bench.zoo.datasets import load
 from onp.config import BUDGETS
-from onp.data import draw_balanced
+from onp.data import ImageSet, draw_balanced
 
 RESAMPLES = 2000
 _BENCH = Path(__file__).parent
 
 
-def row_of(network: ZooModel, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+def row_of(
+    network: ZooModel, clean: ImageSet, seed: int, args: argparse.Namespace
+) -> dict[str, Any]:
     """The verdict on one network, and what would have been right."""
     recipe = network.recipe
-    train = load(recipe.dataset, args.data, "train")
-    clean = draw_balanced(train, min(args.clean_samples, len(train)), seed)
     config = BUDGETS[args.budget]
     if args.without_norms:
         config = replace(config, replay=replace(config.replay, least_excess=math.inf))
@@ -120,11 +120,13 @@ def main() -> int:
     parser.add_argument("--clean-samples", type=int, default=500)
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "verdicts.jsonl")
     args = parser.parse_args()
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if row.get("budget", "standard") == args.budget]
-    rows = [row for row in rows if row.get("norms", True) != args.without_norms]
-    done = {(row["model"], row["seed"]) for row in rows}
+    rows = [
+        row
+        for row in read_rows(args.out)
+        if row.get("budget", "standard") == args.budget
+        and row.get("norms", True) != args.without_norms
+    ]
+    done = {(row["model"], row["seed"], row["clean_samples"]): row for row in rows}
     networks = [network for name in args.sets for network in load_set(name, args.models_dir)]
     if unknown := set(args.models or ()) - {network.name for network in networks}:
         parser.error(f"no set here has {', '.join(sorted(unknown))}")
@@ -133,15 +135,21 @@ def main() -> int:
         for network in networks
         if network.card["fair"] and (not args.models or network.name in args.models)
     ]
+    trains = {
+        name: load(name, args.data, "train") for name in {one.recipe.dataset for one in networks}
+    }
+    counts = {name: min(args.clean_samples, len(train)) for name, train in trains.items()}
     for seed in args.seeds:
         for network in networks:
-            if (network.name, seed) in done:
-                continue
-            rows.append(row_of(network, seed, args))
-            with args.out.open("a") as file:
-                file.write(json.dumps(rows[-1]) + "\n")
-            print(rows[-1]["model"], rows[-1]["finding"], rows[-1]["score"], file=sys.stderr)
-    print(summary(rows))
+            dataset = network.recipe.dataset
+            key = network.name, seed, counts[dataset]
+            if key not in done:
+                clean = draw_balanced(trains[dataset], counts[dataset], seed)
+                done[key] = row_of(network, clean, seed, args)
+                append_row(args.out, done[key])
+                print(network.name, done[key]["finding"], done[key]["score"], file=sys.stderr)
+    wanted = {*counts.values(), args.clean_samples}
+    print(summary([row for row in done.values() if row["clean_samples"] in wanted]))
     return 0
 
 

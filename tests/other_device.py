@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _setup_privateuseone_for_python_backend
 
+import onp
 from onp import demo
 from onp.config import BUDGETS
 from onp.probes.norm_shift import NormShift
@@ -132,8 +133,8 @@ def main() -> None:
     budget, clean = sys.argv[1], "clean" in sys.argv[2:]
     from tests.test_sanitize import clean_twin, suspect
 
-    story = importlib.import_module("onp.sanitize")
-    story.frozen_copy = moved  # type: ignore[attr-defined]
+    prepare = importlib.import_module("onp.prepare")
+    prepare.frozen_copy = moved  # type: ignore[attr-defined]
     torch.tensor = tensor  # type: ignore[assignment]
     NormShift.explained = explained  # type: ignore[method-assign]
     model = clean_twin() if clean else suspect()
@@ -145,7 +146,7 @@ def main() -> None:
         looks: Any = importlib.import_module("onp.evidence.looks")
         looks.by_margins = lambda *_: Verdict("backdoor", 1.0, 1, "margins", {}, "")
     with Device():
-        result = story.sanitize(model, demo.clean_images(), seed=0, budget=config, backend="torch")
+        result = onp.sanitize(model, demo.clean_images(), seed=0, budget=config, backend="torch")
     print(result.verdict, int(result.mask.sum()), sorted(result.report["seconds"]))
 
 

@@ -20,13 +20,13 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "onp"
 
 LAYERS = [
-    {"errors", "config", "masks", "trusted", "files", "ledger", "optimizers"},
+    {"errors", "config", "masks", "answers", "trusted", "files", "ledger", "optimizers"},
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
     {"evaluate", "clean", "copies", "probes", "metrics"},
     {"agent"},
     {"verdict", "scene", "evidence", "aftercare"},
-    {"search", "renewal", "result", "report", "prepare"},
+    {"search", "renewal", "result", "report", "prepare", "pruning"},
     {"sanitize"},
     {"checkpoint"},
     {"demo", "batch"},
@@ -115,29 +115,6 @@ def test_no_circles_within_a_layer() -> None:
         if _part(path) in graph:
             graph[_part(path)] |= _parts_imported(path) - {"_C", _part(path)}
     list(graphlib.TopologicalSorter(graph).static_order())  # raises CycleError, naming the circle
-
-
-def test_a_repair_never_reaches_a_trigger() -> None:
-    """What reads true triggers, and the benchmark, which holds attacks, cannot be reached from the
-    story by imports."""
-    graph: dict[str, set[str]] = {}
-    for path in _python_files(PACKAGE):
-        graph.setdefault(_part(path), set()).update(_parts_imported(path))
-    reached, left = set[str](), ["sanitize"]
-    while left:
-        part = left.pop()
-        if part not in reached:
-            reached.add(part)
-            left += graph.get(part, set())
-    assert {"agent", "evidence", "probes"} < reached
-    assert not reached & {"triggers", "demo", "cli"}
-    foreign = [
-        f"{path.relative_to(ROOT)} imports {module}"
-        for path in _python_files(PACKAGE)
-        for module, _ in _imports(_parse(path))
-        if module.split(".")[0] in {"bench", "tests"}
-    ]
-    assert foreign == []
 
 
 @pytest.mark.parametrize("name", ["errors.py", "config.py"])
@@ -229,11 +206,12 @@ def _belongs(operator: str, name: str) -> bool:
 
 def test_the_reward_never_sees_a_trigger() -> None:
     """Nothing that a repair runs, however far its imports reach, can read a trigger file."""
-    reached, ahead = set(), {PACKAGE / "sanitize.py"}
+    reached, ahead = set[Path](), {PACKAGE / "sanitize.py"}
     while ahead:
         path = ahead.pop()
         reached.add(path)
         for module, name in _imports(_parse(path)):
+            module = _absolute(path, module)
             for whole in (module, f"{module}.{name}"):
                 file = ROOT / "python" / Path(*whole.split("."))
                 ahead |= {
@@ -241,6 +219,6 @@ def test_the_reward_never_sees_a_trigger() -> None:
                     for found in (file.with_suffix(".py"), file / "__init__.py")
                     if found.exists() and found != PACKAGE / "__init__.py"
                 } - reached
-    assert PACKAGE / "agent" / "objective.py" in reached
-    assert PACKAGE / "triggers.py" not in reached
-    assert not any("demo" in path.parts for path in reached)
+    assert {_part(path) for path in reached} >= {"agent", "evidence", "probes", "suspect", "ops"}
+    assert PACKAGE / "suspect" / "lowering" / "norms.py" in reached
+    assert not {_part(path) for path in reached} & {"triggers", "demo", "cli"}

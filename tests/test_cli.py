@@ -270,8 +270,8 @@ def test_normalisation(
         (["--report", "./out.safetensors"], "report and out are the same file"),
         (["--budget", "huge"], "'huge' is not one of"),
         (["--seed", "-1"], "Invalid value for '--seed'"),
-        (["--device", "abacus"], "--device abacus cannot be used"),
-        (["--device", "meta:1:2"], "--device meta:1:2 cannot be used"),
+        (["--device", "abacus"], "device abacus cannot be used"),
+        (["--device", "meta:1:2"], "device meta:1:2 cannot be used"),
         (["--target", "stop"], "target 'stop' is no class number"),
         (["--target", "-1"], "target '-1' is no class number"),
         (["--frobnicate"], "No such option"),
@@ -393,7 +393,8 @@ def test_evaluate_usage(
     [
         ("cuda", "torch sees no CUDA device here"),
         ("cuda:1", "torch sees no CUDA device here"),
-        ("toaster", "unknown device 'toaster'"),
+        ("toaster", "device toaster cannot be used"),
+        ("meta", "device meta cannot be used"),
     ],
 )
 def test_a_device_that_is_not_there(

@@ -208,7 +208,6 @@ def test_gather_takes_batches_items_and_arrays() -> None:
     assert images.shape == (4, 3, 4, 4)
     assert float(images[2].max()) == 1.0
     assert labels.tolist() == [0, 1, 2, 3]
-    assert len(gather(batches, limit=3)[1]) == 3  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

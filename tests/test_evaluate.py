@@ -27,7 +27,7 @@ def test_every_backend_agrees_with_hooks(name: str) -> None:
     ledger = Ledger()
     backends = ("native", "torch")
     for backend in backends:
-        evaluator = MaskEvaluator(traced, model, backend=backend, ledger=ledger, batch=3)  # type: ignore[arg-type]
+        evaluator = MaskEvaluator(traced, model, backend=backend, ledger=ledger)  # type: ignore[arg-type]
         assert evaluator.backend == backend
         torch.testing.assert_close(evaluator.run(masks, images), expected, rtol=0, atol=1e-4)
     assert ledger.total == len(backends) * 5 * 7

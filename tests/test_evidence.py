@@ -11,8 +11,6 @@ import pytest
 import torch
 from torch import nn
 
-from onp.agent.contenders import advantage
-from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import BUDGETS, Config
 from onp.evaluate import MaskEvaluator
@@ -25,6 +23,7 @@ from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import learned_in
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
+from onp.probes.contenders import advantage
 from onp.probes.departure import Departures
 from onp.probes.families import Family
 from onp.probes.generator import Generator
@@ -32,6 +31,7 @@ from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, OneClass, Probe, Target
+from onp.probes.race import Contender
 from onp.probes.replay import Replayed
 from onp.probes.responses import activations
 from onp.probes.square import SQUARES, Square
@@ -304,9 +304,12 @@ class Play:
 
         def departures(_: Scene, places: Sequence[int] = range(17), draw: int = 0) -> Departures:
             self.departed.append((list(places), draw))
-            return Departures([], list(places), torch.zeros(len(places), 0, CLASSES))
+            gained = torch.zeros(len(places), CLASSES, CLASSES)
+            return Departures(list(range(CLASSES)), list(places), gained)
 
         monkeypatch.setattr(Scene, "departures", departures)
+        every = dict.fromkeys(range(CLASSES))
+        monkeypatch.setattr("onp.evidence.departures.images_of", lambda *_: every)
         monkeypatch.setattr(Scene, "looks", lambda _, targets: triggers(targets, LOOK, success))
         monkeypatch.setattr(Scene, "probed", probed)
         monkeypatch.setattr(Scene, "squares", squares)
@@ -362,7 +365,7 @@ def test_what_calls_a_backdoor_and_what_is_probed_then(
     assert {one.probe.target for one in found.counted} == (set() if target is None else {target})
     learned = any(one.startswith("square") for one in asked)
     assert (bool(found.counted) and found.counted[0].probe.family is SQUARES[6]) == learned
-    assert found.unlearned is None
+    assert found.unlearning is None
 
 
 @pytest.mark.parametrize("size", [0.1, 0.55])
@@ -641,8 +644,9 @@ def test_of_many_classes_those_are_looked_at_that_unlearning_leaves(
     found = from_probes(here)
     assert {one.probe.target for one in found.looked} == {2, 3, 4}
     assert play.driven == [[2, 3, 4]]
-    assert found.unlearned is not None
-    assert found.unlearning is sites
+    assert found.unlearning is not None
+    assert found.unlearning.answers is answers
+    assert found.unlearning.response is sites
 
 
 def test_families_name_the_nearest_classes_in_turn() -> None:
@@ -814,6 +818,8 @@ def test_where_classes_go_must_be_the_same_in_the_mean_of_three_draws(
         return Departures(list(range(CLASSES)), list(places), gained[list(places)])
 
     monkeypatch.setattr(Scene, "departures", departures)
+    every = dict.fromkeys(range(CLASSES))
+    monkeypatch.setattr("onp.evidence.departures.images_of", lambda *_: every)
     verdict, _ = from_departures(scene(STANDARD))
     assert asked == [(list(range(17)), 0), ([7], 1), ([7], 2)]
     assert verdict.target == (later if later == OneClass(3, 1) else None)
@@ -830,8 +836,10 @@ def test_a_class_of_few_images_is_not_led_away() -> None:
     assert here.departures([0, 16]).sources == [0, 1, 2, *range(4, CLASSES)]
     steps = here.config.synthesis.square_steps
     assert here.evaluator.ledger.total - before == 2 * 9 * (2 * steps + 6)
+    asked = here.evaluator.ledger.total
     verdict, several = from_departures(here)
     assert (verdict.target, verdict.score, several) == (None, 0.0, [])
+    assert here.evaluator.ledger.total == asked  # nine classes: nothing is learned
     assert replace(here, clean=here.clean[:12]).departures().gained.shape == (17, 0, CLASSES)
 
 

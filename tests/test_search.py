@@ -17,7 +17,6 @@ from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back
 from onp.agent.learner import Learner
-from onp.agent.race import Contender
 from onp.clean import Clean
 from onp.config import AgentConfig, ChoiceConfig, Config
 from onp.evaluate import MaskEvaluator
@@ -26,6 +25,7 @@ from onp.graph import build_graph
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
 from onp.probes.probe import LabelShift, Probe, Target
+from onp.probes.race import Contender
 from onp.probes.responses import activations
 from onp.scene import Scene
 from onp.search import FINALISTS, Found, Search

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from onp.agent.race import Contender
 from onp.evidence import Evidence, gather
 from onp.probes.generator import Generator
 from onp.probes.norm_shift import NormShift
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, OneClass, Probe, Target
+from onp.probes.race import Contender
 from onp.probes.replay import Replayed
 from onp.probes.square import SQUARES
 from onp.probes.synthesis import FAMILIES

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from onp.agent.contenders import advantage
-from onp.agent.race import Contender
 from onp.config import VerdictConfig
 from onp.probes.additive import Additive
+from onp.probes.contenders import advantage
 from onp.probes.families import Family
 from onp.probes.margin import Margins
 from onp.probes.patch import Patch
 from onp.probes.probe import LabelShift, Probe, Target
+from onp.probes.race import Contender
 from onp.probes.replay import Replayed
 from onp.verdict import (
     Ground,

@@ -34,6 +34,7 @@ from bench.ablations.searches import (
     without,
 )
 from bench.ablations.setting import Setting, digest_of, search_of
+from bench.files import append_row, read_rows
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
 from bench.zoo.checkpoints import ZooModel, load_set
@@ -253,9 +254,12 @@ def main() -> int:
     parser.add_argument("--out", type=Path, default=_BENCH / "results" / "ablations.jsonl")
     parser.add_argument("--summary", action="store_true", help="only print the table of --out")
     args = parser.parse_args()
-    lines = args.out.read_text().splitlines() if args.out.exists() else []
-    rows = [json.loads(line) for line in lines]
-    rows = [row for row in rows if row.get("budget", "standard") == args.budget]
+    rows = [
+        row
+        for row in read_rows(args.out)
+        if row.get("budget", "standard") == args.budget
+        and row["clean_samples"] == args.clean_samples
+    ]
     args.work.mkdir(parents=True, exist_ok=True)
     if not args.summary and any(row.get("onp") != __version__ for row in rows):
         parser.error(f"{args.out} has rows of another version: choose another --out")
@@ -273,8 +277,7 @@ def main() -> int:
             missing = [n for n in args.variants if (network.name, n, seed) not in done]
             own = limits.get((network.name, seed))
             for row in new_rows(network, seed, missing, own, args) if missing else ():
-                with args.out.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
+                append_row(args.out, row)
                 rows.append(row)
     print(summary(rows))
     return 0

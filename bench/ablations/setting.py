@@ -11,30 +11,27 @@ from torch import Tensor, nn
 
 from bench.zoo.checkpoints import ZooModel
 from onp import __version__
-from onp.agent.race import Contender
 from onp.config import BUDGETS, Config
 from onp.data import ImageSet, draw_balanced
-from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence, gather, measured_shift
+from onp.evidence.found import Unlearning
 from onp.files import write_atomically
 from onp.graph import build_graph
 from onp.ledger import Ledger
-from onp.prepare import baseline, clean_images, frozen_copy
+from onp.prepare import opened
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import by_site
 from onp.probes.probe import LabelShift, OneClass, Probe
-from onp.probes.responses import activations
+from onp.probes.race import Contender
 from onp.probes.roaming import Roaming
 from onp.probes.square import Square
-from onp.scene import REPLAYED, RESPONSE_IMAGES, Scene, Squares
+from onp.scene import REPLAYED, Scene, Squares
 from onp.search import Search
-from onp.suspect.trace import trace as trace_network
 from onp.verdict import Verdict
 
-VALID = (0.0, 1.0)
 _KEPT = [
-    Evidence, Verdict, Contender, Probe, LabelShift, OneClass, Square, Squares, Margins, Roaming,
-    *map(type, REPLAYED.values()),
+    Evidence, Unlearning, Verdict, Contender, Probe, LabelShift, OneClass, Square, Squares,
+    Margins, Roaming, *map(type, REPLAYED.values()),
 ]  # fmt: skip
 """What evidence consists of."""
 
@@ -89,20 +86,14 @@ def investigate(
 
     kept: file that what is found is kept in, and read from where it is there.
     """
-    images, labels = clean_images(clean, VALID, seed)
-    suspect, device = frozen_copy(model, None, None)
-    trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
-    evaluator = MaskEvaluator(trace, suspect, device=device, ledger=Ledger())
-    seen = baseline(suspect, evaluator, images, labels)
-    before = activations(evaluator.network, images[:RESPONSE_IMAGES])
-    scene = Scene(suspect, evaluator, seen, before, config, VALID, seed)
+    scene = opened(model, clean, config, seed=seed, ledger=Ledger())
     if kept is not None and kept.exists():
         with torch.serialization.safe_globals(_KEPT):
             return Investigated(scene, *torch.load(kept, weights_only=True))
-    shift = measured_shift(evaluator, suspect, seen, config, valid=VALID, seed=seed)
+    shift = measured_shift(scene)
     with torch.enable_grad():
         evidence = gather(scene, shift)
-    found = (by_site(shift, trace), replace(evidence, unlearned=None))  # that holds a network
+    found = (by_site(shift, scene.evaluator.trace), evidence)
     if kept is not None:
         write_atomically(kept, lambda temporary: torch.save(found, temporary))
     return Investigated(scene, *found)

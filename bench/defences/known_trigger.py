@@ -21,13 +21,13 @@ from onp.agent.cost import Cost
 from onp.agent.elite import Elite
 from onp.agent.flips import improve
 from onp.agent.gates import learn_gates
-from onp.agent.race import heads_of
 from onp.agent.relaxed import RelaxedCost
 from onp.clean import Clean
 from onp.config import AgentConfig, CostConfig, GatesConfig
 from onp.data import ImageSet, spread_order
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
+from onp.masks import heads_of
 from onp.probes.responses import activations, responses
 from onp.suspect.surgery import apply_mask
 

@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from bench.defences.api import Info, defence
 from bench.defences.common import FORWARD, device_of, traced
-from onp.agent.race import ranking_masks
 from onp.config import UnlearningConfig
 from onp.data import ImageSet, spread_order
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.probe import Probe
+from onp.probes.race import ranking_masks
 from onp.probes.responses import activations, responses
 from onp.probes.synthesis import synthesise
 from onp.probes.unlearning import unlearn

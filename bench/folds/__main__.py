@@ -12,7 +12,6 @@ is made once and kept in --work.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from dataclasses import replace
@@ -25,6 +24,7 @@ import torch
 
 from bench.ablations.searches import has, without
 from bench.ablations.setting import digest_of, search_of
+from bench.files import append_row, read_rows
 from bench.folds.constants import SHIPPED, Setting, configured, fitted, settings
 from bench.scoreboard.provenance import provenance
 from bench.scoreboard.rows import der
@@ -124,8 +124,7 @@ class Rows:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        lines = path.read_text().splitlines() if path.exists() else []
-        self.made = {self._key(row): row for row in map(json.loads, lines)}
+        self.made = {self._key(row): row for row in read_rows(path)}
 
     @staticmethod
     def _key(row: Row) -> tuple[Any, ...]:
@@ -141,8 +140,7 @@ class Rows:
         if key not in self.made:
             started = time.perf_counter()
             row = self.made[key] = case.row(setting, family, policy)
-            with self.path.open("a") as file:
-                file.write(json.dumps(row) + "\n")
+            append_row(self.path, row)
             print(f"{key}: DER {row['der']:.3f}, {time.perf_counter() - started:.0f} s",
                   file=sys.stderr, flush=True)  # fmt: skip
         return self.made[key]

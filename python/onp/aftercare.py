@@ -6,6 +6,7 @@ Neither is part of the method, and no figure of the method's holds them. Pruned 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from onp.agent.cost import margin
+from onp.answers import harm, margin
 from onp.config import AftercareConfig
 from onp.errors import UsageError
 from onp.ledger import Ledger
+from onp.metrics import predict
+from onp.optimizers import Sgd
 from onp.probes.probe import Trigger, after_one_class
 from onp.suspect.network import training_layout
 
@@ -71,11 +74,9 @@ def care_for(
         model = recalibrated(model, images, ledger)
     if wanted.finetune:
         model = finetuned(model, suspect, images, labels, probes, config, seed=seed, ledger=ledger)
-    device = next(model.parameters()).device
-    with torch.no_grad():
-        answers = torch.cat([model(part.to(device)).argmax(1).cpu() for part in images.split(250)])
     ledger.count(len(images))
-    return AftercareOutcome(model, wanted, float((answers == labels).float().mean()))
+    accuracy = float((predict(model, images) == labels).float().mean())
+    return AftercareOutcome(model, wanted, accuracy)
 
 
 def has_statistics(model: nn.Module) -> bool:
@@ -140,14 +141,13 @@ def finetuned(
     tuned.to(memory_format=layout)  # type: ignore[call-overload]  # not among torch's overloads
     weights, flags = list(tuned.parameters()), [p.requires_grad for p in model.parameters()]
     alive = [(weight != 0).detach() for weight in weights]
-    optimizer = torch.optim.SGD(weights, config.learning_rate, momentum=config.momentum)
+    optimizer = Sgd(weights, config.learning_rate, config.momentum)
     batches = -(-len(images) // config.batch)
     steps = batches * config.epochs
     alone = any(map(after_one_class, probes))
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(steps, 1))
     for epoch in range(config.epochs):
         order = torch.randperm(len(images), generator=random)
-        for number, index in enumerate(order.tensor_split(batches)):
+        for number, index in enumerate(order.tensor_split(batches), epoch * batches):
             shown, right = images[index], labels[index]
             if probes:
                 hands = torch.randint(len(probes), (len(index),), generator=random)
@@ -156,9 +156,7 @@ def finetuned(
             logits = tuned(shown.to(device).contiguous(memory_format=layout))
             right = right.to(device)
             logs = logits[: len(index)].log_softmax(1)
-            loss = F.nll_loss(logs, right) + F.kl_div(
-                logs, before[index.to(device)], log_target=True, reduction="batchmean"
-            )
+            loss = harm(logs, right, before[index.to(device)])
             if probes:
                 turned = F.softplus(margin(logits[len(index) :], wanted.to(device)))
                 others = wanted.to(device) != right
@@ -169,13 +167,13 @@ def finetuned(
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, config.steepest)
+            optimizer.rate = config.learning_rate * (1 + math.cos(math.pi * number / steps)) / 2
             optimizer.step()
-            schedule.step()
             with torch.no_grad():
                 for weight, kept in zip(weights, alive, strict=True):
                     weight.mul_(kept)
             ledger.count(3 * len(shown))
-            ledger.tick(epoch * batches + number + 1, steps)
+            ledger.tick(number + 1, steps)
     for weight, flag in zip(weights, flags, strict=True):
         weight.grad = None
         weight.requires_grad_(flag)

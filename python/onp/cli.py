@@ -161,12 +161,13 @@ def sanitize(
     with watch.step("import"):
         from onp.checkpoint import RepairOptions, repair_checkpoint
         from onp.data import load_dataset
+        from onp.prepare import checked_device
         from onp.report import console
         from onp.report.progress import progress_on_stderr
         from onp.suspect.load import load_suspect
 
     with watch.step("read"):
-        _check_device(device)
+        checked_device(device)
         preprocess = _preprocess(preset, mean, std)
         suspect = load_suspect(model, arch, trust)
         clean = load_dataset(str(data), split, draw=clean_samples, seed=seed)
@@ -255,8 +256,7 @@ def batch(
     from onp.report.progress import progress_on_stderr
     from onp.suspect.load import checked_arch
 
-    if checked_device(device).type != "cuda":  # a context there is for the children
-        _check_device(device)
+    checked_device(device)
     for kind in {job.arch for job in found}:
         checked_arch(kind, trust)
     options = RepairOptions(
@@ -372,17 +372,6 @@ def _check_distinct(**paths: Path | None) -> None:
         other = seen.setdefault(path.resolve(), option)
         if other != option:
             raise UsageError(f"{option} and {other} are the same file: {path}")
-
-
-def _check_device(name: str) -> None:
-    """Raise UsageError unless torch can compute on the device ``name``."""
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UsageError(f"--device {name} cannot be used: {first_line}") from None
 
 
 def _preprocess(preset: Preset | None, mean: str | None, std: str | None) -> Any:

@@ -254,7 +254,7 @@ class ChoiceConfig:
 
 @dataclass(frozen=True)
 class ScoreConfig:
-    """What a mask is worth against one probe: see ``onp.agent.objective``."""
+    """What a mask is worth against one probe: see ``onp.probes.objective``."""
 
     accuracy_weight: float = 3.0
     """Probe success that one unit of clean accuracy is worth."""

@@ -266,19 +266,26 @@ def _ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, rank, count
 
 
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise BadData where one of the labels int64 [N] is none of the network's classes."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= classes:
+        raise BadData(
+            f"labels must be in 0 .. {classes - 1}, the network's classes, got {low} .. {high}"
+        )
+
+
 def gather(
     batches: Iterable[tuple[Tensor, Tensor]],
-    limit: int | None = None,
     valid: tuple[float, float] = (0.0, 1.0),
 ) -> tuple[Tensor, Tensor]:
     """Collect (images, labels) batches into float32 [N, C, H, W] and int64 [N] on the CPU.
 
     Images may be float or uint8 (then scaled to the ``valid`` range), tensors or numpy arrays;
-    single items (image [C, H, W], integer label) are taken as well. Stops after ``limit`` images.
+    single items (image [C, H, W], integer label) are taken as well.
     """
     images: list[Tensor] = []
     labels: list[Tensor] = []
-    seen = 0
     for item in batches:
         if not isinstance(item, tuple | list) or len(item) < 2:
             raise BadData(
@@ -303,13 +310,10 @@ def gather(
             raise BadData(f"labels must be integers, got {target.dtype}")
         images.append(batch.detach().to("cpu", torch.float32))
         labels.append(target.detach().to("cpu", torch.int64))
-        seen += len(batch)
-        if limit is not None and seen >= limit:
-            break
     if not images:
         raise BadData("the clean data are empty: no (images, labels) batch came")
     try:
-        return torch.cat(images)[:limit].contiguous(), torch.cat(labels)[:limit]
+        return torch.cat(images).contiguous(), torch.cat(labels)
     except RuntimeError as error:
         raise BadData(f"clean images must have one shape: {error}") from error
 

@@ -28,6 +28,8 @@ SEARCH_PRECISION: GpuPrecision = "tf32"
 """Of masks on a GPU, unless they are wanted exactly."""
 
 
+BATCH = 256
+"""Images that torch sees at once."""
 MOST_ERROR = 0.05
 """Of the logits that a search is told, in standard deviations of the exact ones."""
 
@@ -41,20 +43,16 @@ class MaskEvaluator:
         model: nn.Module,
         *,
         backend: Backend = "auto",
-        threads: int | None = None,
         device: torch.device | str = "cpu",
         ledger: Ledger | None = None,
-        batch: int = 256,
     ) -> None:
         """``auto`` takes our kernels, those of the CPU or of the GPU; a network that they cannot
-        run is sent to torch with one log line. ``batch``: images torch sees at once."""
+        run is sent to torch with one log line."""
         if backend not in ("auto", "native", "torch"):
             raise UsageError(f"backend must be auto, native or torch, got {backend!r}")
         self.trace = trace
         self.network = FrozenNetwork(trace, model, device)
-        self.threads = threads
         self.ledger = ledger or Ledger()
-        self.batch = batch
         self.plan: masked_forward.MaskedForwardPlan | None = None
         self.rough_plan: masked_forward.MaskedForwardPlan | None = None
         """The same network with narrower convolutions, for the search; see ``calibrate``."""
@@ -104,8 +102,8 @@ class MaskEvaluator:
             rough = masked_forward.lower(self.trace, self._model, ranges, halves=halves)
             if not rough.narrow_convolutions:
                 return
-            exact = self.plan.run(packed, unseen, threads=self.threads)
-            close = rough.run(packed, unseen, threads=self.threads)
+            exact = self.plan.run(packed, unseen)
+            close = rough.run(packed, unseen)
         except (NativeError, ResourceError) as error:
             log.info("the search stays in fp32: %s", error)
             return
@@ -130,7 +128,6 @@ class MaskEvaluator:
         pruned: Tensor,
         images: Tensor,
         *,
-        share: bool = True,
         exact: bool = False,
         rough: bool = False,
         stay: bool = False,
@@ -138,8 +135,8 @@ class MaskEvaluator:
         """Logits float32 [B, N, K], on the CPU, of masks bool [B, S] on images float32
         [N, C, H, W].
 
-        ``share``: compute what neighbouring masks have in common once (on the CPU). ``exact``: in
-        fp32 throughout, on a GPU too. ``rough``: in bf16 or 8 bits, if calibrated for them.
+        What neighbouring masks have in common is computed once (on the CPU). ``exact``: in fp32
+        throughout, on a GPU too. ``rough``: in bf16 or 8 bits, if calibrated for them.
         ``stay``: the logits stay on the network's device.
         """
         self.ledger.count(len(pruned) * len(images))
@@ -150,7 +147,7 @@ class MaskEvaluator:
                 return logits if stay else logits.cpu()
             if self.plan is not None:
                 plan = self.rough_plan if rough and self.rough_plan is not None else self.plan
-                return plan.run(masks.pack(pruned), images, share=share, threads=self.threads)
+                return plan.run(masks.pack(pruned), images)
         except ResourceError as error:  # large images: sharing keeps every value
             log.warning("masks are evaluated by torch: %s", error)
             self.plan = self.rough_plan = None
@@ -166,7 +163,7 @@ class MaskEvaluator:
         gates = (~pruned).float().to(self.network.device)
         with cudnn.flags(enabled=True, allow_tf32=not exact):
             rows = [
-                torch.cat([self.network(part, gate) for part in images.split(self.batch)])
+                torch.cat([self.network(part, gate) for part in images.split(BATCH)])
                 for gate in gates
             ]
         return torch.stack(rows)

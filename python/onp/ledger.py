@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 Progress = Callable[[str, int, int, str], None]
-"""Called with (stage, done, total, message)."""
+"""Called with (stage, done, total, message): of the stage's ``total`` steps ``done`` are done."""
 
 
 def silent(stage: str, done: int, total: int, message: str) -> None:

@@ -7,6 +7,8 @@ unpacked form is a bool tensor ``[B, S]``.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -41,3 +43,12 @@ def unpack(packed: Tensor, sites: int) -> Tensor:
     shifts = torch.arange(BITS, device=packed.device)
     bits = (packed.unsqueeze(-1) >> shifts) & 1
     return bits.flatten(1)[:, :sites].bool()
+
+
+def heads_of(ranking: Tensor, counts: Sequence[int]) -> Tensor:
+    """Masks bool [len(counts), S] that prune the first ``count`` sites of a ranking."""
+    order = ranking.argsort(descending=True, stable=True)
+    masks = torch.zeros(len(counts), len(ranking), dtype=torch.bool)
+    for mask, count in zip(masks, counts, strict=True):
+        mask[order[:count]] = True
+    return masks

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onp.data import ImageSet, Preprocess
-from onp.errors import BadData, UnsafeOrCorruptModel
+from onp.data import ImageSet, Preprocess, check_labels
+from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
 
 
 def interval(right: int, count: int) -> tuple[float, float]:
@@ -23,23 +23,26 @@ def interval(right: int, count: int) -> tuple[float, float]:
     return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
 
 
-@torch.no_grad()
 def predict(model: nn.Module, images: Tensor, batch: int = 250) -> Tensor:
     """Answers int64 [N] on images float32 [N, C, H, W]; raises where logits are not finite."""
-    device = next((p.device for p in model.parameters()), torch.device("cpu"))
-    answers = []
-    for part in images.split(batch):
-        try:
-            logits = model(part.to(device).contiguous(memory_format=torch.channels_last))
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0]
-            raise BadData(
-                f"the network does not accept images of shape {tuple(images.shape[1:])}: {reason}"
-            ) from error
-        if not bool(logits.isfinite().all()):
-            raise UnsafeOrCorruptModel("the network's logits are not finite on these images")
-        answers.append(logits.argmax(1).cpu())
+    answers = [_logits(model, part).argmax(1) for part in images.split(batch)]
     return torch.cat(answers) if answers else torch.empty(0, dtype=torch.int64)
+
+
+@torch.no_grad()
+def _logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Finite logits [N, K] on the CPU of images float32 [N, C, H, W]."""
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    try:
+        logits = model(images.to(device).contiguous(memory_format=torch.channels_last))
+    except RuntimeError as error:
+        reason = str(error).splitlines()[0]
+        raise BadData(
+            f"the network does not accept images of shape {tuple(images.shape[1:])}: {reason}"
+        ) from error
+    if not bool(logits.isfinite().all()):
+        raise UnsafeOrCorruptModel("the network's logits are not finite on these images")
+    return logits.cpu()
 
 
 def score(
@@ -52,11 +55,16 @@ def score(
     """CA on all images; with a trigger also ASR and RA over the images of other classes.
 
     ASR: triggered images answered ``target``. RA: triggered images answered with their own label.
+    Raises BadData where a label, and UsageError where the target, is none of the network's classes.
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     network = nn.Sequential(preprocess.module().to(device), model) if preprocess else model
     network.eval()
     images, labels = dataset.floats(), dataset.labels
+    classes = _logits(network, images[:1]).shape[1]
+    check_labels(labels, classes)
+    if target is not None and not 0 <= target < classes:
+        raise UsageError(f"target {target} is none of the network's classes, 0 to {classes - 1}")
     right = int((predict(network, images) == labels).sum())
     result: dict[str, Any] = {"images": len(labels)} | _rate("clean_accuracy", right, len(labels))
     if trigger is None or target is None:

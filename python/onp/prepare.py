@@ -1,4 +1,4 @@
-"""What comes in, checked before any work is done on it, and the copy that is worked on."""
+"""What comes in, checked before any work is done on it, and the scene that is worked on."""
 
 from __future__ import annotations
 
@@ -15,10 +15,13 @@ from torch.backends import cudnn
 
 from onp.clean import Clean
 from onp.config import BUDGETS, Config, SearchPrecision
-from onp.data import PRESETS, ImageSet, Preprocess, gather, spread_order
+from onp.data import PRESETS, ImageSet, Preprocess, check_labels, gather, spread_order
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
-from onp.evaluate import MaskEvaluator
+from onp.evaluate import Backend, MaskEvaluator
 from onp.ledger import Ledger
+from onp.probes.responses import activations
+from onp.scene import RESPONSE_IMAGES, Scene
+from onp.suspect.trace import trace as trace_network
 
 PIXELS = (0.0, 1.0)
 """The input range of images that are not normalised."""
@@ -43,6 +46,33 @@ def config_of(budget: str | Config) -> Config:
             f"got {budget.search_precision!r}"
         )
     return budget
+
+
+def opened(
+    model: nn.Module,
+    clean: ImageSet | Iterable[tuple[Tensor, Tensor]],
+    config: Config,
+    *,
+    seed: int,
+    ledger: Ledger,
+    device: str | torch.device | None = None,
+    input_range: tuple[float, float] = PIXELS,
+    preprocess: Preprocess | None = None,
+    backend: Backend = "auto",
+) -> Scene:
+    """The suspect, copied and traced, and the clean images, all checked: what a repair works on.
+    Arguments are those of ``onp.sanitize``."""
+    images, labels = clean_images(clean, input_range, seed)
+    suspect, where = frozen_copy(model, preprocess, device)
+    trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
+    if isinstance(clean, ImageSet):
+        check_class_names(clean, trace.num_classes)
+    evaluator = MaskEvaluator(trace, suspect, backend=backend, device=where, ledger=ledger)
+    seen = baseline(
+        suspect, evaluator, images, labels, preprocess=preprocess, input_range=input_range
+    )
+    before = activations(evaluator.network, images[:RESPONSE_IMAGES])
+    return Scene(suspect, evaluator, seen, before, config, input_range, seed)
 
 
 def clean_images(
@@ -106,11 +136,15 @@ def checked_target(target: SupportsIndex | None, labels: Tensor, classes: int) -
 
 
 def checked_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises UsageError where there is none."""
+    """The device of that name. Raises UsageError where torch cannot compute on it. Of a GPU only
+    the presence is looked at: a process that leaves it to others should hold no memory there."""
     try:
         chosen = torch.device(device)
-    except RuntimeError as error:
-        raise UsageError(f"unknown device {device!r}: {error}") from error
+        if chosen.type != "cuda":
+            torch.zeros(1, device=chosen).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        first_line = str(error).partition("\n")[0]
+        raise UsageError(f"device {device} cannot be used: {first_line}") from error
     if chosen.type == "cuda":
         if not torch.cuda.is_available():
             raise UsageError(f"device {chosen} was asked for, but torch sees no CUDA device here")
@@ -153,11 +187,7 @@ def baseline(
     network cannot answer, broken logits, images it was not trained on, or not like this, and a
     trace that does not compute what the network computes."""
     classes = evaluator.trace.num_classes
-    if int(labels.max()) >= classes or int(labels.min()) < 0:
-        raise BadData(
-            f"labels must be in 0 .. {classes - 1}, the network's classes, got "
-            f"{int(labels.min())} .. {int(labels.max())}"
-        )
+    check_labels(labels, classes)
     nothing = torch.zeros(evaluator.trace.sites, dtype=torch.bool)
     clean = Clean.seen_by(evaluator, images, labels)
     if not bool(clean.original.isfinite().all()):
@@ -222,8 +252,11 @@ def check_same(
 
 
 @contextmanager
-def torch_threads(count: int) -> Iterator[None]:
-    """Let torch and the engine use ``count`` threads for a while."""
+def torch_threads(count: int | None) -> Iterator[None]:
+    """Let torch and the engine use ``count`` threads for a while; None: as many as they do."""
+    if count is None:
+        yield
+        return
     if count < 1:
         raise UsageError(f"threads must be positive, got {count}")
     before = torch.get_num_threads()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from onp.agent.contenders import getting_through
-from onp.agent.race import Contender
 from onp.evidence import Evidence
+from onp.probes.contenders import getting_through
 from onp.probes.probe import OneClass
+from onp.probes.race import Contender
 from onp.probes.synthesis import synthesise
 from onp.scene import Scene
 

@@ -1,4 +1,4 @@
-"""The story, top to bottom: suspect -> graph -> evidence -> gates -> agent -> mask -> result."""
+"""The story, top to bottom: suspect -> graph -> evidence -> search -> mask -> result."""
 
 from __future__ import annotations
 
@@ -11,35 +11,17 @@ import torch
 from torch import Tensor, nn
 
 from onp.aftercare import Aftercare, AftercareOutcome, care_for
-from onp.agent.choice import Choice
-from onp.agent.flips import Round
-from onp.agent.race import Contender
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
-from onp.evaluate import Backend, MaskEvaluator
+from onp.evaluate import Backend
 from onp.evidence import gather, measured_shift
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
-from onp.prepare import (
-    baseline,
-    check_class_names,
-    check_same,
-    checked_target,
-    clean_images,
-    config_of,
-    frozen_copy,
-    torch_threads,
-    unwrapped,
-)
-from onp.probes.norm_shift import by_site
-from onp.probes.responses import activations
-from onp.renewal import renew
-from onp.report.repair import RunFacts, repair_report
+from onp.prepare import checked_target, config_of, opened, torch_threads, unwrapped
+from onp.pruning import applied, prune
+from onp.report.repair import repair_report
 from onp.result import Result
-from onp.scene import RESPONSE_IMAGES, Scene
-from onp.search import Search
-from onp.suspect.surgery import apply_mask, remove_mask
-from onp.suspect.trace import trace as trace_network
+from onp.suspect.surgery import remove_mask
 
 
 @torch.inference_mode(False)
@@ -82,83 +64,41 @@ def sanitize(
     """
     config = config_of(budget)
     ledger = Ledger(progress or silent)
-    if threads is not None:
-        with torch_threads(threads):
-            return sanitize(
-                model, clean, seed=seed, budget=config, target=target, device=device,
+    aftercare = Aftercare(recalibrate, finetune)
+    with torch_threads(threads):
+        with ledger.stage("prepare"):
+            scene = opened(
+                model, clean, config, seed=seed, ledger=ledger, device=device,
                 input_range=input_range, preprocess=preprocess, backend=backend,
-                recalibrate=recalibrate, finetune=finetune, progress=progress,
             )  # fmt: skip
-
-    with ledger.stage("prepare"):
-        images, labels = clean_images(clean, input_range, seed)
-        suspect, device = frozen_copy(model, preprocess, device)
-        aftercare = Aftercare(recalibrate, finetune)
-        aftercare.check(suspect)
-        trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
-        if isinstance(clean, ImageSet):
-            check_class_names(clean, trace.num_classes)
-        told = checked_target(target, labels, trace.num_classes)
-        evaluator = MaskEvaluator(trace, suspect, backend=backend, device=device, ledger=ledger)
-        seen = baseline(
-            suspect, evaluator, images, labels, preprocess=preprocess, input_range=input_range
-        )
-        graph = build_graph(trace, suspect, config.graph)
-
-    with ledger.stage("statistics"):
-        before = activations(evaluator.network, images[:RESPONSE_IMAGES])
-        shift = measured_shift(evaluator, suspect, seen, config, valid=input_range, seed=seed)
-    scene = Scene(suspect, evaluator, seen, before, config, input_range, seed)
-    evidence = gather(scene, shift, told)
-
-    mask = torch.zeros(trace.sites, dtype=torch.bool)
-    counted = evidence.counted
-    renewed: list[Contender] = []
-    rounds: list[Round] = []
-    choice: Choice | None = None
-    if evidence.verdict.target is not None:
-        search = Search(scene.with_copies(), graph, by_site(shift, trace), evidence)
-        finalists, rounds = search.find(counted, [])
-        with ledger.stage("renew"):
-            renewed = renew(scene, evidence, finalists[0])
-        if renewed:
-            counted = [*counted, *renewed]
-            finalists, more = search.find(counted, finalists)
-            rounds = rounds + more
-        with ledger.stage("choose"):
-            choice = search.choose(finalists, counted)
-            mask = choice.mask
-
-    with ledger.stage("finish"):
-        after = seen.answers
-        if mask.any():
-            after = evaluator.run(mask[None], images, exact=True)[0].argmax(1)
-        right = torch.stack([seen.answers, after]) == labels
-        pruned = apply_mask(suspect, trace, mask)
-        check_same(pruned, evaluator, mask, images, "the mask as applied")
-    cared: AftercareOutcome | None = None
-    if aftercare and bool(mask.any()):
-        with ledger.stage("aftercare"):
-            cared = care_for(
-                pruned, suspect, images, labels, [contender.probe for contender in counted],
-                aftercare, config.aftercare, seed=seed, ledger=ledger,
-            )  # fmt: skip
-            pruned = cared.model
-    prefix = "" if preprocess is None else "1."
-    run = RunFacts(
-        config, seed, input_range, evaluator.backend, evaluator.precision, str(device), prefix,
-        ledger, told,
-    )  # fmt: skip
-    report = repair_report(
-        run, trace, shift, evidence, counted, renewed, rounds, choice, mask, right, cared
-    )
-    repaired = unwrapped(pruned, preprocess)
+            trace, suspect, seen = scene.evaluator.trace, scene.model, scene.clean
+            aftercare.check(suspect)
+            told = checked_target(target, seen.labels, trace.num_classes)
+            graph = build_graph(trace, suspect, config.graph)
+        with ledger.stage("statistics"):
+            shift = measured_shift(scene)
+        evidence = gather(scene, shift, told)
+        pruning = prune(scene, graph, shift, evidence)
+        with ledger.stage("finish"):
+            pruned, right = applied(scene, pruning.mask)
+        cared: AftercareOutcome | None = None
+        if aftercare and bool(pruning.mask.any()):
+            with ledger.stage("aftercare"):
+                cared = care_for(
+                    pruned, suspect, seen.images, seen.labels,
+                    [contender.probe for contender in pruning.counted],
+                    aftercare, config.aftercare, seed=seed, ledger=ledger,
+                )  # fmt: skip
+                pruned = cared.model
 
     def cut() -> tuple[nn.Module, int]:
-        smaller, stayed = remove_mask(pruned, trace, mask)
+        smaller, stayed = remove_mask(pruned, trace, pruning.mask)
         return unwrapped(smaller, preprocess), stayed
 
-    return Result(repaired, mask, evidence.verdict.finding, report, cut)
+    prefix = "" if preprocess is None else "1."
+    report = repair_report(scene, shift, evidence, pruning, right, cared, told, prefix)
+    finding = evidence.verdict.finding
+    return Result(unwrapped(pruned, preprocess), pruning.mask, finding, report, cut)
 
 
 class _Story(ModuleType):

@@ -8,14 +8,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from onp.agent.contenders import successes_of
-from onp.agent.race import Contender, race
 from onp.clean import Clean
 from onp.config import Config
 from onp.copies import with_copies
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.additive import Additive
+from onp.probes.contenders import successes_of
 from onp.probes.departure import Departures, departures
 from onp.probes.families import Family, Range
 from onp.probes.generator import Generator
@@ -23,6 +22,7 @@ from onp.probes.margin import Margins, largest_margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.patch import Patch
 from onp.probes.probe import OneClass, Probe, Target
+from onp.probes.race import Contender, race
 from onp.probes.replay import Replayed, replay
 from onp.probes.responses import activations, responses
 from onp.probes.roaming import Roaming

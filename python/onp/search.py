@@ -17,14 +17,15 @@ from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back, improve
 from onp.agent.gates import learn_gates
 from onp.agent.learner import Learner
-from onp.agent.race import Contender, heads_of
 from onp.agent.relaxed import RelaxedCost
 from onp.agent.state import State
 from onp.agent.weights import load_policy
 from onp.evidence import Evidence
 from onp.features import node_features
 from onp.graph import NeuronGraph
+from onp.masks import heads_of
 from onp.probes.probe import Probe, Strengthened, Trigger
+from onp.probes.race import Contender
 from onp.probes.responses import activation_statistics
 from onp.scene import Scene
 
@@ -83,7 +84,7 @@ class Search:
             trace, self.scene.model, self.graph, activation_statistics(self.scene.before),
             self.norm_shift,
             gates,
-            nothing if evidence.unlearning is None else evidence.unlearning,
+            nothing if evidence.unlearning is None else evidence.unlearning.response,
             [c.ranking for c in counted],
             [c.ranking for c in evidence.contenders if c.probe.target not in own],
         )  # fmt: skip

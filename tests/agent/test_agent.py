@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from onp.agent.caution import CautionModel
 from onp.agent.effects import CAUTION, Effects, columns
 from onp.agent.learner import Experience, Learner
-from onp.agent.objective import Objective
 from onp.agent.policy import PruningPolicy
 from onp.agent.state import State
 from onp.config import AgentConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
 from onp.graph import build_graph
+from onp.probes.objective import Objective
 from onp.probes.patch import Patch
 from onp.probes.probe import Probe
 from onp.suspect.trace import Trace, trace

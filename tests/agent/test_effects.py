@@ -6,9 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from onp.agent.cost import Cost, margin
+from onp.agent.cost import Cost
 from onp.agent.effects import Effects, columns, flip_effects
 from onp.agent.flips import flipped
+from onp.answers import margin
 from onp.clean import Clean
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator

@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 
 from onp.agent.gates import learn_gates
-from onp.agent.race import heads_of
 from onp.agent.relaxed import RelaxedCost
 from onp.clean import Clean
 from onp.config import GatesConfig
 from onp.evaluate import MaskEvaluator
 from onp.ledger import Ledger
+from onp.masks import heads_of
 from onp.probes.probe import Probe
 from onp.suspect.trace import trace
 from tests.agent.test_agent import CHANNELS, PLANTED, SIZE, toy

@@ -18,12 +18,12 @@ from bench.zoo.folds import attack_fold
 from bench.zoo.recipes import CORE
 from onp.agent.cost import Cost
 from onp.agent.elite import Elite
-from onp.agent.race import Contender
 from onp.config import Config
 from onp.errors import UsageError
 from onp.evidence import Evidence
 from onp.probes.margin import Margins
 from onp.probes.probe import Probe
+from onp.probes.race import Contender
 from onp.probes.square import SQUARES
 from onp.scene import Squares
 from onp.verdict import Verdict

@@ -305,6 +305,6 @@ def test_the_shift_is_measured_on_some_of_every_class(
     evaluator = MaskEvaluator(trace(trained, (3, *clean.images.shape[1:3])), trained)
     whole = Clean.seen_by(evaluator, clean.floats(), clean.labels)
     config = Config(replay=ReplayConfig(measured=measured))
-    shift = measured_shift(evaluator, trained, whole, config, valid=(0.0, 1.0), seed=0)
+    shift = measured_shift(Scene(trained, evaluator, whole, [], config, (0.0, 1.0), 0))
     assert shift is not None
     assert len(shift.clean) == used

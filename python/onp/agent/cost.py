@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onp.answers import margin
 from onp.clean import Clean
 from onp.config import CostConfig
 from onp.evaluate import MaskEvaluator
@@ -46,10 +47,6 @@ class Parts:
     turned: Tensor
     """Weighted nats of the target's probability on the triggered image, -log(1 - p), uncapped and
     not in excess; 0 where it is the label. What the model of the margins foresees."""
-
-    def cpu(self) -> Parts:
-        """In host memory."""
-        return Parts(self.harm.cpu(), self.success.cpu(), self.turned.cpu())
 
     def gains(self, present: Parts) -> Tensor:
         """What every mask gains over the one mask of ``present``, on clean and on triggered images:
@@ -193,11 +190,3 @@ def dealt_out(count: int, hands: int) -> list[Tensor]:
     dealt out in ``hands`` parts, int64 each."""
     order = torch.randperm(count, generator=torch.Generator().manual_seed(0))
     return [order[hand::hands].sort().values for hand in range(hands)]
-
-
-def margin(logits: Tensor, answers: Tensor) -> Tensor:
-    """How far each answer int64 [...] leads in logits [..., K]: over the log-sum-exp of the others,
-    float32 [...]."""
-    chosen = answers[..., None]
-    rest = logits.scatter(-1, chosen, -torch.inf).logsumexp(-1)
-    return logits.gather(-1, chosen).squeeze(-1) - rest

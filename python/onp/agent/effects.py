@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from onp.agent.cost import Cost, margin
+from onp.agent.cost import Cost
+from onp.answers import margin
 
 CHUNK = 64
 """Images, each with its triggered twin, in one backward pass."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onp.answers import harm, margin
 from onp.clean import Clean
 from onp.config import GatesConfig
 from onp.probes.probe import Probe, Trigger
@@ -60,13 +61,8 @@ class RelaxedCost:
             pairs = list(zip(self.probes, hit, strict=True))
             triggered = [probe(images[index]) for probe, index in pairs]
             wanted = torch.cat([probe.wanted(labels[index]) for probe, index in pairs])
-        answers = wanted[:, None]
         logits = self.network(torch.cat([images[kept], *triggered]), gates)
         logs = logits[:draw].log_softmax(1)
-        harm = F.nll_loss(logs, labels[kept]) + F.kl_div(
-            logs, self.clean.original[kept], log_target=True, reduction="batchmean"
-        )
-        own = logits[draw:].gather(1, answers).squeeze(1)
-        rest = logits[draw:].scatter(1, answers, -torch.inf).logsumexp(1)
-        turned = F.softplus(own - rest).mean()
-        return turned + self.config.clean_weight * harm + (self.price * (1 - gates)).sum()
+        moved = harm(logs, labels[kept], self.clean.original[kept])
+        turned = F.softplus(margin(logits[draw:], wanted)).mean()
+        return turned + self.config.clean_weight * moved + (self.price * (1 - gates)).sum()

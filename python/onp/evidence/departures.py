@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 
 from onp.evidence.standing import DRAWS
+from onp.probes.departure import images_of
 from onp.scene import Scene
 from onp.verdict import MANY_CLASSES, Verdict, by_departures
 
@@ -18,12 +19,12 @@ def from_departures(scene: Scene) -> tuple[Verdict, list[tuple[int, int]]]:
     """What squares that lead each class's images away say; a place that calls is looked at from two
     more starts, and the mean must call the same. And squares that stand for the trigger, by place
     and draw: three of that place for one class's images, or one of each of the three places where
-    most images come to the class. Not asked where the images are of fewer than ten classes."""
+    most images come to the class. Not asked where fewer than ten classes have images enough."""
     config = scene.config.verdict
-    found = scene.departures()
-    if len(found.sources) < MANY_CLASSES:
+    if len(images_of(scene.clean, scene.evaluator.trace.num_classes)) < MANY_CLASSES:
         reason = "score 0.00: too few classes have images enough to see where these go"
         return Verdict("clean", 0.0, None, "squares", {"advantage": 0.0}, reason), []
+    found = scene.departures()
     verdict, place = by_departures(found, config)
     if verdict.target is None:
         return verdict, []

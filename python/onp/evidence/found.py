@@ -7,11 +7,20 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from onp.agent.race import Contender
 from onp.probes.margin import Margins
-from onp.probes.unlearning import Unlearned
+from onp.probes.race import Contender
 from onp.scene import Squares
 from onp.verdict import Verdict
+
+
+@dataclass(frozen=True)
+class Unlearning:
+    """What it left of the network, and where it changed it."""
+
+    answers: Tensor
+    """How many clean images got each answer, int64 [K]."""
+    response: Tensor
+    """Of every site, float32 [S]."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,5 @@ class Evidence:
     """What squares reach, where they were asked."""
     margins: Margins | None = None
     """How far margins can be driven, where they were asked as nothing else called a backdoor."""
-    unlearned: Unlearned | None = None
+    unlearning: Unlearning | None = None
     """Where there are too many classes to look at them all."""
-    unlearning: Tensor | None = None
-    """Response of every site to it, float32 [S]."""

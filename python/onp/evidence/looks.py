@@ -7,16 +7,15 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from onp.agent.contenders import strength
-from onp.agent.race import Contender
 from onp.evidence.departures import from_departures
-from onp.evidence.found import Evidence
+from onp.evidence.found import Evidence, Unlearning
 from onp.evidence.standing import DRAWS, Call, learned_in, standing_for, works
+from onp.probes.contenders import strength
 from onp.probes.probe import OneClass, Target
+from onp.probes.race import Contender
 from onp.probes.responses import responses
-from onp.probes.unlearning import Unlearned, unlearn
+from onp.probes.unlearning import unlearn
 from onp.scene import RESPONSE_IMAGES, ROAMING, Scene, Squares
 from onp.suspect.network import FrozenNetwork
 from onp.verdict import (
@@ -36,7 +35,7 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
     away. Classes that are called are probed by every family, and so are those that are nearest by
     the looks, and their probes are raced."""
     config = scene.config
-    classes, unlearned, unlearning = suspects(scene)
+    classes, unlearning = suspects(scene)
     looked = scene.looks(classes)
     squares, calls = from_looks(scene, looked, scene.squares(classes), called)
     verdict, margins = calls[0].verdict, None
@@ -57,19 +56,26 @@ def from_probes(scene: Scene, called: bool = False) -> Evidence:
         contenders, counted = standing_for(scene, calls, squares, nearest(looked))
         verdict = also_called(verdict, [one.verdict for one in calls[1:]])
     return Evidence(
-        verdict, contenders, counted, looked=looked, squares=squares, margins=margins,
-        unlearned=unlearned, unlearning=unlearning,
+        verdict, contenders, counted,
+        looked=looked, squares=squares, margins=margins, unlearning=unlearning,
     )  # fmt: skip
 
 
-def suspects(scene: Scene) -> tuple[Sequence[int], Unlearned | None, Tensor | None]:
-    """The classes to look at: all, or if there are too many those that unlearning leaves; then what
-    it left, and how much it changed each site, float32 [S]."""
+def suspects(scene: Scene) -> tuple[Sequence[int], Unlearning | None]:
+    """The classes to look at: all, or if there are too many the commonest answers of what
+    unlearning leaves of the network; and that."""
     classes, most = range(scene.evaluator.trace.num_classes), scene.config.synthesis.looked_at
     if len(classes) <= most:
-        return classes, None, None
-    unlearned, changed = left_by_unlearning(scene)
-    return unlearned.suspects(most), unlearned, changed
+        return classes, None
+    network, images = scene.evaluator.network, scene.clean.images
+    with scene.ledger.stage("unlearn"):
+        unlearned = unlearn(
+            scene.model, images, scene.clean.labels, scene.config.unlearning,
+            seed=scene.seed, ledger=scene.ledger,
+        )  # fmt: skip
+        left = FrozenNetwork(network.trace, unlearned.model, network.device)
+        response = responses(scene.before, left, images[:RESPONSE_IMAGES], scene.ledger)
+    return unlearned.suspects(most), Unlearning(unlearned.answers, response)
 
 
 def from_looks(
@@ -148,18 +154,6 @@ def squares_for(
         if beyond_doubt(said, scene.config.verdict):
             learned += learned_in(scene, target, [(place, draw) for draw in DRAWS])
     return squares, [one for one in learned if works(one, scene.config)]
-
-
-def left_by_unlearning(scene: Scene) -> tuple[Unlearned, Tensor]:
-    """What unlearning leaves of the network, and how much that changes each site, float32 [S]."""
-    network, images = scene.evaluator.network, scene.clean.images
-    with scene.ledger.stage("unlearn"):
-        unlearned = unlearn(
-            scene.model, images, scene.clean.labels, scene.config.unlearning,
-            seed=scene.seed, ledger=scene.ledger,
-        )  # fmt: skip
-        left = FrozenNetwork(network.trace, unlearned.model, network.device)
-        return unlearned, responses(scene.before, left, images[:RESPONSE_IMAGES], scene.ledger)
 
 
 def nearest(looked: Sequence[Contender]) -> list[int]:

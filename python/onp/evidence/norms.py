@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from torch import nn
-
-from onp.clean import Clean
-from onp.config import Config
-from onp.evaluate import MaskEvaluator
 from onp.evidence.found import Evidence
 from onp.evidence.standing import works
-from onp.probes.families import Range
 from onp.probes.norm_shift import NormShift, norm_shift
 from onp.probes.probe import LabelShift, Probe
 from onp.scene import Scene
@@ -21,22 +15,15 @@ LEAST_A_CLASS = 4
 """Clean images a class, on average, that the norms' shift is measured on at least."""
 
 
-def measured_shift(
-    evaluator: MaskEvaluator,
-    model: nn.Module,
-    clean: Clean,
-    config: Config,
-    *,
-    valid: Range,
-    seed: int,
-) -> NormShift | None:
+def measured_shift(scene: Scene) -> NormShift | None:
     """The norms' shift, on as many clean images as the budget has it, but on some of every class:
     class means are taken out of it."""
-    count = max(config.replay.measured, LEAST_A_CLASS * evaluator.trace.num_classes)
-    some = clean[:count]
+    network = scene.evaluator.network
+    count = max(scene.config.replay.measured, LEAST_A_CLASS * network.trace.num_classes)
+    some = scene.clean[:count]
     return norm_shift(
-        evaluator.network, model, some.images, some.labels,
-        valid=valid, seed=seed, ledger=evaluator.ledger,
+        network, scene.model, some.images, some.labels,
+        valid=scene.valid, seed=scene.seed, ledger=scene.ledger,
     )  # fmt: skip
 
 

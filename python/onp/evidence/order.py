@@ -77,7 +77,7 @@ def with_others(scene: Scene, found: Evidence) -> Evidence:
     taken = [one for one in found.verdict.targets if isinstance(one, int)]
     if not scene.config.synthesis.look_beside or not taken:
         return found
-    classes, unlearned, unlearning = suspects(scene)
+    classes, unlearning = suspects(scene)
     looked = scene.looks(classes)
     squares, calls = from_looks(scene, looked, scene.squares(classes), taken=taken)
     near = [one for one in nearest(looked) if one not in taken]
@@ -89,7 +89,7 @@ def with_others(scene: Scene, found: Evidence) -> Evidence:
         verdict=verdict,
         contenders=[*found.contenders, *contenders, *own],
         counted=[*found.counted, *counted, *own],
-        looked=looked, squares=squares, unlearned=unlearned, unlearning=unlearning,
+        looked=looked, squares=squares, unlearning=unlearning,
     )  # fmt: skip
 
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from onp.agent.contenders import counted_contenders
 from onp.evidence.found import Evidence
 from onp.evidence.standing import raced_for
+from onp.probes.contenders import counted_contenders
 from onp.probes.probe import LabelShift
 from onp.scene import PLACES, Scene
 from onp.verdict import by_shifting_squares

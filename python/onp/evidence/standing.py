@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from onp.agent.contenders import counted_contenders, leading
-from onp.agent.race import Contender
 from onp.config import Config
+from onp.probes.contenders import counted_contenders, leading
 from onp.probes.families import Family
 from onp.probes.probe import Target
+from onp.probes.race import Contender
 from onp.scene import PLACES, Scene, Squares
 from onp.verdict import Verdict
 

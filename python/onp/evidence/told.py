@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from onp.agent.race import Contender
 from onp.evidence.found import Evidence
 from onp.evidence.looks import nearest, squares_for, suspects
 from onp.evidence.standing import Call, standing_for, works
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import classes_of
+from onp.probes.race import Contender
 from onp.scene import Scene
 from onp.verdict import named
 
@@ -22,9 +22,9 @@ def with_told(scene: Scene, shift: NormShift | None, found: Evidence, target: in
     called = found.verdict.targets
     if target in (one for answered in called for one in classes_of(answered)):
         return found
-    looked, unlearned, unlearning = found.looked, found.unlearned, found.unlearning
+    looked, unlearning = found.looked, found.unlearning
     if not looked:
-        classes, unlearned, unlearning = suspects(scene)
+        classes, unlearning = suspects(scene)
         looked = scene.looks(sorted({target, *classes}))
     squares = found.squares
     if squares is None or target not in squares.targets:
@@ -43,7 +43,7 @@ def with_told(scene: Scene, shift: NormShift | None, found: Evidence, target: in
             *contenders, *own, *explaining,
         ],
         counted=[*found.counted, *counted, *own, *explaining],
-        looked=looked, squares=squares, unlearned=unlearned, unlearning=unlearning,
+        looked=looked, squares=squares, unlearning=unlearning,
     )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from onp.answers import margin
 from onp.clean import Clean
 from onp.ledger import Ledger
 from onp.optimizers import Adam
@@ -48,9 +49,18 @@ class Departures:
 def away(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of images that are to leave their labels int64 [N], logits [N, K]: how far these
     lead, summed."""
-    own = logits.gather(1, labels[:, None]).squeeze(1)
-    rest = logits.scatter(1, labels[:, None], -torch.inf).logsumexp(1)
-    return (own - rest).clamp_min(GONE).sum()
+    return margin(logits, labels).clamp_min(GONE).sum()
+
+
+def images_of(clean: Clean, classes: int) -> dict[int, Tensor]:
+    """By class, where there are enough of them: numbers int64 [n] of the clean images that are
+    answered rightly."""
+    right = clean.answers == clean.labels
+    return {
+        label: places
+        for label in range(classes)
+        if len(places := ((clean.labels == label) & right).nonzero().squeeze(1)) >= LEAST
+    }
 
 
 def departures(
@@ -71,12 +81,7 @@ def departures(
     random = torch.Generator().manual_seed(seed)
     images, labels = clean.images, clean.labels
     channels, height, width = images.shape[1:]
-    right = clean.answers == labels
-    known = {
-        label: places
-        for label in range(network.trace.num_classes)
-        if len(places := ((labels == label) & right).nonzero().squeeze(1)) >= LEAST
-    }
+    known = images_of(clean, network.trace.num_classes)
     sources = list(known)[:most]
     learned = [known[source][: len(known[source]) // 2] for source in sources]
     judged = [known[source][len(known[source]) // 2 :][:JUDGED] for source in sources]

@@ -12,7 +12,7 @@ from onp.suspect.trace import SiteLayer
 
 @torch.no_grad()
 def activations(network: FrozenNetwork, images: Tensor) -> list[Tensor]:
-    """Every site layer's activations on images, [N, C, H, W] or [N, C] each."""
+    """Every site layer's activations on images, [N, C, H, W], tokens [N, C, T] or [N, C] each."""
     seen: list[Tensor] = []
 
     def keep(_layer: SiteLayer, values: Tensor) -> None:

@@ -4,24 +4,24 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
-ReportProgress = Callable[[str, int, int, str], None]
-"""``(stage, done, total, message)``: of the stage's ``total`` steps ``done`` are done."""
+from onp.ledger import Progress as Reporter
+from onp.ledger import silent
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 @contextmanager
-def progress_on_stderr(quiet: bool) -> Iterator[ReportProgress]:
+def progress_on_stderr(quiet: bool) -> Iterator[Reporter]:
     """What to call with progress, for the time of one command."""
     if quiet:
-        yield lambda _stage, _done, _total, _message: None
+        yield silent
     elif sys.stderr.isatty():
         with _bars(Console(stderr=True)) as bars:
             yield _Bars(bars)

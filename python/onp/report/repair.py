@@ -4,64 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any
 
 from torch import Tensor
 
 from onp.aftercare import AftercareOutcome
 from onp.agent.choice import Choice
-from onp.agent.contenders import strength
-from onp.agent.flips import Round
-from onp.agent.race import Contender
-from onp.config import Config
 from onp.environment import describe
 from onp.evidence import Evidence
-from onp.ledger import Ledger
 from onp.metrics import interval
+from onp.probes.contenders import strength
 from onp.probes.margin import Margins
 from onp.probes.norm_shift import NormShift
 from onp.probes.probe import OneClass, Probe, Target, classes_of
-from onp.scene import ROAMING, Squares
-from onp.suspect.trace import Trace
+from onp.probes.race import Contender
+from onp.pruning import Pruning
+from onp.scene import ROAMING, Scene, Squares
 
 SCHEMA = "onp.repair/12"
 
 
-@dataclass(frozen=True)
-class RunFacts:
-    """What a run was asked for and what it cost."""
-
-    config: Config
-    seed: int
-    input_range: tuple[float, float]
-    backend: str
-    precision: str
-    """Of convolutions during the search: fp32, or on a GPU tf32."""
-    device: str
-    prefix: str
-    """What the names of the suspect's modules begin with in the trace."""
-    ledger: Ledger
-    told: int | None = None
-    """The class that was named as suspect."""
-
-
 def repair_report(
-    run: RunFacts,
-    trace: Trace,
+    scene: Scene,
     shift: NormShift | None,
     evidence: Evidence,
-    counted: Sequence[Contender],
-    renewed: Sequence[Contender],
-    rounds: Sequence[Round],
-    choice: Choice | None,
-    mask: Tensor,
+    pruning: Pruning,
     right: Tensor,
-    cared: AftercareOutcome | None = None,
+    cared: AftercareOutcome | None,
+    told: int | None,
+    prefix: str,
 ) -> dict[str, Any]:
     """Everything a reader needs to see why; JSON-able. right: bool [2, N], answers before and
-    after that are the label's."""
-    verdict, unlearned = evidence.verdict, evidence.unlearned
+    after that are the label's. told: the class that was named as suspect. prefix: what the names of
+    the suspect's modules begin with in the trace."""
+    trace, ledger, mask = scene.evaluator.trace, scene.ledger, pruning.mask
+    verdict, unlearning = evidence.verdict, evidence.unlearning
     count = right.shape[1]
     before, after = (int(row.sum()) for row in right)
     return {
@@ -77,7 +55,7 @@ def repair_report(
         "norm_shift": None if shift is None else round(shift.excess, 4),
         "source_class": verdict.target.source if isinstance(verdict.target, OneClass) else None,
         "target_classes": [one for target in verdict.targets for one in classes_of(target)],
-        "told_class": run.told,
+        "told_class": told,
         "accuracy": {
             "before": before / count,
             "after": after / count,
@@ -89,31 +67,31 @@ def repair_report(
         "sites": {"total": trace.sites, "pruned": int(mask.sum())},
         "layers": [
             {
-                "name": layer.name.removeprefix(run.prefix),
+                "name": layer.name.removeprefix(prefix),
                 "sites": layer.channels,
                 "pruned": mask[layer.sites].nonzero().squeeze(1).tolist(),
             }
             for layer in trace.layers
         ],
-        "unlearned_answers": None if unlearned is None else unlearned.answers.tolist(),
+        "unlearned_answers": None if unlearning is None else unlearning.answers.tolist(),
         "looks": _looks(evidence.looked),
         "squares": None if evidence.squares is None else _squares(evidence.squares),
         "margins": None if evidence.margins is None else _margins(evidence.margins),
-        "probes": [_probe(c, c in counted) for c in evidence.contenders],
-        "renewed_probes": [_probe(c, True) for c in renewed],
-        "choice": None if choice is None else _choice(choice),
-        "rounds": [{k: round(v, 5) for k, v in asdict(log).items()} for log in rounds],
-        "image_forwards": {**run.ledger.forwards, "total": run.ledger.total},
+        "probes": [_probe(c, c in pruning.counted) for c in evidence.contenders],
+        "renewed_probes": [_probe(c, True) for c in pruning.renewed],
+        "choice": None if pruning.choice is None else _choice(pruning.choice),
+        "rounds": [{k: round(v, 5) for k, v in asdict(log).items()} for log in pruning.rounds],
+        "image_forwards": {**ledger.forwards, "total": ledger.total},
         "seconds": {
-            **{stage: round(seconds, 3) for stage, seconds in run.ledger.seconds.items()},
-            "total": round(sum(run.ledger.seconds.values()), 3),
+            **{stage: round(seconds, 3) for stage, seconds in ledger.seconds.items()},
+            "total": round(sum(ledger.seconds.values()), 3),
         },
-        "seed": run.seed,
-        "input_range": list(run.input_range),
-        "backend": run.backend,
-        "precision": run.precision,
-        "device": run.device,
-        "config": asdict(run.config),
+        "seed": scene.seed,
+        "input_range": list(scene.valid),
+        "backend": scene.evaluator.backend,
+        "precision": scene.evaluator.precision,
+        "device": str(scene.evaluator.network.device),
+        "config": asdict(scene.config),
         "environment": describe(),
     }
 

@@ -33,7 +33,8 @@ class SiteLayer:
     start: int
     channels: int
     consumers: tuple[int, ...]
-    """Op indices of the conv/linear that read the value through pools and flatten only."""
+    """Op indices of the conv/linear that read the value through pools, picked places and flatten
+    only."""
     masked_edges: frozenset[tuple[int, int]]
     """(reader op, input position) pairs that read the *masked* copy of the value; all other
     readers (a residual add, say) read it unmasked."""

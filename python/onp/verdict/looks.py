@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from onp.agent.contenders import advantage, leading
-from onp.agent.race import Contender
 from onp.config import VerdictConfig
+from onp.probes.contenders import advantage, leading
+from onp.probes.race import Contender
 from onp.verdict.finding import LEAST_CLASSES, MANY_CLASSES, Verdict, judged, ramp
 
 LEAST_LOOKED_AT = 5

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from onp.agent.race import Contender
 from onp.config import Config, SynthesisConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.probe import Probe, Target
+from onp.probes.race import Contender
 
 TOGETHER = 16
 """Probes whose triggered images are run in one call."""
@@ -34,16 +34,20 @@ def strength(success: float, size: float) -> float:
 def advantage(contender: Contender, contenders: Sequence[Contender]) -> float:
     """Binary logarithm of the contender's strength over the strongest of its family for another
     class; 0 if no other class was probed."""
-    rivals = [
-        strength(other.success, other.probe.size)
-        for other in contenders
-        if other.probe.family.name == contender.probe.family.name
-        and other.probe.target != contender.probe.target
-    ]
+    rivals = rivalling(contender.probe, contenders)
     if not rivals:
         return 0.0
     own = strength(contender.success, contender.probe.size)
     return math.log2(max(own, LEAST_STRENGTH) / max(*rivals, LEAST_STRENGTH))
+
+
+def rivalling(probe: Probe, contenders: Sequence[Contender]) -> list[float]:
+    """Strengths of those of the probe's family that are for another class."""
+    return [
+        strength(other.success, other.probe.size)
+        for other in contenders
+        if other.probe.family.name == probe.family.name and other.probe.target != probe.target
+    ]
 
 
 def leading(
@@ -96,32 +100,20 @@ def getting_through(
     """The probes that still work on the network pruned by ``mask`` bool [S] and are stronger than
     what another class needs on the suspect."""
     count = min(config.race.second_images, len(images))
+    reached = successes_of(probes, evaluator, mask, images[:count], labels[:count])
     found = []
-    for probe in probes:
-        success = success_of(probe, evaluator, mask, images[:count], labels[:count])
-        rivals = [
-            strength(other.success, other.probe.size)
-            for other in contenders
-            if other.probe.family.name == probe.family.name and other.probe.target != probe.target
-        ]
-        bar = max(rivals, default=0.0) * 2**config.synthesis.through_strength
+    for probe, success in zip(probes, reached, strict=True):
+        bar = max(rivalling(probe, contenders), default=0.0) * 2**config.synthesis.through_strength
         if success >= config.synthesis.through_success and strength(success, probe.size) > bar:
             found.append(probe)
     return found
 
 
-def success_of(
-    probe: Probe, evaluator: MaskEvaluator, mask: Tensor, images: Tensor, labels: Tensor
-) -> float:
-    """Mean excess probability of the probe's target under ``mask`` bool [S], on the images of
-    other classes; 0 where there are none."""
-    return successes_of([probe], evaluator, mask, images, labels)[0]
-
-
 def successes_of(
     probes: Sequence[Probe], evaluator: MaskEvaluator, mask: Tensor, images: Tensor, labels: Tensor
 ) -> list[float]:
-    """``success_of`` each of some probes, together."""
+    """Mean excess probability of each probe's target under ``mask`` bool [S], on the images of
+    other classes; 0 where there are none."""
     clean = evaluator.run(mask[None], images)[0].softmax(1)
     found = list[float]()
     for first in range(0, len(probes), TOGETHER):

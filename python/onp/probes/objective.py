@@ -1,12 +1,13 @@
 """What a mask is worth against one probe, from clean images alone: the race uses it.
 
     J(m) = share of the probe's success that m removes
-           - accuracy_weight * (loss of clean accuracy)
+           - accuracy_weight * (loss of clean accuracy; a gain counts up to .02)
            - price * (number of pruned sites)
 
-Success and accuracy are mean probabilities (of the probe's target, of the true label), not counts:
-150 held-back images cannot tell masks apart by counts. J is a share, so that probes of different
-strength can be compared; what a mask costs in the end is ``onp.agent.cost``'s to say.
+Success and accuracy are mean probabilities (of the probe's target, in excess of the same images'
+own; of the true label), not counts: a hundred images cannot tell masks apart by counts. J is a
+share, so that probes of different strength can be compared; what a mask costs in the end is
+``onp.agent.cost``'s to say.
 """
 
 from __future__ import annotations
@@ -20,6 +21,9 @@ from onp.config import ScoreConfig
 from onp.evaluate import MaskEvaluator
 from onp.probes.probe import Probe
 
+MOST_GAINED = 0.02
+"""Accuracy above the suspect's that is counted: a hundred images make some mask look better."""
+
 
 @dataclass(frozen=True)
 class Values:
@@ -28,10 +32,6 @@ class Values:
     total: Tensor
     removed: Tensor
     """Share of probe success removed, at most 1."""
-    accuracy: Tensor
-    """Mean probability of the true label on clean images."""
-    success: Tensor
-    """Mean probability of the target on triggered images, in excess of the same images' own."""
 
 
 class Objective:
@@ -58,11 +58,11 @@ class Objective:
         """Worth of masks bool [B, S]; one engine call."""
         accuracy, success = self._measure(pruned)
         removed = 1 - success / self.success
-        lost = (self.accuracy - accuracy).clamp_min(-0.02)
+        lost = (self.accuracy - accuracy).clamp_min(-MOST_GAINED)
         total = (
             removed - self.config.accuracy_weight * lost - self.config.price * pruned.sum(1).float()
         )
-        return Values(total, removed, accuracy, success)
+        return Values(total, removed)
 
     def _measure(self, pruned: Tensor) -> tuple[Tensor, Tensor]:
         """Accuracy and success, float32 [B] each."""

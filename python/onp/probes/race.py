@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from onp.agent.objective import Objective
 from onp.config import RaceConfig, ScoreConfig
 from onp.evaluate import MaskEvaluator
+from onp.masks import heads_of
+from onp.probes.objective import Objective
 from onp.probes.probe import Probe
 
 
@@ -37,15 +38,6 @@ class Contender:
 def ranking_masks(ranking: Tensor, shares: Sequence[float]) -> Tensor:
     """Masks bool [len(shares), S] that prune the first share * S sites of a ranking."""
     return heads_of(ranking, [max(1, round(share * len(ranking))) for share in shares])
-
-
-def heads_of(ranking: Tensor, counts: Sequence[int]) -> Tensor:
-    """Masks bool [len(counts), S] that prune the first ``count`` sites of a ranking."""
-    order = ranking.argsort(descending=True, stable=True)
-    masks = torch.zeros(len(counts), len(ranking), dtype=torch.bool)
-    for mask, count in zip(masks, counts, strict=True):
-        mask[order[:count]] = True
-    return masks
 
 
 def race(
