@@ -58,7 +58,7 @@ def scene(config: Config, classes: int = CLASSES) -> Scene:
     return Scene(model, evaluator, clean, before, config, (0.0, 1.0), seed=0)
 
 
-def said(score: float, by: str = "probes") -> Evidence:
+def said(score: float, by: str = "looks") -> Evidence:
     finding = "backdoor" if score >= 0.55 else "clean"
     target = 1 if score >= 0.55 else None
     verdict = Verdict(finding, score, target, by, {}, "")  # type: ignore[arg-type]
@@ -104,7 +104,7 @@ def test_the_stronger_evidence_decides(
         (0.8, 1, "norm statistics", ["probes", "norms"]),
         (0.8, 2, "norm statistics", ["norms"]),  # probes name another class
         (0.8, 3, "norm statistics", ["probes", "norms"]),  # beyond doubt
-        (0.6, 2, "probes", ["probes"]),  # they explain little: probes know the class better
+        (0.6, 2, "looks", ["probes"]),  # they explain little: probes know the class better
     ],
 )
 def test_triggers_that_explain_a_part_do_not_stand_alone(
@@ -123,7 +123,7 @@ def test_triggers_that_explain_a_part_do_not_stand_alone(
     first = evidence(0.7, "norm statistics", 1, "norms")
     monkeypatch.setattr("onp.evidence.order.from_statistics", lambda *_: first)
     monkeypatch.setattr("onp.evidence.order.from_shifting_squares", lambda _: None)
-    second = evidence(0.6 if agreement < 0.65 else 0.9, "probes", named, "probes")
+    second = evidence(0.6 if agreement < 0.65 else 0.9, "looks", named, "probes")
     monkeypatch.setattr("onp.evidence.order.from_probes", lambda *_: second)
     found = gather(scene(BUDGETS["standard"]), None)
     assert found.verdict.by == by
@@ -143,7 +143,7 @@ def test_a_class_that_norms_call_counts_though_looks_call_another_first() -> Non
     first = Evidence(norms, [one(1)], [one(1)], norms)
     doubtful, sure = {"advantage": 1.0, "success": 0.9}, {"advantage": 2.0, "success": 0.9}
     for found, targets in ((doubtful, [1, 4]), (sure, [1, 2, 4])):
-        looks = Verdict("backdoor", 1.0, 2, "probes", found, "score 1.00: looks", (1, 4))
+        looks = Verdict("backdoor", 1.0, 2, "looks", found, "score 1.00: looks", (1, 4))
         probes = [one(2), one(1), one(4)]
         both = together(first, Evidence(looks, probes, probes), STANDARD)
         assert both.verdict.targets == targets
@@ -321,24 +321,24 @@ class Play:
     ("sizes", "rival", "margin", "by", "target", "asked"),
     [
         # A look at every class is all where nothing calls a backdoor,
-        ({}, 0.5, 1.0, "probes", None, []),
-        ({0: 0.7}, 0.5, 1.0, "probes", None, []),  # hardly smaller than for the four others
-        ({0: 0.4, 4: 0.5}, 0.5, 1.0, "probes", None, []),  # than for one
+        ({}, 0.5, 1.0, "looks", None, []),
+        ({0: 0.7}, 0.5, 1.0, "looks", None, []),  # hardly smaller than for the four others
+        ({0: 0.4, 4: 0.5}, 0.5, 1.0, "looks", None, []),  # than for one
         ({}, 0.25, 1.0, "squares", None, []),  # nothing calls, squares come nearest to it
         ({}, 0.5, 1.35, "margins", None, []),
         # and what is called is probed, with the two that are nearest.
-        ({4: 0.5, 1: 0.9}, 0.5, 1.0, "probes", 4, ["probes 410"]),
+        ({4: 0.5, 1: 0.9}, 0.5, 1.0, "looks", 4, ["probes 410"]),
         ({}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),
         ({0: 0.55}, 0.02, 1.0, "squares", 3, ["probes 301", "square 3"]),  # less sure, another
         (
             {3: 0.55},
             0.15,
             1.0,
-            "probes",
+            "looks",
             3,
             ["probes 301"],
         ),  # the same: no square, but beyond doubt
-        ({0: 0.1}, 0.5, 4.0, "probes", 0, ["probes 012"]),  # margins are not asked
+        ({0: 0.1}, 0.5, 4.0, "looks", 0, ["probes 012"]),  # margins are not asked
         ({}, 0.5, 4.0, "margins", 3, ["probes 301", "square 3"]),
     ],
 )
@@ -375,7 +375,7 @@ def test_where_looks_and_squares_call_the_same_class_both_count(
     """However much surer squares are of it."""
     play = Play(monkeypatch, {3: size}, 0.02)
     found = from_probes(scene(STANDARD))
-    assert (found.verdict.by, found.verdict.targets) == ("probes", [3])
+    assert (found.verdict.by, found.verdict.targets) == ("looks", [3])
     assert found.verdict.score == 1.0
     assert found.verdict.reason.startswith("score 1.00: a few steps of a trigger")
     assert play.asked == ["probes 301", "square 3", "square 3 1", "square 3 2"]
@@ -384,7 +384,7 @@ def test_where_looks_and_squares_call_the_same_class_both_count(
     assert len(families) > 3
     assert not set(families[:-3]) & set(SQUARES)
     called = from_probes(scene(STANDARD), called=True)  # norms' triggers count beside, squares not
-    assert (called.verdict.by, called.verdict.targets) == ("probes", [3])
+    assert (called.verdict.by, called.verdict.targets) == ("looks", [3])
     assert [one.probe.family for one in called.counted] == families[:-3]
 
 
@@ -394,10 +394,10 @@ def test_where_looks_and_squares_call_the_same_class_both_count(
         # A square for class 5 in another place,
         ({}, 0.95, "squares", [5, 3], ["probes 5301"]),
         ({}, 0.7, "squares", [3], ["probes 301"]),  # which is not beyond doubt.
-        ({0: 0.1}, 0.02, "probes", [0, 3], ["probes 0312"]),  # A look calls one, a square another,
-        ({0: 0.1, 4: 0.3}, 0.02, "probes", [0, 4, 3], ["probes 04312"]),  # and a look a third
-        ({0: 0.1, 4: 0.6}, 0.02, "probes", [0, 3], ["probes 0341"]),  # or does not.
-        ({0: 0.1, 4: 0.42}, 0.02, "probes", [0, 3], ["probes 0341"]),  # As sure, not beyond doubt.
+        ({0: 0.1}, 0.02, "looks", [0, 3], ["probes 0312"]),  # A look calls one, a square another,
+        ({0: 0.1, 4: 0.3}, 0.02, "looks", [0, 4, 3], ["probes 04312"]),  # and a look a third
+        ({0: 0.1, 4: 0.6}, 0.02, "looks", [0, 3], ["probes 0341"]),  # or does not.
+        ({0: 0.1, 4: 0.42}, 0.02, "looks", [0, 3], ["probes 0341"]),  # As sure, not beyond doubt.
     ],
 )
 def test_further_classes_are_called_once_one_is_left_out(
@@ -603,7 +603,7 @@ def test_where_no_probe_at_length_works_a_square_counts(
     either, the strongest probe."""
     play = Play(monkeypatch, {4: 0.5}, at_length=(0.2, square))
     found = from_probes(scene(STANDARD))
-    assert (found.verdict.by, found.verdict.target) == ("probes", 4)
+    assert (found.verdict.by, found.verdict.target) == ("looks", 4)
     assert play.asked == ["probes 401", "square 4"]
     assert found.squares is not None
     place = SQUARES[found.squares.best_place(4)]

@@ -117,7 +117,7 @@ def test_aftercare_comes_after_pruning_and_is_told(test_set: ImageSet) -> None:
 
 def test_the_report_says_why(repaired: Result) -> None:
     report = json.loads(json.dumps(repaired.report, allow_nan=False))
-    assert report["schema"] == "onp.repair/12"
+    assert report["schema"] == "onp.repair/13"
     assert report["sites"]["pruned"] == int(repaired.mask.sum()) > 0
     pruned = sum(len(layer["pruned"]) for layer in report["layers"])
     assert pruned == report["sites"]["pruned"]
@@ -363,7 +363,7 @@ def test_every_architecture_goes_the_whole_way(name: str, monkeypatch: pytest.Mo
     )
     found = Verdict("backdoor", 1.0, int(labels[0]), "probes", {}, "taken for granted")
     monkeypatch.setattr(
-        "onp.evidence.looks.by_probes",
+        "onp.evidence.looks.by_looks",
         lambda probed, *_: replace(found, target=probed[0].probe.target),
     )
     monkeypatch.setattr(

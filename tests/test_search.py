@@ -33,7 +33,7 @@ from onp.suspect.trace import trace
 from onp.verdict import Verdict
 from tests.agent.test_agent import SIZE, toy
 
-By = Literal["norm statistics", "probes"]
+By = Literal["norm statistics", "looks"]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +56,7 @@ def search_of(scene: Scene, probe: Probe, reached: float, by: By) -> tuple[Searc
 
 @pytest.mark.parametrize(
     ("target", "by", "strengthened"),
-    [(1, "norm statistics", True), (1, "probes", False), (LabelShift(2), "norm statistics", False)],
+    [(1, "norm statistics", True), (1, "looks", False), (LabelShift(2), "norm statistics", False)],
 )
 def test_replayed_triggers_of_a_class_come_at_several_strengths(
     scene: Scene, target: Target, by: By, strengthened: bool
@@ -74,13 +74,13 @@ def test_replayed_triggers_of_a_class_come_at_several_strengths(
 def test_a_trigger_that_adds_little_weighs_more(scene: Scene) -> None:
     probe = toy()[3]
     for reached, factor in ((1.0, 1.0), (0.5, 2**0.5), (0.01, 3**0.5)):
-        search, contender = search_of(scene, probe, reached, "probes")
+        search, contender = search_of(scene, probe, reached, "looks")
         cost = search.cost([contender], slice(20), success_weight=2.0)
         others = cost.labels != probe.wanted(cost.labels)
         torch.testing.assert_close(cost.weight, 2.0 * factor * others)
 
 
-@pytest.mark.parametrize("by", ["probes", "norm statistics"])
+@pytest.mark.parametrize("by", ["looks", "norm statistics"])
 def test_each_trigger_of_several_weighs_as_much_as_one(scene: Scene, by: By) -> None:
     """However many stand for it; but for replayed ones, which come stronger than the attacker's."""
     one = toy()[3]
@@ -382,4 +382,4 @@ def test_the_last_choice_asks_for_what_is_not_known(
 def small(scene: Scene, agent: AgentConfig, choice: ChoiceConfig) -> tuple[Search, Contender]:
     """A search with a part of its configuration."""
     scene = replace(scene, config=replace(scene.config, agent=agent, choice=choice))
-    return search_of(scene, toy()[3], 1.0, "probes")
+    return search_of(scene, toy()[3], 1.0, "looks")

@@ -23,8 +23,8 @@ from onp.verdict import (
     also_called,
     beyond_doubt,
     by_label_shift,
+    by_looks,
     by_margins,
-    by_probes,
     by_shifting_squares,
     by_squares,
     by_statistics,
@@ -56,7 +56,7 @@ def led_by(lead: float, classes: int) -> list[Contender]:
 def test_the_score_is_the_lead(lead: float) -> None:
     contenders = led_by(lead, 10)
     assert advantage(contenders[-1], contenders) == pytest.approx(lead)
-    verdict = by_probes(contenders, CONFIG)
+    verdict = by_looks(contenders, CONFIG)
     assert verdict.score == pytest.approx(min(max(lead / CONFIG.lead, 0.0), 1.0))
     assert (verdict.finding == "backdoor") == (lead > LEAST)
     assert verdict.target == (9 if lead > LEAST else None)
@@ -68,7 +68,7 @@ def test_the_best_family_speaks() -> None:
         *((ADDITIVE, k, 1.0, 0.9) for k in range(10)),
         *((PATCH, k, 0.5 if k == 2 else 1.0, 0.9) for k in range(10)),
     )
-    verdict = by_probes(contenders, CONFIG)
+    verdict = by_looks(contenders, CONFIG)
     assert (verdict.target, verdict.evidence["advantage"]) == (2, 1.0)
     assert "patch, for class 2) are 2^1.0 times" in verdict.reason
 
@@ -81,8 +81,8 @@ def test_a_probe_that_hardly_works_leads_by_chance() -> None:
         (PATCH, 1, 1.0, 0.01),
     )
     assert advantage(contenders[2], contenders) > 3
-    assert by_probes(contenders, CONFIG).finding == "clean"
-    none = by_probes(contenders[2:], CONFIG)
+    assert by_looks(contenders, CONFIG).finding == "clean"
+    none = by_looks(contenders[2:], CONFIG)
     assert (none.finding, none.score) == ("clean", 0.0)
     assert "no probe works" in none.reason
 
@@ -91,13 +91,13 @@ def test_a_probe_that_hardly_works_leads_by_chance() -> None:
 def test_a_lead_over_few_classes_counts_less(among: int, times: float) -> None:
     least = times * LEAST
     for lead, finding in ((least - 0.01, "clean"), (least + 0.01, "backdoor")):
-        assert by_probes(led_by(lead, among), CONFIG).finding == finding
+        assert by_looks(led_by(lead, among), CONFIG).finding == finding
 
 
 def test_of_a_few_classes_no_probe_leads() -> None:
     contenders = led_by(4.3, 5)
-    assert by_probes(contenders, CONFIG).finding == "backdoor"
-    verdict = by_probes(contenders[1:], CONFIG)
+    assert by_looks(contenders, CONFIG).finding == "backdoor"
+    verdict = by_looks(contenders[1:], CONFIG)
     assert (verdict.finding, verdict.score) == ("clean", 0.0)
     assert "of 4 classes" in verdict.reason
 
@@ -105,7 +105,7 @@ def test_of_a_few_classes_no_probe_leads() -> None:
 @pytest.mark.parametrize("classes", [2, 3, 5, 10])
 def test_where_norms_have_called_only_the_class_is_asked_for(classes: int) -> None:
     for lead in (LEAST - 0.01, LEAST + 0.01):
-        verdict = by_probes(led_by(lead, classes), CONFIG, called=True)
+        verdict = by_looks(led_by(lead, classes), CONFIG, called=True)
         named = lead > LEAST and classes > 2
         assert verdict.target == (classes - 1 if named else None)
 
@@ -378,9 +378,9 @@ def test_a_place_where_labels_move_by_two_as_well_hides_no_other() -> None:
         ("squares", 3.5, 0.93, True),
         ("squares", 2.5, 0.93, False),
         ("squares", 3.5, 0.7, False),
-        ("probes", 1.9, 0.93, True),
-        ("probes", 2.4, 0.51, False),
-        ("probes", 1.1, 0.93, False),
+        ("looks", 1.9, 0.93, True),
+        ("looks", 2.4, 0.51, False),
+        ("looks", 1.1, 0.93, False),
     ],
 )
 def test_what_is_called_beside_another_class_must_be_beyond_doubt(

@@ -23,8 +23,8 @@ from onp.verdict import (
     also_called,
     as_sure,
     beyond_doubt,
+    by_looks,
     by_margins,
-    by_probes,
     by_squares,
 )
 
@@ -97,7 +97,7 @@ def from_looks(
     while True:
         further = bool(calls or taken)
         some = [one for one in looked if one.probe.target in left]
-        said = by_probes(some, config, called and not further)
+        said = by_looks(some, config, called and not further)
         squares, seen, place = from_squares(scene, squares, left)
         both = said.target is not None and said.target == seen.target
         said = as_sure(said, seen) if both else said

@@ -71,7 +71,7 @@ def standing_for_one(
     if several and (caller is None or verdict.by == "squares"):
         caller, *several = several
         contenders = [caller, *contenders]
-    elif caller is None or verdict.by != "probes":
+    elif caller is None or verdict.by != "looks":
         learned = scene.probed([target], [square])[0]
         contenders = [learned, *contenders]
         if verdict.by == "squares" or works(learned, config):

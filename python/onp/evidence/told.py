@@ -31,7 +31,7 @@ def with_told(scene: Scene, shift: NormShift | None, found: Evidence, target: in
         squares = scene.squares(sorted({target, *nearest(looked)}))
     squares, own = squares_for(scene, squares, [target], [target, *called])
     verdict = named(found.verdict, target)
-    call = Call(replace(verdict, target=target, by="probes"), [])  # no square but those
+    call = Call(replace(verdict, target=target, by="looks"), [])  # no square but those
     near = [one for one in nearest(looked) if one not in called]
     contenders, counted = standing_for(scene, [call], squares, near)
     explaining = [] if called or shift is None else explained_by(scene, shift, target)

@@ -22,7 +22,7 @@ from onp.probes.race import Contender
 from onp.pruning import Pruning
 from onp.scene import ROAMING, Scene, Squares
 
-SCHEMA = "onp.repair/12"
+SCHEMA = "onp.repair/13"
 
 
 def repair_report(

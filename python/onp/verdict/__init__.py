@@ -47,7 +47,7 @@ from onp.verdict.finding import (
     beyond_doubt,
     named,
 )
-from onp.verdict.looks import by_probes
+from onp.verdict.looks import by_looks
 from onp.verdict.margins import by_margins
 from onp.verdict.norms import also_answered, by_label_shift, by_statistics, target_of
 from onp.verdict.squares import by_departures, by_shifting_squares, by_squares
@@ -62,8 +62,8 @@ __all__ = [
     "beyond_doubt",
     "by_departures",
     "by_label_shift",
+    "by_looks",
     "by_margins",
-    "by_probes",
     "by_shifting_squares",
     "by_squares",
     "by_statistics",

@@ -10,14 +10,14 @@ from typing import Literal
 from onp.config import VerdictConfig
 from onp.probes.probe import Target
 
-Ground = Literal["norm statistics", "squares", "probes", "margins"]
+Ground = Literal["norm statistics", "squares", "looks", "margins"]
 """What a verdict rests on."""
 Finding = Literal["backdoor", "clean", "suspected"]
 """The last: clean by the evidence, but repaired as somebody named a class."""
 MANY_CLASSES = 10
 """With fewer, all of them must show more."""
 LEAST_CLASSES = 3
-"""With fewer, neither margins nor probes lead,"""
+"""With fewer, neither margins nor looks lead,"""
 LEAST_CONTROL = 0.1
 """Labels shifted by two for fewer of the images than this: as good as this many."""
 
@@ -52,7 +52,7 @@ class Verdict:
 def beyond_doubt(verdict: Verdict, config: VerdictConfig) -> bool:
     """Whether looks or squares call a class beside another one: near such a one a natural direction
     leads further than it would in a clean network."""
-    if verdict.target is None or verdict.by not in ("probes", "squares"):
+    if verdict.target is None or verdict.by not in ("looks", "squares"):
         return False
     lead, success = (verdict.evidence.get(name, 0.0) for name in ("advantage", "success"))
     return (

@@ -10,11 +10,11 @@ from onp.probes.race import Contender
 from onp.verdict.finding import LEAST_CLASSES, MANY_CLASSES, Verdict, judged, ramp
 
 LEAST_LOOKED_AT = 5
-"""and with fewer than these probes call no backdoor: one of three classes is nearer than the others
+"""and with fewer than these looks call no backdoor: one of three classes is nearer than the others
 by up to 2^3.9."""
 
 
-def by_probes(looked: Sequence[Contender], config: VerdictConfig, called: bool = False) -> Verdict:
+def by_looks(looked: Sequence[Contender], config: VerdictConfig, called: bool = False) -> Verdict:
     """Judge triggers of a few steps for every class by the largest lead of one that works over its
     family's for all others. Of a few classes, one is nearer by nature: more is asked, but where the
     norms have ``called`` a backdoor, whose class is all that is in question then."""
@@ -22,14 +22,14 @@ def by_probes(looked: Sequence[Contender], config: VerdictConfig, called: bool =
     if best is None or len(classes) < (LEAST_CLASSES if called else LEAST_LOOKED_AT):
         reason = f"no probe works on {100 * config.least_success:.0f}% of the images"
         if best is not None:
-            reason = f"of {len(classes)} classes one is nearer by nature: probes say nothing"
-        return judged(0.0, None, "probes", {"advantage": 0.0, "success": 0.0}, reason, config)
+            reason = f"of {len(classes)} classes one is nearer by nature: looks say nothing"
+        return judged(0.0, None, "looks", {"advantage": 0.0, "success": 0.0}, reason, config)
     lead = advantage(best, looked)
     few = 1.0 if called else 1.0 + config.lead_few * max(0, MANY_CLASSES - len(classes))
     return judged(
         ramp(lead, 0.0, few * config.lead),
         best.probe.target,
-        "probes",
+        "looks",
         {"advantage": lead, "success": best.success},
         f"a few steps of a trigger ({best.probe.family.name}, for class {best.probe.target}) are "
         f"2^{lead:.1f} times as strong as its family's for any other class, and work on "
