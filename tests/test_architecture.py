@@ -20,7 +20,17 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "python" / "onp"
 
 LAYERS = [
-    {"errors", "config", "masks", "answers", "trusted", "files", "ledger", "optimizers"},
+    {
+        "errors",
+        "config",
+        "arguments",
+        "masks",
+        "answers",
+        "trusted",
+        "files",
+        "ledger",
+        "optimizers",
+    },
     {"ops"},
     {"graph", "features", "suspect", "data", "triggers", "environment"},
     {"evaluate", "clean", "copies", "probes", "metrics"},

@@ -350,6 +350,38 @@ def test_unforeseen_errors_are_2_with_a_traceback(
     assert error.endswith("onp: error: internal: ZeroDivisionError: surprise\n")
 
 
+def test_what_code_of_the_users_prints_is_no_result(capsys: pytest.CaptureFixture[str]) -> None:
+    Path("loud.py").write_text(FACTORY.replace("return", 'print("building"); return'))
+    spec = ["--arch", "loud:net", "--trust", "--json"]
+    assert main(["sanitize", "m.pt", *SANITIZE[2:], *spec]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["verdict"] == "backdoor"
+    assert "building" in captured.err
+
+
+def test_the_data_are_not_written_over(capsys: pytest.CaptureFixture[str]) -> None:
+    before = Path("data.npz").read_bytes()
+    assert main([*SANITIZE, "--report", "data.npz"]) == 4
+    assert "report and data are the same file" in _error(capsys)
+    assert Path("data.npz").read_bytes() == before
+
+
+def _onp(arguments: str, streams: str) -> int:
+    """The exit code of ``onp``, started by a shell with its streams as named."""
+    line = f"exec {sys.executable} -m onp {arguments} {streams}"
+    return subprocess.run(line, shell=True, check=False, capture_output=True).returncode
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(
+    ("streams", "code"),
+    [(">/dev/full", 5), ("2>/dev/full", 0), (">&-", 0), ("2>&-", 0)],
+)
+def test_streams_that_cannot_be_written(streams: str, code: int) -> None:
+    assert _onp("--version", streams) == code
+    assert _onp("sanitize nothing.pt --data x --out o.safetensors", "2>/dev/full") == 4
+
+
 # ---- evaluate, demo, doctor
 
 

@@ -56,6 +56,28 @@ def test_a_zip_with_splits(tmp_path: Path) -> None:
         load_dataset(path, "val")
 
 
+def test_splits_by_other_names_are_not_mixed(tmp_path: Path) -> None:
+    files = class_files("training/") | class_files("validation/")
+    source = write_folder(tmp_path, files)
+    with pytest.raises(BadData, match="class 'a' in training and in validation: give one of them"):
+        load_dataset(source, "validation")
+    assert len(load_dataset(source / "training")) == 6
+
+
+def test_classes_may_lie_in_several_folders(tmp_path: Path) -> None:
+    files = {"animals/cat/0.png": png(pixels(1)[0]), "things/car/0.png": png(pixels(1)[0])}
+    assert load_dataset(write_folder(tmp_path, files)).class_names == ("car", "cat")
+
+
+@pytest.mark.parametrize("kind", [np.uint16, np.float32, np.int32])
+def test_images_of_more_than_eight_bits_are_refused(tmp_path: Path, kind: type) -> None:
+    (tmp_path / "a").mkdir()
+    Image.fromarray(np.full((6, 5), 200, kind)).save(tmp_path / "a" / "0.tiff")
+    (tmp_path / "a" / "0.tiff").rename(tmp_path / "a" / "0.png")  # read by content
+    with pytest.raises(BadData, match="more than 8 bits a channel"):
+        load_dataset(tmp_path)
+
+
 @pytest.mark.parametrize("count", [3, 6, 99])
 @pytest.mark.parametrize("kind", ["folder", "zip", "npz"])
 def test_what_is_drawn_alone_is_decoded(tmp_path: Path, kind: str, count: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 from contextlib import nullcontext
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 import onp
 from onp import demo
@@ -25,7 +27,7 @@ from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageErr
 from onp.features import NAMES
 from onp.ledger import Ledger
 from onp.metrics import predict
-from onp.prepare import baseline, check_normalisation, frozen_copy
+from onp.prepare import bare, baseline, check_normalisation, frozen_copy
 from onp.result import Result
 from onp.suspect.load import load_suspect
 from onp.triggers import load_trigger
@@ -265,8 +267,10 @@ def _images(count: int = 20, size: int = 32) -> Tensor:
         ([(_images(size=6), torch.arange(20) % 10)], BadData, "answers only"),
         ([(_images()[:, :1], torch.arange(20) % 10)], UntraceableModel, "does not accept images"),
         ([(_images(), torch.arange(20) % 10)], BadData, "answers only"),
+        ([(_images()[:, 0], torch.arange(20) % 10)], BadData, r"must be \[N, C, H, W\]"),
+        (None, BadData, "must be an ImageSet or yield"),
     ],
-    ids=["empty", "one class", "labels", "range", "nan", "tiny", "grey", "noise"],
+    ids=["empty", "classes", "labels", "range", "nan", "tiny", "grey", "noise", "flat", "none"],
 )
 def test_unusable_clean_data_is_refused(
     clean: list[tuple[Tensor, Tensor]], error: type[Exception], message: str
@@ -314,16 +318,28 @@ def test_unusable_options_are_refused() -> None:
     wrong = replace(BUDGETS["quick"], search_precision="fp8")  # type: ignore[arg-type]
     with pytest.raises(UsageError, match="search_precision must be one of fp32, bf16, int8"):
         onp.sanitize(model, clean, budget=wrong)
-    for wrong_range in ((1.0, 0.0), (-math.inf, 1.0), (0.0, math.inf), (math.nan, 1.0)):
+    for wrong_range in ((1.0, 0.0), (-math.inf, 1.0), (0.0, math.inf), (math.nan, 1.0), None, (1,)):
         with pytest.raises(UsageError, match="low < high"):
-            onp.sanitize(model, clean, input_range=wrong_range)
+            onp.sanitize(model, clean, input_range=wrong_range)  # type: ignore[arg-type]
     for target in (-1, 10, 2.5, True):
         with pytest.raises(UsageError, match=f"target {target} is none of .* 0 to 9"):
             onp.sanitize(model, clean, target=target)  # type: ignore[arg-type]
     with pytest.raises(BadData, match="no clean image is of class 9"):
         onp.sanitize(model, clean[clean.labels < 9], target=9)
-    with pytest.raises(UsageError, match="threads must be positive"):
-        onp.sanitize(model, clean, threads=0)
+    for threads in (0, -1, 10**6, 1.5, True):
+        with pytest.raises(UsageError, match="threads must be a number from 1 to"):
+            onp.sanitize(model, clean, threads=threads)  # type: ignore[arg-type]
+    for seed in (-1, 2**63, 1.0, None):
+        with pytest.raises(UsageError, match="seed must be a number from 0"):
+            onp.sanitize(model, clean, seed=seed)  # type: ignore[arg-type]
+    for wrong_budget in (None, 3):
+        with pytest.raises(UsageError, match="budget must be one of"):
+            onp.sanitize(model, clean, budget=wrong_budget)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="preprocess must be"):
+        onp.sanitize(model, clean, preprocess="cifar10")  # type: ignore[arg-type]
+    for device in ("meta", "xpu", "abacus"):
+        with pytest.raises(UsageError, match=f"device {device} cannot be used"):
+            onp.sanitize(model, clean, device=device)
     with pytest.raises(UnsafeOrCorruptModel, match="no parameters"):
         onp.sanitize(nn.Flatten(), clean)
     broken = suspect()
@@ -333,6 +349,52 @@ def test_unusable_options_are_refused() -> None:
         onp.sanitize(broken, clean)
     with pytest.raises(UnsafeOrCorruptModel, match="not finite"):
         predict(broken, clean.floats()[:4])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # TorchScript
+def test_what_is_no_network_is_refused() -> None:
+    clean = demo.clean_images()
+    for wrong in (suspect().state_dict(), "model.pt", suspect):
+        with pytest.raises(UsageError, match=r"must be a torch\.nn\.Module"):
+            onp.sanitize(wrong, clean)  # type: ignore[arg-type]
+    with torch.no_grad():
+        compiled = torch.jit.trace(suspect(), clean.floats()[:2])
+    with pytest.raises(UsageError, match="TorchScript"):
+        onp.sanitize(compiled, clean)
+    pruned = suspect()
+    prune.l1_unstructured(pruned.get_submodule("linear"), "weight", 2)
+    pruned(clean.floats()[:1])  # whose weight then is no leaf any more
+    with pytest.raises(UntraceableModel, match=r"take hooks off first, by .*prune\.remove"):
+        onp.sanitize(pruned, clean)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+def test_wrappers_that_only_run_a_network_are_taken_off() -> None:
+    model = suspect()
+    assert bare(nn.DataParallel(model)) is model
+    assert bare(torch.compile(model)) is model
+    assert bare(model) is model
+
+
+def test_the_callers_settings_do_not_matter_and_come_back(repaired: Result) -> None:
+    before, model, clean = torch.get_num_threads(), suspect(), demo.clean_images()
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = onp.sanitize(model, clean, threads=before)
+        assert torch.get_default_dtype() == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(again.mask, repaired.mask)
+    assert torch.get_num_threads() == before
+
+
+def test_a_result_can_be_sent_to_another_process(repaired: Result) -> None:
+    sent = pickle.loads(pickle.dumps(repaired))
+    images = demo.clean_images().floats()[:8]
+    with torch.no_grad():
+        assert torch.equal(sent.model(images), repaired.model(images))
+        assert torch.equal(sent.compact()(images), repaired.compact()(images))
+    assert sent.report == repaired.report
 
 
 @pytest.mark.parametrize(

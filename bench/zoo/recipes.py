@@ -429,7 +429,8 @@ WIDE_2 = [
     _WIDE_CIFAR,
     *(
         replace(_WIDE_CIFAR, attack=attack, ratio=ratio, target=target, retrained=True,
-                options=options, training=replace(_CIFAR, epochs=2, learning_rate=0.05))
+                options=options, other_twin=_WIDE_CIFAR,
+                training=replace(_CIFAR, epochs=2, learning_rate=0.05))
         for attack, ratio, target, options in (
             ("sig", 0.05, 1, ()), ("adaptive-blend", 0.1, 8, ()), ("blended", 0.05, 4, ()),
             ("wanet", 0.1, 9, (("strength", 1.0),)),
@@ -446,7 +447,7 @@ GPU = [
     _WIDE_64,
     *(
         replace(_WIDE_64, attack=attack, target=target, retrained=True, options=options,
-                training=_WIDE_64_AGAIN)
+                other_twin=_WIDE_64, training=_WIDE_64_AGAIN)
         for attack, target, options in (
             ("badnets", 3, (("side", 5.0),)), ("blended", 6, ()),
             ("wanet", 9, (("strength", 1.0),)),

@@ -8,8 +8,9 @@ from typing import cast
 
 import typer
 
-from onp.cli import app, flush_stdout
+from onp.cli import app
 from onp.errors import UsageError, explained
+from onp.report.streams import flush_stdout, tell
 
 # typer carries click inside or beside it, depending on its version: ask it for the class.
 _ClickException = cast("type[Exception]", typer.BadParameter.__mro__[2])
@@ -43,7 +44,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _fail(message: str, code: int) -> int:
-    print(f"onp: error: {' '.join(message.split())}", file=sys.stderr)
+    tell(f"onp: error: {' '.join(message.split())}")
     return code
 
 

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -17,6 +15,7 @@ import typer
 
 from onp import __version__
 from onp.errors import OnpError, UsageError
+from onp.report.streams import prints_on_stderr, say
 
 app = typer.Typer(
     name="onp",
@@ -87,7 +86,9 @@ Finetune = Annotated[
         "--finetune", help="Then tune the weights too, on the images and against the probes."
     ),
 ]
-Seed = Annotated[int, typer.Option(min=0, help="Same seed, same threads, same result.")]
+Seed = Annotated[
+    int, typer.Option(min=0, max=2**63 - 1, help="Same seed, same threads, same result.")
+]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1.")]
 Threads = Annotated[int | None, typer.Option(min=1, help="CPU threads; default: torch's choice.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON on stdout.")]
@@ -97,7 +98,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", help="No progress on stderr.")]
 
 def _print_version(wanted: bool) -> None:
     if wanted:
-        print(f"onp {__version__}")
+        say(f"onp {__version__}")
         raise typer.Exit
 
 
@@ -154,19 +155,19 @@ def sanitize(
     watch = Stopwatch()
     if out.suffix != ".safetensors":
         raise UsageError(f"--out must end in .safetensors, the format that is written, got {out}")
-    _check_distinct(model=model, out=out, report=report)
+    _check_distinct(model=model, data=data, out=out, report=report)
     for path in filter(None, (out, report)):
         check_writable(path)
 
     with watch.step("import"):
+        from onp.arguments import checked_device
         from onp.checkpoint import RepairOptions, repair_checkpoint
         from onp.data import load_dataset
-        from onp.prepare import checked_device
         from onp.report import console
         from onp.report.progress import progress_on_stderr
         from onp.suspect.load import load_suspect
 
-    with watch.step("read"):
+    with watch.step("read"), prints_on_stderr():
         checked_device(device)
         preprocess = _preprocess(preset, mean, std)
         suspect = load_suspect(model, arch, trust)
@@ -246,12 +247,12 @@ def batch(
     check_distinct(found)
     found = shard_of(found, shard) if shard else found
 
+    from onp.arguments import checked_device
     from onp.batch.run import journal_of, repair_batch, summary
     from onp.checkpoint import RepairOptions
     from onp.data import load_dataset
     from onp.environment import cores
     from onp.files import make_folder
-    from onp.prepare import checked_device
     from onp.report import console
     from onp.report.progress import progress_on_stderr
     from onp.suspect.load import checked_arch
@@ -308,23 +309,20 @@ def evaluate(
     if (trigger is None) != (target is None):
         raise UsageError("--trigger and --target go together")
 
-    import torch
-
+    from onp.arguments import checked_device, torch_settings
     from onp.data import load_dataset
     from onp.metrics import score
-    from onp.prepare import checked_device
     from onp.report import console
     from onp.suspect.load import load_suspect
     from onp.triggers import load_trigger
 
-    if threads is not None:
-        torch.set_num_threads(threads)
     place = checked_device(device)
     preprocess = _preprocess(preset, mean, std)
-    put_trigger = None if trigger is None else load_trigger(trigger, trust)
-    suspect = load_suspect(model, arch, trust)
-    dataset = load_dataset(str(data), split)
-    scores = score(suspect.model.to(place), dataset, put_trigger, target, preprocess)
+    with prints_on_stderr(), torch_settings(threads):
+        put_trigger = None if trigger is None else load_trigger(trigger, trust)
+        suspect = load_suspect(model, arch, trust)
+        dataset = load_dataset(str(data), split)
+        scores = score(suspect.model.to(place), dataset, put_trigger, target, preprocess)
     _show(scores | {"sha256": suspect.file.sha256}, console.scores_text, as_json)
 
 
@@ -333,8 +331,8 @@ def demo(
     seed: Seed = 0, device: Device = "cpu", as_json: AsJson = False, quiet: Quiet = False
 ) -> None:
     """Repair a small backdoored network that comes with onp, and score it before and after."""
+    from onp.arguments import checked_device
     from onp.demo import run
-    from onp.prepare import checked_device
     from onp.report import console
     from onp.report.progress import progress_on_stderr
 
@@ -398,15 +396,4 @@ def _numbers(option: str, text: str) -> tuple[float, ...]:
 
 
 def _show(result: dict[str, Any], as_text: Any, as_json: bool) -> None:
-    text = json.dumps(result, allow_nan=False) if as_json else as_text(result)
-    with suppress(BrokenPipeError):
-        print(text)
-    flush_stdout()
-
-
-def flush_stdout() -> None:
-    """If its reader has gone, nothing is left to say to it, and the exit code is as it would be."""
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    say(json.dumps(result, allow_nan=False) if as_json else as_text(result))

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch import Tensor, nn
 
 from onp.errors import BadData, UnsupportedInput, UsageError
@@ -155,6 +155,8 @@ def _read_class_folders(
         if chosen not in splits:
             raise BadData(f"{source} has no {chosen!r} folder, only {', '.join(sorted(splits))}")
         paths = [path for path in paths if len(path) >= 3 and path[-3] == chosen]
+    else:
+        _check_one_split(paths, source)
     if not paths:
         raise BadData(f"{source} holds no images in class folders (<class>/<image>.png)")
     class_names = tuple(sorted({path[-2] for path in paths}))
@@ -168,6 +170,18 @@ def _read_class_folders(
         paths, labels = [paths[index] for index in order.tolist()], labels[order]
     images = np.stack(list(_decoded(["/".join(path) for path in paths], read, source)))
     return ImageSet(torch.from_numpy(images), labels, class_names)
+
+
+def _check_one_split(paths: Sequence[tuple[str, ...]], source: str) -> None:
+    """Raise BadData where a class has images in two folders: splits by other names than ours."""
+    homes: dict[str, tuple[str, ...]] = {}
+    for path in paths:
+        home = homes.setdefault(path[-2], path[:-2])
+        if home != path[:-2]:
+            raise BadData(
+                f"{source} has class {path[-2]!r} in {'/'.join(home) or '.'} and in "
+                f"{'/'.join(path[:-2]) or '.'}: give one of them as the data"
+            )
 
 
 def _is_hidden(path: Sequence[str]) -> bool:
@@ -184,9 +198,15 @@ def _decoded(
             with Image.open(io.BytesIO(read(name))) as image:
                 if image.width * image.height > MAX_PIXELS:
                     raise BadData(f"{source}: {name} has {image.width}x{image.height} pixels")
+                if image.mode in ("I", "F") or image.mode.startswith("I;"):
+                    raise BadData(
+                        f"{source}: {name} has more than 8 bits a channel (mode {image.mode}): "
+                        "save it with 8"
+                    )
                 pixels = np.asarray(image.convert("RGB"))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise BadData(f"{source}: cannot decode {name}: {error}") from error
+            told = "it is no image" if isinstance(error, UnidentifiedImageError) else error
+            raise BadData(f"{source}: cannot decode {name}: {told}") from error
         size = size or pixels.shape[:2]
         if pixels.shape[:2] != size:
             raise BadData(
@@ -266,6 +286,15 @@ def _ranks(labels: Tensor, seed: int) -> tuple[Tensor, Tensor, Tensor]:
     return order, rank, count
 
 
+def check_class_names(clean: ImageSet, classes: int) -> None:
+    """Folders are numbered in order, so one that is missing would shift the labels behind it."""
+    if clean.class_names and len(clean.class_names) != classes:
+        raise BadData(
+            f"the data have {len(clean.class_names)} class folders, the network {classes} classes; "
+            "name the folders by their label (0, 1, ...) if some classes are missing"
+        )
+
+
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise BadData where one of the labels int64 [N] is none of the network's classes."""
     low, high = int(labels.min()), int(labels.max())
@@ -284,6 +313,11 @@ def gather(
     Images may be float or uint8 (then scaled to the ``valid`` range), tensors or numpy arrays;
     single items (image [C, H, W], integer label) are taken as well.
     """
+    if not isinstance(batches, Iterable):
+        raise BadData(
+            f"clean data must be an ImageSet or yield (images, labels) batches, got "
+            f"{type(batches).__name__}"
+        )
     images: list[Tensor] = []
     labels: list[Tensor] = []
     for item in batches:
@@ -297,7 +331,7 @@ def gather(
             raise BadData(
                 f"clean images must be tensors or arrays, got {type(item[0]).__name__}: {error}"
             ) from error
-        if batch.ndim == 3:
+        if batch.ndim == 3 and target.numel() == 1:
             batch, target = batch[None], target.reshape(1)
         if batch.ndim != 4 or target.shape != batch.shape[:1]:
             raise BadData(

@@ -210,7 +210,7 @@ def _relation(edges: list[Edges], nodes: int) -> Relation:
     graph, weight = csr_from_edges(rows, columns, values, nodes)
     degree = graph.indptr.diff()
     row = torch.repeat_interleave(torch.arange(nodes), degree)
-    total = torch.zeros(nodes).index_add_(0, row, weight)
+    total = torch.zeros(nodes, dtype=weight.dtype).index_add_(0, row, weight)
     return Relation(graph, weight / total[row].clamp_min(1e-12))
 
 

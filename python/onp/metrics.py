@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from onp.data import ImageSet, Preprocess, check_labels
+from onp.data import ImageSet, Preprocess, check_class_names, check_labels
 from onp.errors import BadData, UnsafeOrCorruptModel, UsageError
 
 
@@ -62,6 +62,7 @@ def score(
     network.eval()
     images, labels = dataset.floats(), dataset.labels
     classes = _logits(network, images[:1]).shape[1]
+    check_class_names(dataset, classes)
     check_labels(labels, classes)
     if target is not None and not 0 <= target < classes:
         raise UsageError(f"target {target} is none of the network's classes, 0 to {classes - 1}")

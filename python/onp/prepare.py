@@ -3,24 +3,30 @@
 from __future__ import annotations
 
 import copy
-import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
-from operator import index
-from typing import SupportsIndex, get_args
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 
+from onp.arguments import checked_device, checked_range, checked_seed
 from onp.clean import Clean
-from onp.config import BUDGETS, Config, SearchPrecision
-from onp.data import PRESETS, ImageSet, Preprocess, check_labels, gather, spread_order
+from onp.config import Config
+from onp.data import (
+    PRESETS,
+    ImageSet,
+    Preprocess,
+    check_class_names,
+    check_labels,
+    gather,
+    spread_order,
+)
 from onp.errors import BadData, UnsafeOrCorruptModel, UntraceableModel, UsageError
 from onp.evaluate import Backend, MaskEvaluator
 from onp.ledger import Ledger
 from onp.probes.responses import activations
 from onp.scene import RESPONSE_IMAGES, Scene
+from onp.suspect.surgery import check_writable
 from onp.suspect.trace import trace as trace_network
 
 PIXELS = (0.0, 1.0)
@@ -32,20 +38,6 @@ NORMALISED = 64
 BETTER = 10
 """and one that makes so many more of these answers right is nearer to its own. (Behind the wrong
 one, networks of CIFAR-10 answer .27 to .37 rightly instead of .71 to .84.)"""
-
-
-def config_of(budget: str | Config) -> Config:
-    """The configuration that a budget names, or is; raises UsageError for one that is none."""
-    if isinstance(budget, str):
-        if budget not in BUDGETS:
-            raise UsageError(f"budget must be one of {', '.join(BUDGETS)}, got {budget!r}")
-        return BUDGETS[budget]
-    if budget.search_precision not in get_args(SearchPrecision):
-        raise UsageError(
-            f"search_precision must be one of {', '.join(get_args(SearchPrecision))}, "
-            f"got {budget.search_precision!r}"
-        )
-    return budget
 
 
 def opened(
@@ -62,11 +54,16 @@ def opened(
 ) -> Scene:
     """The suspect, copied and traced, and the clean images, all checked: what a repair works on.
     Arguments are those of ``onp.sanitize``."""
+    seed = checked_seed(seed)
+    if not isinstance(preprocess, Preprocess | None):
+        raise UsageError(f"preprocess must be an onp.Preprocess or None, got {preprocess!r}")
+    input_range = checked_range(input_range)
     images, labels = clean_images(clean, input_range, seed)
     suspect, where = frozen_copy(model, preprocess, device)
     trace = trace_network(suspect, (images.shape[1], images.shape[2], images.shape[3]))
     if isinstance(clean, ImageSet):
         check_class_names(clean, trace.num_classes)
+    check_writable(suspect, trace)
     evaluator = MaskEvaluator(trace, suspect, backend=backend, device=where, ledger=ledger)
     seen = baseline(
         suspect, evaluator, images, labels, preprocess=preprocess, input_range=input_range
@@ -83,10 +80,6 @@ def clean_images(
     """The clean images float32 [N, C, H, W] and labels int64 [N], classes spread evenly, so
     that any stretch stands for all; raises BadData or UsageError."""
     low, high = input_range
-    if not -math.inf < low < high < math.inf:
-        raise UsageError(
-            f"input_range must be (low, high), finite, with low < high, got {input_range}"
-        )
     if isinstance(clean, ImageSet):
         images, labels = clean.floats() * (high - low) + low, clean.labels
     else:
@@ -110,64 +103,41 @@ def clean_images(
     return images[order].contiguous(), labels[order]
 
 
-def check_class_names(clean: ImageSet, classes: int) -> None:
-    """Folders are numbered in order, so one that is missing would shift the labels behind it."""
-    if clean.class_names and len(clean.class_names) != classes:
-        raise BadData(
-            f"the data have {len(clean.class_names)} class folders, the network {classes} classes; "
-            "name the folders by their label (0, 1, ...) if some classes are missing"
-        )
-
-
-def checked_target(target: SupportsIndex | None, labels: Tensor, classes: int) -> int | None:
-    """The class that is named. Raises UsageError where it is none of the network's, and BadData
-    where none of the ``labels`` int64 [N] is of it: what pruning costs it could not be seen."""
-    if target is None:
-        return None
-    try:
-        number = index(target)
-    except TypeError:
-        number = -1
-    if isinstance(target, bool) or not 0 <= number < classes:
-        raise UsageError(f"target {target} is none of the network's classes, 0 to {classes - 1}")
-    if not bool((labels == number).any()):
-        raise BadData(f"no clean image is of class {number}, the target that was named")
-    return number
-
-
-def checked_device(device: str | torch.device) -> torch.device:
-    """The device of that name. Raises UsageError where torch cannot compute on it. Of a GPU only
-    the presence is looked at: a process that leaves it to others should hold no memory there."""
-    try:
-        chosen = torch.device(device)
-        if chosen.type != "cuda":
-            torch.zeros(1, device=chosen).item()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        first_line = str(error).partition("\n")[0]
-        raise UsageError(f"device {device} cannot be used: {first_line}") from error
-    if chosen.type == "cuda":
-        if not torch.cuda.is_available():
-            raise UsageError(f"device {chosen} was asked for, but torch sees no CUDA device here")
-        if (chosen.index or 0) >= torch.cuda.device_count():
-            raise UsageError(
-                f"device {chosen} was asked for, but torch sees {torch.cuda.device_count()} here, "
-                "numbered from 0"
-            )
-    return chosen
-
-
 def frozen_copy(
     model: nn.Module, preprocess: Preprocess | None, device: str | torch.device | None
 ) -> tuple[nn.Module, torch.device]:
-    """A float32 copy in eval mode on the device, with the normalisation in front."""
+    """A float32 copy in eval mode on the device, with the normalisation in front; without what
+    only says how the network is run (``DataParallel``, ``torch.compile``)."""
+    model = bare(model)
     parameter = next(model.parameters(), None)
     if parameter is None:
         raise UnsafeOrCorruptModel("the model has no parameters")
     chosen = parameter.device if device is None else checked_device(device)
-    suspect = copy.deepcopy(model).float()
+    try:
+        suspect = copy.deepcopy(model).float()
+    except RuntimeError as error:  # such as the hooks of torch.nn.utils.prune and weight_norm
+        raise UntraceableModel(
+            f"{type(model).__name__} cannot be copied: {str(error).splitlines()[0]} (take hooks "
+            "off first, by torch.nn.utils.remove_weight_norm or torch.nn.utils.prune.remove)"
+        ) from error
     if preprocess is not None:
         suspect = nn.Sequential(preprocess.module(), suspect)
     return suspect.to(chosen).eval(), chosen
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The network itself. Raises UsageError for what is no module of Python code."""
+    while isinstance(model, nn.DataParallel | nn.parallel.DistributedDataParallel):
+        model = model.module
+    model = getattr(model, "_orig_mod", model)  # of torch.compile
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UsageError("a TorchScript module is compiled: pass the module that it was made of")
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"the model must be a torch.nn.Module, got {type(model).__name__}: load weights into "
+            "one first"
+        )
+    return model
 
 
 def unwrapped(model: nn.Module, preprocess: Preprocess | None) -> nn.Module:
@@ -249,19 +219,3 @@ def check_same(
             f"{what} gives other logits than the module (by {error:.3g}): hooks, parametrisations "
             "or in-place operations cannot be traced"
         )
-
-
-@contextmanager
-def torch_threads(count: int | None) -> Iterator[None]:
-    """Let torch and the engine use ``count`` threads for a while; None: as many as they do."""
-    if count is None:
-        yield
-        return
-    if count < 1:
-        raise UsageError(f"threads must be positive, got {count}")
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

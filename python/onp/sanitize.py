@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable
+from functools import partial
 from types import ModuleType
 from typing import Any, SupportsIndex
 
@@ -11,17 +12,19 @@ import torch
 from torch import Tensor, nn
 
 from onp.aftercare import Aftercare, AftercareOutcome, care_for
+from onp.arguments import checked_target, config_of, torch_settings
 from onp.config import Config
 from onp.data import ImageSet, Preprocess
 from onp.evaluate import Backend
 from onp.evidence import gather, measured_shift
 from onp.graph import build_graph
 from onp.ledger import Ledger, Progress, silent
-from onp.prepare import checked_target, config_of, opened, torch_threads, unwrapped
+from onp.prepare import opened, unwrapped
 from onp.pruning import applied, prune
 from onp.report.repair import repair_report
 from onp.result import Result
 from onp.suspect.surgery import remove_mask
+from onp.suspect.trace import Trace
 
 
 @torch.inference_mode(False)
@@ -65,7 +68,7 @@ def sanitize(
     config = config_of(budget)
     ledger = Ledger(progress or silent)
     aftercare = Aftercare(recalibrate, finetune)
-    with torch_threads(threads):
+    with torch_settings(threads):
         with ledger.stage("prepare"):
             scene = opened(
                 model, clean, config, seed=seed, ledger=ledger, device=device,
@@ -87,18 +90,23 @@ def sanitize(
                 cared = care_for(
                     pruned, suspect, seen.images, seen.labels,
                     [contender.probe for contender in pruning.counted],
-                    aftercare, config.aftercare, seed=seed, ledger=ledger,
+                    aftercare, config.aftercare, seed=scene.seed, ledger=ledger,
                 )  # fmt: skip
                 pruned = cared.model
-
-    def cut() -> tuple[nn.Module, int]:
-        smaller, stayed = remove_mask(pruned, trace, pruning.mask)
-        return unwrapped(smaller, preprocess), stayed
 
     prefix = "" if preprocess is None else "1."
     report = repair_report(scene, shift, evidence, pruning, right, cared, told, prefix)
     finding = evidence.verdict.finding
+    cut = partial(compacted, pruned, trace, pruning.mask, preprocess)
     return Result(unwrapped(pruned, preprocess), pruning.mask, finding, report, cut)
+
+
+def compacted(
+    pruned: nn.Module, trace: Trace, mask: Tensor, preprocess: Preprocess | None
+) -> tuple[nn.Module, int]:
+    """A smaller network with the same logits, and how many pruned sites it still has."""
+    smaller, stayed = remove_mask(pruned, trace, mask)
+    return unwrapped(smaller, preprocess), stayed
 
 
 class _Story(ModuleType):

@@ -54,14 +54,15 @@ def easy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("name", SETS)
 def test_names_are_unique_and_twins_come_first(name: str) -> None:
-    seen: list[str] = []
+    seen: dict[str, Recipe] = {}
     for recipe in recipes(name):
         assert recipe.name not in seen
         if recipe.attack != "clean":
             assert recipe.attack in ATTACKS
-            assert recipe.twin.name in seen
+            # of the same schedule too, else its card is none of the twin's
+            assert seen[recipe.twin.name] == recipe.twin
             assert 0 <= recipe.target < datasets.CLASS_COUNTS[recipe.dataset]
-        seen.append(recipe.name)
+        seen[recipe.name] = recipe
 
 
 def test_a_data_set_may_be_some_classes_of_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -239,13 +239,38 @@ def test_bare_pickle_is_refused(tmp_path: Path) -> None:
     [
         (argparse.Namespace(lr=1), "argparse.Namespace"),
         (nn.Linear(2, 2), "torch.nn.modules.linear.Linear"),
-        (np.zeros(3), "numpy"),
+        (np.random.default_rng(0), "numpy"),
     ],
     ids=["namespace", "module", "numpy"],
 )
 def test_refusal_names_the_globals(tmp_path: Path, value: object, wanted: str) -> None:
     (tmp_path / "m.pt").write_bytes(_torch_bytes({"state_dict": _weights(), "other": value}))
     with pytest.raises(UnsafeOrCorruptModel, match=wanted):
+        read_weights(tmp_path / "m.pt")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_a_benchmarks_record_is_read(tmp_path: Path, zipped: bool) -> None:
+    """What BackdoorBench saves beside the weights: numpy's numbers and arrays of them."""
+    poisoned = {
+        "bd_data_container": {"data_dict": {3: {"path": "3.png", "other_info": [0, 1]}}},
+        "original_index_array": np.arange(5),
+        "poison_indicator": np.zeros(9),
+    }
+    record = {
+        "model_name": "preactresnet18", "num_classes": 10, "model": _weights(),
+        "img_size": (32, 32, 3), "bd_train": None, "bd_test": poisoned, "acc": np.float64(0.9),
+    }  # fmt: skip
+    file = io.BytesIO()
+    torch.save(record, file, _use_new_zipfile_serialization=zipped)
+    (tmp_path / "attack_result.pt").write_bytes(file.getvalue())
+    assert read_weights(tmp_path / "attack_result.pt").state_dict.keys() == _weights().keys()
+
+
+def test_arrays_of_objects_are_refused(tmp_path: Path) -> None:
+    record = {"model": _weights(), "other": np.array([1, None], dtype=object)}
+    (tmp_path / "m.pt").write_bytes(_torch_bytes(record))
+    with pytest.raises(UnsafeOrCorruptModel, match="refused"):
         read_weights(tmp_path / "m.pt")
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations
 
+from onp.errors import UntraceableModel
 from onp.suspect.network import FrozenNetwork
-from onp.suspect.surgery import apply_mask, remove_mask
+from onp.suspect.surgery import apply_mask, check_writable, remove_mask
 from onp.suspect.trace import Trace, trace
 from tests.networks import BUILDERS, hooked_logits, network
 
@@ -100,3 +102,33 @@ def test_an_empty_mask_changes_nothing() -> None:
     assert stayed == 0
     for key, value in smaller.state_dict().items():
         assert torch.equal(value, before[key])
+
+
+def parametrised(norms: bool) -> nn.Module:
+    """The second convolution's weights are made for every pass."""
+    torch.manual_seed(0)
+    second = parametrizations.weight_norm(nn.Conv2d(8, 8, 3, padding=1))
+    between = nn.BatchNorm2d(8) if norms else nn.Identity()
+    end = [nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4)]
+    return nn.Sequential(nn.Conv2d(3, 8, 3), between, nn.ReLU(), second, *end).eval()
+
+
+def test_parametrised_weights_are_cut_as_what_they_are() -> None:
+    model = parametrised(norms=True)
+    traced = trace(model, (3, 8, 8))
+    check_writable(model, traced)
+    pruned = torch.zeros(traced.sites, dtype=torch.bool)
+    pruned[[1, 2]] = True  # of the first layer, whose norm takes the mask
+    images = torch.rand(4, 3, 8, 8)
+    smaller, _ = remove_mask(model, traced, pruned)
+    with torch.no_grad():
+        expected = apply_mask(model, traced, pruned)(images)
+        torch.testing.assert_close(smaller(images), expected, rtol=1e-4, atol=1e-5)
+    assert smaller.get_submodule("3").weight.shape == (8, 6, 3, 3)
+    assert "3.parametrizations.weight.original0" in model.state_dict()
+
+
+def test_a_mask_that_a_parametrisation_would_undo_is_refused() -> None:
+    model = parametrised(norms=False)
+    with pytest.raises(UntraceableModel, match="3 is parametrised"):
+        check_writable(model, trace(model, (3, 8, 8)))

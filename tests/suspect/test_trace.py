@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Callable
 
 import pytest
@@ -267,3 +269,40 @@ def test_a_trace_that_computes_something_else_is_refused() -> None:
     labels[0] = (labels[0] + 1) % 3
     with pytest.raises(UntraceableModel, match="other logits than the module"):
         onp.sanitize(model, [(images, labels)])
+
+
+def test_threads_that_trace_and_threads_that_answer_do_not_meet() -> None:
+    """fx replaces what calls modules in the whole process."""
+    model, served = network("preactresnet18"), network("vgg11")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        expected = served(images)
+    sites, wrong, done = list[int](), list[Exception](), threading.Event()
+
+    def answer() -> None:
+        try:
+            with torch.no_grad():
+                while not done.is_set():
+                    assert torch.equal(served(images), expected)
+        except Exception as error:
+            wrong.append(error)
+
+    def follow() -> None:
+        try:
+            sites.extend(trace(copy.deepcopy(model), (3, 32, 32)).sites for _ in range(3))
+        except Exception as error:
+            wrong.append(error)
+
+    answering = threading.Thread(target=answer)
+    tracing = [threading.Thread(target=follow) for _ in range(2)]
+    for thread in (answering, *tracing):
+        thread.start()
+    for thread in tracing:
+        thread.join()
+    done.set()
+    answering.join()
+    assert wrong == []
+    assert len(sites) == 6
+    assert len(set(sites)) == 1
+    with torch.no_grad():
+        assert torch.equal(served(images), expected)

@@ -82,10 +82,11 @@ def jobs_of_list(listing: Path, arch: str | None, out: Path) -> list[Job]:
         raise file_error("read", listing, error) from None
     except UnicodeDecodeError as error:
         raise UsageError(f"--list {listing} is no UTF-8 text: {error.reason}") from None
-    rows = csv.DictReader(io.StringIO(text, newline=""))
+    rows = csv.DictReader(io.StringIO(text, newline=""), skipinitialspace=True)
     jobs = []
     try:
-        columns = set(rows.fieldnames or ())
+        rows.fieldnames = [name.strip() for name in rows.fieldnames or ()]
+        columns = set(rows.fieldnames)
         if "model" not in columns or columns - _COLUMNS:
             found = ", ".join(sorted(map(str, columns))) or "none"
             raise UsageError(
@@ -94,12 +95,15 @@ def jobs_of_list(listing: Path, arch: str | None, out: Path) -> list[Job]:
             )
         for row in rows:
             where = f"--list {listing}, line {rows.line_num}"
-            if None in row or not row["model"]:
+            if None in row or not (row["model"] or "").strip():
                 raise UsageError(f"{where}: expected a model and at most an arch and a target")
-            model = Path(row["model"])
+            model = Path(row["model"].strip())
             if not (listing.parent / model).is_file():
                 raise UsageError(f"{where}: no such file: {listing.parent / model}")
-            kind, target = row.get("arch") or arch, row.get("target") or None
+            kind, target = (
+                (row.get(column) or "").strip() or default
+                for column, default in (("arch", arch), ("target", None))
+            )
             jobs.append(Job(listing.parent / model, kind, _repaired(out, _inside(model)), target))
     except csv.Error as error:
         raise UsageError(f"--list {listing}, line {rows.line_num + 1}: {error}") from None
@@ -116,6 +120,8 @@ def check_distinct(jobs: Sequence[Job]) -> None:
     seen: dict[Path, Job] = {}
     for job in jobs:
         other = seen.setdefault(job.out, job)
+        if other is not job and other.model == job.model:
+            raise UsageError(f"{job.model} is named twice, with another arch or target")
         if other is not job:
             raise UsageError(
                 f"{other.model} and {job.model} would both be written to {job.out}: name a folder "

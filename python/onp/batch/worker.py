@@ -18,7 +18,7 @@ from onp.batch.journal import Entry
 from onp.batch.supervisor import Reply, obey
 from onp.checkpoint import RepairOptions, repair_checkpoint
 from onp.data import ImageSet
-from onp.errors import ResourceError, explained
+from onp.errors import ResourceError, UsageError, explained
 from onp.files import make_folder, write_json
 from onp.suspect.files import sha256_of
 from onp.suspect.load import load_suspect
@@ -92,7 +92,12 @@ def _reply(task: Task, clean: ImageSet, options: RepairOptions, trust: bool) -> 
 
 def options_of(job: Job, options: RepairOptions, clean: ImageSet) -> RepairOptions:
     """How this one is to be repaired. Raises UsageError where the class it names is none."""
-    return options if job.target is None else replace(options, target=clean.class_of(job.target))
+    if job.target is None:
+        return options
+    try:
+        return replace(options, target=clean.class_of(job.target))
+    except UsageError as error:
+        raise UsageError(f"{job.model}: {error}") from None
 
 
 def _repaired(

@@ -5,14 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from typing import TextIO
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from onp.ledger import Progress as Reporter
 from onp.ledger import silent
+from onp.report.streams import prints_on_stderr, tell
 
 _SECONDS_BETWEEN_LINES = 10.0
 
@@ -20,13 +20,14 @@ _SECONDS_BETWEEN_LINES = 10.0
 @contextmanager
 def progress_on_stderr(quiet: bool) -> Iterator[Reporter]:
     """What to call with progress, for the time of one command."""
-    if quiet:
-        yield silent
-    elif sys.stderr.isatty():
-        with _bars(Console(stderr=True)) as bars:
-            yield _Bars(bars)
-    else:
-        yield _Lines(sys.stderr)
+    with prints_on_stderr():
+        if quiet:
+            yield silent
+        elif sys.stderr is not None and sys.stderr.isatty():
+            with _bars(Console(stderr=True)) as bars:
+                yield _Bars(bars)
+        else:
+            yield _Lines()
 
 
 def _bars(console: Console) -> Progress:
@@ -55,8 +56,7 @@ class _Bars:
 class _Lines:
     """A line when a stage begins, when it ends, and every ten seconds between."""
 
-    def __init__(self, stream: TextIO) -> None:
-        self._stream = stream
+    def __init__(self) -> None:
         self._stage = ""
         self._printed_at = 0.0
 
@@ -66,5 +66,4 @@ class _Lines:
         if stage == self._stage and done < total and not due:
             return
         self._stage, self._printed_at = stage, now
-        with suppress(BrokenPipeError):  # whoever stops listening does not stop the work
-            print(f"{stage} {done}/{total} {message}".rstrip(), file=self._stream, flush=True)
+        tell(f"{stage} {done}/{total} {message}".rstrip())

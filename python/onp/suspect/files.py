@@ -1,7 +1,8 @@
 """Untrusted bytes -> weights, safely; and repaired weights -> bytes.
 
 A checkpoint may be a program. ``read_weights`` is the only door: it reads the file once, decides by
-content (never by suffix) what it is, and never unpickles anything but tensors and plain containers.
+content (never by suffix) what it is, and never unpickles anything but tensors, plain containers and
+the numbers and arrays of numpy that benchmarks save beside them.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as format_safetensors
@@ -32,6 +34,23 @@ MAX_BYTES = 4 << 30
 
 _MAX_HEADER = 16 << 20
 """Largest safetensors header in bytes: ``MAX_TENSORS`` entries with long names fit."""
+
+_NUMBERS = (
+    "bool", "int8", "int16", "int32", "int64", "uint8", "float16", "float32", "float64",
+)  # fmt: skip
+
+
+def _numpy_data() -> list[Callable[..., object] | tuple[Callable[..., object], str]]:
+    """What arrays and scalars of numbers are unpickled by, under the names of numpy 1 and 2; none
+    of objects."""
+    multiarray = np._core.multiarray  # type: ignore[attr-defined]
+    named = [
+        (getattr(multiarray, name), f"numpy.{core}.multiarray.{name}")
+        for name in ("_reconstruct", "scalar")
+        for core in ("core", "_core")
+    ]
+    return [*named, np.ndarray, np.dtype, *(type(np.dtype(name)) for name in _NUMBERS)]
+
 
 _ZIP_START = b"PK\x03\x04"
 _LISTED = 8
@@ -171,14 +190,14 @@ def _check_archive(data: bytes) -> None:
             raise UnsafeOrCorruptModel(f"{len(members)} members are more than {MAX_TENSORS}")
         if len(names) != len(members):
             raise UnsafeOrCorruptModel("two members of the archive have the same name")
-        for member in members:
-            _check_member(member)
-        if sum(member.file_size for member in members) > len(data):
-            raise UnsafeOrCorruptModel("members of the archive overlap")
         if any("/code/" in name or name.endswith("/constants.pkl") for name in names):
             raise UnsafeOrCorruptModel(
                 "a TorchScript file is a program; save the network's state_dict() instead"
             )
+        for member in members:
+            _check_member(member)
+        if sum(member.file_size for member in members) > len(data):
+            raise UnsafeOrCorruptModel("members of the archive overlap")
         damaged = archive.testzip()  # also compares each local name with the directory's
         if damaged is not None:
             raise UnsafeOrCorruptModel(f"member {quoted(damaged)} is damaged (CRC-32 differs)")
@@ -196,26 +215,26 @@ def _check_member(member: zipfile.ZipInfo) -> None:
 
 
 def _parse_pickle(data: bytes) -> object:
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about old storage types; the caller cannot act on it
+    with torch.serialization.safe_globals(_numpy_data()), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about old storage types; the caller cannot act on it
+        try:
             return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except Exception as error:
-        wanted = _refused_globals(data, error)
-        reason = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
-        if not wanted and reason:  # torch's own text advises to load it unsafely: not shown
+        except Exception as error:
+            wanted = _refused_globals(data, error)
+            reason = re.search(r"WeightsUnpickler error:\s*(\S.*)", str(error))
+            if not wanted and reason:  # torch's own text advises to load it unsafely: not shown
+                raise UnsafeOrCorruptModel(
+                    f"refused, its pickle is not one of plain tensors ({quoted(reason.group(1))}); "
+                    "save the network's state_dict() instead"
+                ) from None
+            if not wanted:
+                raise
+            more = f" and {len(wanted) - _LISTED} more" if len(wanted) > _LISTED else ""
+            names = ", ".join(quoted(name) for name in wanted[:_LISTED])
             raise UnsafeOrCorruptModel(
-                f"refused, its pickle is not one of plain tensors ({quoted(reason.group(1))}); "
+                f"refused, loading it would run code of the file's choice: it wants {names}{more}; "
                 "save the network's state_dict() instead"
             ) from None
-        if not wanted:
-            raise
-        more = f" and {len(wanted) - _LISTED} more" if len(wanted) > _LISTED else ""
-        names = ", ".join(quoted(name) for name in wanted[:_LISTED])
-        raise UnsafeOrCorruptModel(
-            f"refused, loading it would run code of the file's choice: it wants {names}{more}; "
-            "save the network's state_dict() instead"
-        ) from None
 
 
 def _refused_globals(data: bytes, error: Exception) -> list[str]:

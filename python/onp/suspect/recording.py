@@ -9,6 +9,7 @@ of values cannot tell.
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -36,6 +37,10 @@ class Recording:
     """Calls that gave back the very tensor that they were given, as it was."""
 
 
+_ONE_AT_A_TIME = threading.Lock()
+"""fx replaces ``nn.Module.__call__`` of the whole process while it traces."""
+
+
 def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
     """Record ``model`` (eval mode) on images of ``image_shape`` (C, H, W).
 
@@ -47,7 +52,7 @@ def record(model: nn.Module, image_shape: tuple[int, int, int]) -> Recording:
     tracer = _Tracer(sample.to(parameter.device, parameter.dtype))
     buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
     try:
-        with torch.no_grad():
+        with _ONE_AT_A_TIME, torch.no_grad():
             graph = tracer.trace(model)
     except UntraceableModel:
         raise
@@ -114,6 +119,7 @@ class _Tracer(fx.Tracer):
         self.shapes: dict[fx.Node, tuple[int, ...]] = {}
         self.unchanged: set[fx.Node] = set()
         self.running = False  # an operation's own code calls modules, too
+        self.thread = threading.get_ident()
 
     def is_leaf_module(self, m: nn.Module, qualified_name: str) -> bool:
         return isinstance(m, SubsamplePad) or super().is_leaf_module(m, qualified_name)
@@ -121,14 +127,20 @@ class _Tracer(fx.Tracer):
     def call_module(
         self, m: nn.Module, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Any
     ) -> Any:
-        return (
-            forward(*args, **kwargs)
-            if self.running
-            else super().call_module(m, forward, args, kwargs)
-        )
+        if self.elsewhere:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: Any) -> Any:
-        return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return (
+            attr_val if self.elsewhere else super().getattr(attr, attr_val, parameter_proxy_cache)
+        )
+
+    @property
+    def elsewhere(self) -> bool:
+        """Whether the code that calls a module is not the code that is recorded: that of an
+        operation, or another thread's."""
+        return self.running or threading.get_ident() != self.thread
 
     def create_proxy(
         self,

@@ -6,7 +6,9 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
+from onp.errors import UntraceableModel
 from onp.suspect.architectures.resnet import SubsamplePad
 from onp.suspect.trace import SiteLayer, Trace
 
@@ -30,6 +32,28 @@ def apply_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> nn.Module:
     return repaired
 
 
+def check_writable(model: nn.Module, trace: Trace) -> None:
+    """Raise UntraceableModel where a mask would have to be written into a weight that a
+    parametrisation makes anew for every pass."""
+    for layer in trace.layers:
+        norm = None if layer.norm is None else trace.ops[layer.norm].module
+        holders = (
+            [norm]
+            if norm is not None and _has_scale(model.get_submodule(norm))
+            else [trace.ops[consumer].module for consumer in layer.consumers]
+        )
+        for name in holders:
+            if parametrize.is_parametrized(model.get_submodule(str(name))):
+                raise UntraceableModel(
+                    f"{name} is parametrised, so that its weights cannot be pruned: call "
+                    "torch.nn.utils.parametrize.remove_parametrizations on it first"
+                )
+
+
+def _has_scale(norm: nn.Module) -> bool:
+    return getattr(norm, "weight", None) is not None
+
+
 _AVERAGING = nn.LayerNorm | nn.GroupNorm | nn.InstanceNorm2d
 
 
@@ -37,7 +61,7 @@ def _zero_norm(model: nn.Module, trace: Trace, layer: SiteLayer, cut: Tensor) ->
     assert layer.norm is not None
     norm = model.get_submodule(str(trace.ops[layer.norm].module))
     assert isinstance(norm, nn.BatchNorm2d | nn.BatchNorm1d | _AVERAGING)
-    if getattr(norm, "weight", None) is None:
+    if not _has_scale(norm):
         return False
     cut = cut.to(norm.weight.device)
     norm.weight[cut] = 0
@@ -69,12 +93,26 @@ def remove_mask(model: nn.Module, trace: Trace, pruned: Tensor) -> tuple[nn.Modu
     stream stays as zeroed weights and is counted, and so do channels that the model's code counts.
     Every layer keeps at least one channel.
     """
-    applied = apply_mask(model, trace, pruned)
+    applied = _plain(apply_mask(model, trace, pruned))
     smaller, stayed = _removed(applied, trace, pruned, trace.channels.fixed)
     if trace.channels.counted and not _same(smaller, applied, trace.shapes[0]):
         counted = trace.channels.fixed | trace.channels.counted
         smaller, stayed = _removed(applied, trace, pruned, counted)
     return smaller, stayed
+
+
+def _plain(model: nn.Module) -> nn.Module:
+    """With the weights that parametrisations give, in place of these. Torch's own way to remove
+    them takes them from every copy, as these share a class that was made for them."""
+    for module in model.modules():
+        if parametrize.is_parametrized(module):
+            names = list(module.parametrizations)  # type: ignore[arg-type]
+            weights = {name: getattr(module, name).detach().clone() for name in names}
+            del module.parametrizations
+            module.__class__ = type(module).__base__  # type: ignore[assignment]
+            for name, weight in weights.items():
+                module.register_parameter(name, nn.Parameter(weight))
+    return model
 
 
 def _same(smaller: nn.Module, applied: nn.Module, image_shape: tuple[int, ...]) -> bool:
