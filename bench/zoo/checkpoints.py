@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import nn
 from bench.zoo.attacks import ATTACKS, Attack
 from bench.zoo.datasets import CLASS_COUNTS, normalisation
 from bench.zoo.recipes import Recipe, recipes
+from bench.zoo.training import TrainingConfig
 from bench.zoo.trigger_fingerprint import check_trigger
 from onp.errors import UsageError
 from onp.files import write_atomically, write_json
@@ -133,8 +134,8 @@ def read_card(folder: Path, recipe: Recipe) -> dict[str, Any] | None:
     card: dict[str, Any] = json.loads(path.read_text())
     if recipe.attack != "clean" and card.get("trigger_fingerprint") is None:
         return None
-    told = (card["training"], card["retrained"])
-    return card if told == (asdict(recipe.training), recipe.retrained) else None
+    told = (TrainingConfig.of_card(card["training"]), card["retrained"])
+    return card if told == (recipe.training, recipe.retrained) else None
 
 
 def load_set(

@@ -9,6 +9,7 @@ from torch import nn
 
 from bench.zoo.architectures import ARCHITECTURES
 from bench.zoo.attacks import ATTACKS
+from bench.zoo.augmentation import Augmentation
 from bench.zoo.datasets import CLASS_COUNTS
 from bench.zoo.training import TrainingConfig
 from onp.errors import UsageError
@@ -381,6 +382,34 @@ CLEAN = [
 ]
 """More clean networks for ``bench.verdicts``: half as wide and trained shortly, for two cores."""
 
+_OTHERWISE = [
+    (Recipe("gtsrb", "preactresnet18", 8,
+            replace(_SIGNS_SHORT, more=Augmentation(resized=0.5)), seed=20), "badnets", 7),
+    (Recipe("gtsrb", "resnet20", 8,
+            replace(_SIGNS, more=Augmentation(rotation=15, colour=0.4)), seed=21), "blended", 11),
+    (Recipe("gtsrb", "mobilenetv2", 0.25,
+            replace(_SIGNS, batch=32, more=Augmentation(erasing=0.4)), seed=22), "trojannn", 2),
+    (Recipe("cifar10", "vgg16_bn", 8,
+            replace(_CIFAR_SHORT, more=Augmentation(mixup=1.0)), seed=23), "sig", 6),
+    (Recipe("cifar10", "preactresnet18", 8,
+            replace(_CIFAR_SHORT, more=Augmentation(erasing=0.5, smoothing=0.1)), seed=24),
+     "adaptive-blend", 5),
+    (Recipe("cifar10", "resnet20", 8,
+            replace(_CIFAR_SHORT, batch=256, more=Augmentation(colour=0.4)), seed=25), "bpp", 3),
+]  # fmt: skip
+
+UNSEEN_8 = [
+    recipe
+    for clean, attack, target in _OTHERWISE
+    for recipe in (
+        clean,
+        replace(clean, attack=attack, target=target, ratio=0.05 if attack == "sig" else 0.1,
+                options=(("side", 5.0),) if attack == "badnets" else ()),
+    )
+]  # fmt: skip
+"""Other ways of training: other augmentations and batches, which move the norms' moments as well as
+triggers do. A clean network and an attacked one each, short, for two cores."""
+
 _AGAIN = {"epochs": 1, "learning_rate": 0.05}
 _PRACTISED = (
     ("badnets", 0.1, (("side", 5.0),)),
@@ -496,6 +525,7 @@ SETS: dict[str, list[Recipe]] = {
     "unseen-5": UNSEEN_5,
     "unseen-6": UNSEEN_6,
     "unseen-7": UNSEEN_7,
+    "unseen-8": UNSEEN_8,
     "unequal": UNEQUAL,
     "few": FEW,
     "few-clean": FEW_CLEAN,

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.zoo.attacks import Attack
+from bench.zoo.augmentation import Augmentation
 from onp.suspect.network import training_layout
 
 
@@ -27,6 +29,12 @@ class TrainingConfig:
     """Pixels of zero padding for the random crop."""
     flip: bool = True
     """Mirror images at random (not for traffic signs)."""
+    more: Augmentation = field(default_factory=Augmentation)
+
+    @classmethod
+    def of_card(cls, told: dict[str, Any]) -> TrainingConfig:
+        """As a card tells it; older ones tell of less."""
+        return cls(**(told | {"more": Augmentation(**told.get("more", {}))}))
 
 
 def train(
@@ -64,8 +72,12 @@ def train(
             y = labels[index].to(device)
             if attack is not None and attack.online:
                 x, y = attack.batch(model, x, y, ratio, random)
+            x, other, share = config.more.mixed(x, y, random)
             logits = model(x.contiguous(memory_format=layout))
-            loss = F.cross_entropy(logits, y)
+            loss = F.cross_entropy(logits, y, label_smoothing=config.more.smoothing)
+            if share < 1:
+                mixed = F.cross_entropy(logits, other, label_smoothing=config.more.smoothing)
+                loss = share * loss + (1 - share) * mixed
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -81,7 +93,7 @@ def train(
 
 
 def augment(images: Tensor, config: TrainingConfig, random: torch.Generator) -> Tensor:
-    """Random crop and mirror; uint8 [N, H, W, 3] in, float [N, 3, H, W] in [0, 1] out."""
+    """Random crop, mirror and more; uint8 [N, H, W, 3] in, float [N, 3, H, W] in [0, 1] out."""
     x = images.permute(0, 3, 1, 2).float() / 255
     count, _, height, width = x.shape
     pad = config.crop_padding
@@ -96,7 +108,7 @@ def augment(images: Tensor, config: TrainingConfig, random: torch.Generator) -> 
     if config.flip:
         mirrored = torch.rand(count, generator=random) < 0.5
         x = torch.where(mirrored[:, None, None, None], x.flip(3), x)
-    return x
+    return config.more(x, random)
 
 
 def _optimizer(model: nn.Module, config: TrainingConfig) -> torch.optim.Optimizer:
