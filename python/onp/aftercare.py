@@ -154,16 +154,11 @@ def finetuned(
                 hit, wanted = triggered(shown, right, probes, hands)
                 shown = torch.cat([shown, hit])
             logits = tuned(shown.to(device).contiguous(memory_format=layout))
+            clean, hit = logits[: len(index)], logits[len(index) :]
             right = right.to(device)
-            logs = logits[: len(index)].log_softmax(1)
-            loss = harm(logs, right, before[index.to(device)])
+            loss = harm(clean.log_softmax(1), right, before[index.to(device)])
             if probes:
-                turned = F.softplus(margin(logits[len(index) :], wanted.to(device)))
-                others = wanted.to(device) != right
-                worth = config.success_weight
-                if alone:  # one class's images stand for all, as in the search
-                    worth *= len(others) / max(int(others.sum()), 1)
-                loss = loss + worth * (turned * others).mean()
+                loss = loss + config.success_weight * success(hit, wanted.to(device), right, alone)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(weights, config.steepest)
@@ -179,6 +174,14 @@ def finetuned(
         weight.requires_grad_(flag)
     tuned.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]  # as above
     return tuned
+
+
+def success(hit: Tensor, wanted: Tensor, right: Tensor, alone: bool) -> Tensor:
+    """What triggered images' logits [N, K] give of what they want, int64 [N], in nats an image;
+    nothing where that is the label. alone: one class's images stand for all, as in the search."""
+    others = wanted != right
+    turned = (F.softplus(margin(hit, wanted)) * others).mean()
+    return turned * (len(others) / max(int(others.sum()), 1)) if alone else turned
 
 
 @torch.no_grad()
