@@ -19,6 +19,7 @@ OUT=folder                     where results go (default: bench/results)
 
 from __future__ import annotations
 
+import argparse
 import importlib.util
 import json
 import os
@@ -121,6 +122,10 @@ NEED_DATA = {"zoo", "repairs"}
 
 def main() -> int:
     """Run the stages that were asked for; 0 if each succeeded."""
+    argparse.ArgumentParser(
+        prog="python -m bench.gpu", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()  # fmt: skip
     names = os.environ.get("STAGES", "").split() or [
         name for name in STAGES if DATA or name not in NEED_DATA
     ]

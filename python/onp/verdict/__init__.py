@@ -14,7 +14,7 @@ the moments takes a large trigger to explain, an attacker's a small one.
 If no one class: a trigger that shifts all labels by one and explains the difference (all-to-all),
 against one that shifts them by two; then the lesser of its share and its advantage counts.
 
-**Probes.** Triggers of three families are synthesised for every class, in a few steps. One that
+**Looks.** Triggers of three families are synthesised for every class, in a few steps. One that
 matches no attack finds a natural adversarial direction, and every class has some; so a backdoor is
 called where the best trigger that works on half of the images leads the same family's for every
 other class: it is smaller, or works better. More steps tell less, as natural directions catch up.
