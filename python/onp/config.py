@@ -158,6 +158,9 @@ class GatesConfig:
     images_per_step: int = 32
     """Clean images in a step, and as many triggered ones."""
     learning_rate: float = 0.1
+    noisy_steps: int = 30
+    noisy_images: int = 16
+    """The same of a further start, which noise is to lead elsewhere."""
     clean_weight: float = 6.0
     """Of the clean images' cross-entropy and divergence from the original."""
     price: float = 0.02
@@ -195,6 +198,8 @@ class AgentConfig:
     """At most, each from gates of its own: there is another one as long as"""
     dear: float = 0.2
     """the first draw's best mask costs more, its sites' price included, in nats an image."""
+    tries: int = 4
+    """Noisy gates that a further start takes the best of; 0: its gates are learned as the first."""
     rounds: int = 16
     """Of a start on its first draw of the images, at most,"""
     further: tuple[int, ...] = (8,)
@@ -414,7 +419,7 @@ BUDGETS: dict[str, Config] = {
         "thorough",
         synthesis=SynthesisConfig(steps=80, images_per_step=48, classes=4, renewal_steps=60),
         replay=ReplayConfig(steps=80, images_per_step=64),
-        agent=AgentConfig(starts=3, dear=0.0, rounds=32, little=0.0005, patience=3),
+        agent=AgentConfig(starts=3, dear=0.0, tries=0, rounds=32, little=0.0005, patience=3),
         choice=ChoiceConfig(leaders=2, rounds=2),
     ),
 }

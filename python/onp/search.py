@@ -20,6 +20,7 @@ from onp.agent.learner import Learner
 from onp.agent.relaxed import RelaxedCost
 from onp.agent.state import State
 from onp.agent.weights import load_policy
+from onp.config import GatesConfig
 from onp.evidence import Evidence
 from onp.features import node_features
 from onp.graph import NeuronGraph
@@ -137,11 +138,13 @@ class Search:
                     del told[name]
             self.evaluator.calibrate(precision, ends, cost.sample(CALIBRATION_IMAGES))
 
-    def relaxed(self, counted: Sequence[Contender]) -> RelaxedCost:
+    def relaxed(
+        self, counted: Sequence[Contender], config: GatesConfig | None = None
+    ) -> RelaxedCost:
         """The cost of gates."""
         return RelaxedCost(
             self.evaluator.network, self.clean, [c.probe for c in counted],
-            torch.stack([c.ranking for c in counted]).mean(0), self.config.gates,
+            torch.stack([c.ranking for c in counted]).mean(0), config or self.config.gates,
         )  # fmt: skip
 
     def nothing_pruned(self, counted: Sequence[Contender]) -> State:
@@ -159,20 +162,37 @@ class Search:
             closed: Tensor = policy(self.graph, features, inputs)
         return closed
 
-    def gates(self, counted: Sequence[Contender], number: int = 0) -> Tensor:
+    def gates(
+        self, counted: Sequence[Contender], number: int = 0, config: GatesConfig | None = None
+    ) -> Tensor:
         """The relaxed mask against the counted probes, float32 [S]: how far each gate closes, as
-        the policy proposes and descent adapts it to this network. number: of the start; each draws
-        images of its own."""
-        config = self.config.gates
+        the policy proposes and descent adapts it to this network. number: each draws images of its
+        own."""
+        config = config or self.config.gates
         start = torch.ones(self.evaluator.trace.sites)
         steps, rate = config.steps, config.learning_rate
         if config.policy is not None:
             start = start - self.proposal(counted, config.policy)
             steps, rate = config.adapted_steps, config.adapted_rate
         return learn_gates(
-            self.relaxed(counted), start, steps=steps, learning_rate=rate,
+            self.relaxed(counted, config), start, steps=steps, learning_rate=rate,
             seed=self.seed + SEEDS_APART * number, ledger=self.evaluator.ledger,
         )  # fmt: skip
+
+    def other_gates(self, counted: Sequence[Contender], number: int) -> Tensor:
+        """Where the start before was dear, gates that lead elsewhere: learned on fewer images a
+        step, as noise leaves what descent would always end in, several times; those whose first
+        masks are worth most, which tells before a round is searched."""
+        gates, tries = self.config.gates, self.config.agent.tries
+        noisy = replace(gates, steps=gates.noisy_steps, images_per_step=gates.noisy_images)
+        first = 1 + (number - 1) * tries
+        found = [self.gates(counted, draw, noisy) for draw in range(first, first + tries)]
+        cost = self.cost(counted, self.draw(0)[0])
+        worths = [
+            float(cost.worth(self.raced(counted, self.first_masks(counted, one))).max())
+            for one in found
+        ]
+        return found[worths.index(max(worths))]
 
     def first_masks(self, counted: Sequence[Contender], ranking: Tensor) -> Tensor:
         """Where the search starts: the heads of the gates' ranking float32 [S] and what the
@@ -193,7 +213,8 @@ class Search:
         rounds = list[Round]()
         for number in range(agent.starts):
             with ledger.stage("gates"):
-                gates = self.gates(counted, number)
+                again = number > 0 and agent.tries > 0
+                gates = (self.other_gates if again else self.gates)(counted, number)
             with ledger.stage("agent"):
                 found.append(self.run(counted, gates, known))
             rounds += [replace(one, start=self.starts) for one in found[-1].rounds]
