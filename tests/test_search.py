@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
@@ -18,7 +18,7 @@ from onp.agent.elite import Elite
 from onp.agent.flips import Round, give_back
 from onp.agent.learner import Learner
 from onp.clean import Clean
-from onp.config import AgentConfig, ChoiceConfig, Config
+from onp.config import AgentConfig, ChoiceConfig, Config, GatesConfig
 from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence
 from onp.graph import build_graph
@@ -31,7 +31,7 @@ from onp.scene import Scene
 from onp.search import FINALISTS, Found, Search
 from onp.suspect.trace import trace
 from onp.verdict import Verdict
-from tests.agent.test_agent import SIZE, toy
+from tests.agent.test_agent import PLANTED, SIZE, toy
 
 By = Literal["norm statistics", "looks"]
 
@@ -124,6 +124,33 @@ def test_a_dear_repair_is_searched_for_again(
     assert int(masks[0].int().argmax()) == best  # the best start's comes first
     assert len(masks) == starts
     assert all(not torch.equal(a, b) for a, b in itertools.combinations(asked, 2))
+
+
+def test_a_further_start_takes_the_best_of_noisy_gates(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    search, contender = small(scene, AgentConfig(tries=3, images=20), ChoiceConfig())
+    nothing = torch.zeros(search.evaluator.trace.sites)
+    planted = nothing.clone()
+    planted[PLANTED] = 1.0
+    other = nothing.clone()
+    other[0 if PLANTED else 1] = 1.0
+    asked = list[tuple[int, GatesConfig]]()
+
+    def gates(_: Sequence[Contender], number: int, config: GatesConfig) -> Tensor:
+        asked.append((number, config))
+        return planted if number % 3 == 2 else other
+
+    monkeypatch.setattr(search, "gates", gates)
+    for start in (1, 2):
+        asked.clear()
+        assert search.other_gates([contender], start) is planted
+        numbers = [number for number, _ in asked]
+        assert numbers == [3 * start - 2, 3 * start - 1, 3 * start]  # of images of their own
+        noisy = search.config.gates
+        assert {(one.steps, one.images_per_step) for _, one in asked} == {
+            (noisy.noisy_steps, noisy.noisy_images)
+        }
 
 
 @pytest.mark.parametrize("images", [8, 40])
