@@ -50,6 +50,11 @@ def test_labels_that_the_network_does_not_have_are_refused() -> None:
         score(Brightness(), replace(clean, labels=clean.labels + 1))
 
 
+def test_of_no_images_there_is_no_rate() -> None:
+    told = score(Brightness(), shades()[torch.arange(0)])
+    assert (told["images"], told["clean_accuracy"]) == (0, None)
+
+
 def test_an_interval_holds_its_share_and_knows_no_images() -> None:
     low, high = interval(9, 10)
     assert 0 < low < 0.9 < high < 1

@@ -69,7 +69,8 @@ class Augmentation:
         return x * ~(down[:, None, :, None] & right[:, None, None, :])
 
     def mixed(self, x: Tensor, y: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, float]:
-        """Images, the labels that the second share of each is of, and the first share."""
+        """Images float32 [N, 3, H, W], the labels int64 [N] of what the rest of each is made of,
+        and the share that is its own."""
         if not self.mixup:
             return x, y, 1.0
         share = float(torch._sample_dirichlet(torch.tensor([self.mixup] * 2), random)[0])

@@ -247,7 +247,7 @@ def batch(
     check_distinct(found)
     found = shard_of(found, shard) if shard else found
 
-    from onp.arguments import checked_device
+    from onp.arguments import checked_device, checked_threads
     from onp.batch.run import journal_of, repair_batch, summary
     from onp.checkpoint import RepairOptions
     from onp.data import load_dataset
@@ -258,6 +258,8 @@ def batch(
     from onp.suspect.load import checked_arch
 
     checked_device(device)
+    if threads is not None:
+        checked_threads(threads)
     for kind in {job.arch for job in found}:
         checked_arch(kind, trust)
     options = RepairOptions(

@@ -297,6 +297,8 @@ def check_class_names(clean: ImageSet, classes: int) -> None:
 
 def check_labels(labels: Tensor, classes: int) -> None:
     """Raise BadData where one of the labels int64 [N] is none of the network's classes."""
+    if not len(labels):
+        return
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or high >= classes:
         raise BadData(

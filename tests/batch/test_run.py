@@ -189,6 +189,7 @@ def test_a_child_that_is_not_what_it_was_is_done(
         (["hub", "--out", "hub"], "--out hub holds the models"),
         (["hub", "--out", "clean.npz"], "cannot make the folder clean.npz"),
         (["hub", "--device", "abacus"], "device abacus cannot be used"),
+        (["hub", "--threads", "100000"], "threads must be a number from 1 to"),
         (["hub", "--arch", "alexnet"], "unknown architecture 'alexnet'"),
         (["hub", "--arch", "os:getcwd"], "add --trust"),
         (["hub", "--jobs", "0"], "Invalid value for '--jobs'"),
