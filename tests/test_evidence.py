@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,7 +18,7 @@ from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence, gather
 from onp.evidence.departures import from_departures
 from onp.evidence.looks import from_probes, from_squares, nearest, squares_for
-from onp.evidence.norms import from_statistics
+from onp.evidence.norms import from_statistics, in_steps, to_a_class
 from onp.evidence.order import together
 from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import learned_in
@@ -217,7 +218,7 @@ def test_norms_that_remember_much_need_more_excess(
     assert shift.long == (memory > 100)
     probe = Probe(Additive(), 1, [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
     one = Replayed(probe, 0.9, 0.9, torch.eye(CLASSES)[1] * 0.9, 0.1)
-    monkeypatch.setattr(Scene, "replayed", lambda *_: [one])
+    monkeypatch.setattr(Scene, "replayed", lambda *_, **__: [one])
     monkeypatch.setattr(Scene, "unraced", lambda *_: [])
     monkeypatch.setattr("onp.evidence.norms.by_label_shift", lambda *_: said(0.0).verdict)
     found = from_statistics(here, shift)
@@ -226,6 +227,45 @@ def test_norms_that_remember_much_need_more_excess(
     counted = 2.15 / (here.config.verdict.moving if memory > 100 else 1.0)
     assert found.verdict.evidence["excess"] == pytest.approx(counted)
     assert found.verdict.score == pytest.approx(((counted - low) / (high - low) + 1) / 2)
+
+
+@pytest.mark.parametrize(
+    ("budget", "share", "agreement", "size", "asked"),
+    [
+        ("quick", 0.9, 0.9, 1.0, [16]),
+        ("quick", 0.9, 0.6, 1.0, [16, 40]),  # explains little
+        ("quick", 0.9, 0.9, 4.0, [16, 40]),  # takes much for it
+        ("quick", 0.25, 0.9, 1.0, [16, 40]),  # hardly called
+        ("quick", 0.1, 0.6, 4.0, [16]),  # not called
+        ("standard", 0.9, 0.6, 2.0, [40]),
+    ],
+)
+def test_what_few_steps_call_in_doubt_is_learned_for_longer(
+    budget: str,
+    share: float,
+    agreement: float,
+    size: float,
+    asked: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And what more steps say counts: here, that they move no image."""
+    here = scene(BUDGETS[budget])
+    patch = Probe(Patch(), 1, [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), size)
+    steps_asked = list[int]()
+
+    def replayed(*_: object, steps: int, **__: object) -> list[Replayed]:
+        steps_asked.append(steps)
+        moved = share if steps == asked[0] else 0.0
+        return [Replayed(patch, moved, agreement, torch.eye(CLASSES)[1] * moved, 0.1)]
+
+    monkeypatch.setattr(Scene, "replayed", replayed)
+    monkeypatch.setattr("onp.evidence.norms.by_label_shift", lambda *_: said(0.0).verdict)
+    monkeypatch.setattr(Scene, "unraced", lambda *_: [])
+    moments = SimpleNamespace(remembered=128.0)
+    shift = NormShift(moments, torch.zeros(500, 8), *[torch.zeros(0)] * 4, 2.4)  # type: ignore[arg-type]
+    verdict, _ = in_steps(here, partial(to_a_class, here, shift))
+    assert list(dict.fromkeys(steps_asked)) == asked
+    assert (verdict.target == 1) == (len(asked) == 1 and share > 0.1)
 
 
 class Play:

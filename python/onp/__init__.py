@@ -9,7 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.21.0"
+__version__ = "0.22.0"
 
 if TYPE_CHECKING:
     from onp.config import BUDGETS as BUDGETS

@@ -91,6 +91,8 @@ class ReplayConfig:
     which it is explained."""
     steps: int = 40
     """At most: a family that can explain the shift takes 10 to 30."""
+    doubted_steps: int = 0
+    """At most, where fewer steps call a backdoor that more might not: see ``doubted_effort``."""
     enough: float = 0.1
     """Share of the shift's square that may stay unexplained however large it is."""
     images_per_step: int = 24
@@ -336,10 +338,15 @@ class VerdictConfig:
     beside: float = 0.1
     """Share of the images that such triggers bring to a further class, on average, which then has a
     trigger of its own: with one attacker's trigger .04 at most, with two .17 and more."""
-    effort: tuple[float, float] = (1.5, 2.2)
+    effort: tuple[float, float] = (1.85, 2.2)
     """Size of the patch that explains the norms' shift, over what it explains of the excess (in
-    units of what chance makes of 500 images). Backdoored networks come to 1.3 (of three classes to
-    1.8), clean ones of an excess of 2 and more to 2.0 to 2.9."""
+    units of what chance makes of 500 images). Backdoored networks come to 1.3 (SIG, and of three
+    classes, to 1.9), clean ones of an excess of 2 and more to 2.1 to 3.0."""
+    doubted_effort: float = 1.5
+    """Where triggers of the quick budget's few steps take so much of it, agree with the shift by
+    less than ``certain_agreement`` or score less than ``certain``, they are learned for longer
+    before a backdoor is called: few steps leave a patch small, and clean networks then come down
+    to 1.3."""
 
 
 @dataclass(frozen=True)
@@ -404,7 +411,9 @@ BUDGETS: dict[str, Config] = {
         synthesis=SynthesisConfig(
             steps=20, images_per_step=16, renewal_steps=15, look_beside=False
         ),
-        replay=ReplayConfig(measured=500, steps=16, images_per_step=16, judged=64, alone=0.0),
+        replay=ReplayConfig(
+            measured=500, steps=16, doubted_steps=40, images_per_step=16, judged=64, alone=0.0
+        ),
         gates=GatesConfig(
             steps=30, images_per_step=16, learning_rate=0.1, counts=(2, 6, 13, 25, 45)
         ),

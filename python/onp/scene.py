@@ -106,11 +106,17 @@ class Scene:
         return replace(self, clean=clean, copies=len(clean) - len(self.clean))
 
     def replayed(
-        self, shift: NormShift, family: str, targets: Sequence[Target] = ()
+        self,
+        shift: NormShift,
+        family: str,
+        targets: Sequence[Target] = (),
+        steps: int | None = None,
     ) -> list[Replayed]:
-        """Triggers that explain the norms' shift: see ``onp.probes.replay``."""
+        """Triggers that explain the norms' shift: see ``onp.probes.replay``. steps: default: the
+        budget's."""
+        config = self.config.replay
         return replay(
-            shift, self.clean, self.config.replay, REPLAYED[family],
+            shift, self.clean, replace(config, steps=steps or config.steps), REPLAYED[family],
             targets=targets, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 

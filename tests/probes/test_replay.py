@@ -266,7 +266,11 @@ def test_every_family_is_asked_for_a_label_shift_that_is_called(
     asked: list[tuple[str, Target | None]] = []
 
     def replayed(
-        _: Scene, __: NormShift, family: str, targets: Sequence[Target] = ()
+        _: Scene,
+        __: NormShift,
+        family: str,
+        targets: Sequence[Target] = (),
+        **_steps: int,
     ) -> list[Replayed]:
         target = targets[0] if targets else None
         asked.append((family, target))

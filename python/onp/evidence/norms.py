@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
+from onp.config import VerdictConfig
 from onp.evidence.found import Evidence
 from onp.evidence.standing import works
 from onp.probes.norm_shift import NormShift, norm_shift
 from onp.probes.probe import LabelShift, Probe
+from onp.probes.replay import Replayed
 from onp.scene import Scene
 from onp.verdict import Verdict, by_label_shift, by_statistics, target_of
 
@@ -35,13 +39,9 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     if shift is None or shift.excess < config.replay.least_excess:
         return None
     classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
-    excess = shift.excess / (config.verdict.moving if shift.long else 1.0)
     with scene.ledger.stage("replay"):
         families = config.replay.families
-        replayed = [scene.replayed(shift, family)[0] for family in families]
-        verdict = by_statistics(
-            excess, len(shift.clean), replayed, config.verdict, labels.unique().tolist()
-        )
+        verdict, replayed = in_steps(scene, partial(to_a_class, scene, shift))
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
         if not bool((labels == probes[0].wanted(labels)).any()):
@@ -50,10 +50,7 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
             jointly = explaining_together(scene, shift, verdict)
             probes = jointly or [o.probe for o in replayed if o.probe.target in verdict.targets]
         if verdict.score < config.verdict.certain and classes > 2:
-            one, two = (
-                scene.replayed(shift, families[0], [LabelShift(classes, by)])[0] for by in (1, 2)
-            )
-            shifted = by_label_shift(excess, one, two, config.verdict)
+            shifted, (one, _) = in_steps(scene, partial(to_the_next, scene, shift))
             if shifted.score > verdict.score:
                 verdict, probes = shifted, [one.probe]
                 if shifted.target is not None:
@@ -68,6 +65,52 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     stand = {one.probe.target for one in counted}
     verdict = replace(verdict, also=tuple(one for one in verdict.also if one in stand))
     return Evidence(verdict, contenders, counted, verdict)
+
+
+Judged = tuple[Verdict, list[Replayed]]
+
+
+def in_steps(scene: Scene, judge: Callable[[int], Judged]) -> Judged:
+    """What triggers of the budget's steps say; where they call a backdoor that is in doubt, what
+    those of more steps do."""
+    config = scene.config
+    found = judge(config.replay.steps)
+    longer = config.replay.doubted_steps
+    if longer > config.replay.steps and doubted(found[0], config.verdict):
+        found = judge(longer)
+    return found
+
+
+def doubted(verdict: Verdict, config: VerdictConfig) -> bool:
+    """Whether a backdoor is called hardly, or by triggers that explain little or take nearly as
+    much effort as those that explain what chance makes."""
+    said = verdict.evidence
+    little = said.get("agreement", 1.0) < config.certain_agreement
+    hard = said.get("effort", 0.0) >= config.doubted_effort
+    return verdict.target is not None and (verdict.score < config.certain or little or hard)
+
+
+def to_a_class(scene: Scene, shift: NormShift, steps: int) -> Judged:
+    """A trigger of every family."""
+    config = scene.config
+    replayed = [scene.replayed(shift, one, steps=steps)[0] for one in config.replay.families]
+    known = scene.clean.labels[: len(shift.clean)].unique().tolist()
+    excess = beyond_chance(scene, shift)
+    return by_statistics(excess, len(shift.clean), replayed, config.verdict, known), replayed
+
+
+def to_the_next(scene: Scene, shift: NormShift, steps: int) -> Judged:
+    """Triggers of the first family that move every label by one, and by two."""
+    classes, family = scene.evaluator.trace.num_classes, scene.config.replay.families[0]
+    one, two = (
+        scene.replayed(shift, family, [LabelShift(classes, by)], steps=steps)[0] for by in (1, 2)
+    )
+    return by_label_shift(beyond_chance(scene, shift), one, two, scene.config.verdict), [one, two]
+
+
+def beyond_chance(scene: Scene, shift: NormShift) -> float:
+    """The shift's excess, less where norms remember a network that still moved."""
+    return shift.excess / (scene.config.verdict.moving if shift.long else 1.0)
 
 
 def explaining_together(scene: Scene, shift: NormShift, verdict: Verdict) -> list[Probe]:
