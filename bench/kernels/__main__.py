@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 
@@ -80,8 +80,11 @@ def main() -> int:
     out = args.out
     if out is None and not args.quick and set(wanted) == set(suites):
         out = _BENCH / "results" / f"kernels_{slug(name)}.json"
+    before = time.perf_counter()
     for suite in wanted:
-        for row in suites[suite](args.quick, repeats, ceilings):
+        for made in suites[suite](args.quick, repeats, ceilings):
+            now = time.perf_counter()
+            row, before = replace(made, took=round(now - before, 1)), now
             print(json.dumps(as_json([row])[0]), flush=True)
             rows.append(row)
             facts = {"device": name, "ceilings": asdict(ceilings), "quick": args.quick}

@@ -29,6 +29,8 @@ class Row:
     forced: bool = False
     """Not compared: an instruction set was forced, or it does less than the others."""
     note: str = ""
+    took: float | None = None
+    """Seconds from the row before it: what was made, checked and timed for it, all told."""
 
     @property
     def ours(self) -> bool:

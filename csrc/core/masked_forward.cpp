@@ -12,6 +12,9 @@
 namespace onp {
 
 constexpr std::size_t kNowhere = ~std::size_t{0};
+// Of the places of a segment, the most at which those of pruned channels are left out: to look them
+// up takes as long as this saves.
+constexpr double kMostLive = 31.0 / 32;
 
 // Where the buffers of a program lie; constants, and floats that only narrow copies stand for,
 // nowhere.
@@ -26,7 +29,23 @@ struct MaskedForwardPlan::Program : Network {
   Layout reused;  // buffers share slots where their lives do not overlap
 
   void lay_out();
+  void find_input_keeps();
 };
+
+// Convolutions that may leave pruned inputs out: those whose input a step with sites has written.
+// Grouped ones may not, whose blocks read inputs of their own, nor those of bytes, whose 0 is made
+// up for by the bias.
+void MaskedForwardPlan::Program::find_input_keeps() {
+  for (Step& step : steps) {
+    const bool bytes = !step.byte_weights.empty();
+    if (step.spec.kind != StepKind::convolution || step.spec.groups > 1 || bytes) continue;
+    for (const Step& from : steps) {
+      if (from.spec.final == step.spec.input && from.spec.site_start >= 0) {
+        step.input_keep = from.keep_begin;
+      }
+    }
+  }
+}
 
 void MaskedForwardPlan::Program::lay_out() {
   std::vector<std::size_t> last_use(buffers.size(), 0);
@@ -80,6 +99,7 @@ MaskedForwardPlan::MaskedForwardPlan(const std::vector<BufferShape>& shapes,
     step.keep_begin = program->keep_words;
     program->keep_words += round_up(step.channels, kChannelBlock);
   }
+  program->find_input_keeps();
   program->lay_out();
   program_ = std::move(program);
 }
@@ -107,6 +127,9 @@ class Worker {
     std::size_t most = 0;
     for (const Step& step : network.steps) most = std::max(most, step.spec.others.size());
     others_.resize(most);
+    std::int64_t longest = 0;
+    for (const Step& step : network.steps) longest = std::max(longest, step.segment_length);
+    live_.reserve(static_cast<std::size_t>(longest));
   }
 
   float* data(std::size_t buffer) const { return data_[buffer]; }
@@ -156,6 +179,32 @@ class Worker {
     return all ? nullptr : words;
   }
 
+  // Sets which places of a segment are multiplied, unless next to nothing of its input is pruned.
+  void set_live(const Step& step, StepArgs& args) {
+    if (step.input_keep < 0) return;
+    const std::uint32_t* words = keep_.data() + step.input_keep;
+    const std::int64_t channels = network_.buffers[step.spec.input].shape.channels;
+    const std::int64_t together = step.half_weights.empty() ? 1 : kPair;
+    const std::int64_t places = divide_up(channels, together);  // of one tap
+    live_.clear();
+    for (std::int64_t place = 0; place < places; ++place) {
+      const auto first = place * together, end = std::min(first + together, channels);
+      const auto kept = [](auto word) { return word != 0; };
+      if (std::any_of(words + first, words + end, kept)) {
+        live_.push_back(static_cast<std::int32_t>(place));
+      }
+    }
+    const std::size_t count = live_.size();
+    if (static_cast<double>(count) > kMostLive * static_cast<double>(places)) return;
+    for (std::int64_t tap = 1; tap < step.segment_length / places; ++tap) {
+      for (std::size_t i = 0; i < count; ++i) {
+        live_.push_back(live_[i] + static_cast<std::int32_t>(tap * places));
+      }
+    }
+    args.live = live_.data();
+    args.live_count = static_cast<std::int64_t>(live_.size());
+  }
+
   // Whether a buffer's values are not those of the current mask's predecessor.
   std::vector<char>& stale() { return stale_; }
 
@@ -165,6 +214,7 @@ class Worker {
   std::vector<float*> data_;
   std::vector<Operand> others_;
   std::vector<std::uint32_t> keep_;
+  std::vector<std::int32_t> live_;
   std::vector<char> stale_;
 };
 
@@ -182,6 +232,7 @@ void run_step(const Step& step, const Network& network, Worker& worker, std::int
   args.shift = step.shift.data();
   args.second = spec.second;
   args.keep = spec.site_start >= 0 ? worker.keep(step) : nullptr;
+  worker.set_live(step, args);
   args.final = worker.operand(step.final_floats ? spec.final : -1);
   args.final_bytes = worker.bytes(step.final_narrow);
   args.final_halves = worker.halves(step.final_narrow);

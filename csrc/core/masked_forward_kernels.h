@@ -149,6 +149,11 @@ struct StepArgs {
   std::int64_t block_stride;
   const std::int32_t* first_channel;  // null: all blocks begin at input channel 0
 
+  // Convolutions that are neither grouped nor of bytes: the places in a segment, in turn, that are
+  // multiplied; the others' inputs are 0. Null: all of them.
+  const std::int32_t* live;
+  std::int64_t live_count;
+
   // Convolution of bytes: reads `input_bytes` instead of `input`. Weights
   // [channel blocks][segments][segment_length][kChannelBlock][kQuad], segments and block_stride
   // in bytes, segment_length in quads of input channels. `unit` times the sum of products, per

@@ -109,7 +109,7 @@ struct NarrowTile {
     return group - IntVec{};
   }
 
-  template <int vectors>
+  template <bool all, int vectors>
   static __attribute__((noinline)) void convolve(const StepArgs& step, const Place& place,
                                                  Index channel) {
     // From one vector of weights to the next: the next block holds it if vectors are as wide.
@@ -117,6 +117,7 @@ struct NarrowTile {
         kLanes == kChannelBlock ? step.block_stride : static_cast<Index>(kLanes) * kGroup;
     const Weight* weights = Format::weights(step) + channel / kChannelBlock * step.block_stride +
                             channel % kChannelBlock * kGroup;
+    const Index count = all ? step.segment_length : step.live_count;
     Sums sums[kPixels][vectors];
 #pragma GCC unroll 32
     for (int p = 0; p < kPixels; ++p) {
@@ -127,18 +128,20 @@ struct NarrowTile {
       const Value* input[kPixels];
 #pragma GCC unroll 32
       for (int p = 0; p < kPixels; ++p) input[p] = place.input[p] + step.segments[s];
-      for (Index i = 0; i < step.segment_length; ++i) {
+      for (Index n = 0; n < count; ++n) {
+        const Index i = all ? n : step.live[n];
+        const Weight* const from = weights + i * kChannelBlock * kGroup;
         IntVec row[vectors];
 #pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) row[v] = load_weights(weights + v * next_vector);
+        for (int v = 0; v < vectors; ++v) row[v] = load_weights(from + v * next_vector);
 #pragma GCC unroll 32
         for (int p = 0; p < kPixels; ++p) {
           const IntVec x = spread(input[p] + i * kGroup);
 #pragma GCC unroll 2
           for (int v = 0; v < vectors; ++v) sums[p][v] = Format::dot(sums[p][v], x, row[v]);
         }
-        weights += kChannelBlock * kGroup;
       }
+      weights += step.segment_length * kChannelBlock * kGroup;
     }
     Vec results[kPixels][vectors];
 #pragma GCC unroll 2
@@ -151,14 +154,23 @@ struct NarrowTile {
   }
 
   static void convolution(const StepArgs& step) {
+    if (step.live) {
+      convolution<false>(step);
+    } else {
+      convolution<true>(step);
+    }
+  }
+
+  template <bool all>
+  static void convolution(const StepArgs& step) {
     const auto& input = Format::input(step);
     Base::template for_each_group<Place>(step, input, [&](const Place* places, int tiles) {
       Index channel = 0;
       for (; channel + kLanes < step.channels; channel += 2 * kLanes) {
-        for (int t = 0; t < tiles; ++t) convolve<2>(step, places[t], channel);
+        for (int t = 0; t < tiles; ++t) convolve<all, 2>(step, places[t], channel);
       }
       for (; channel < step.channels; channel += kLanes) {
-        for (int t = 0; t < tiles; ++t) convolve<1>(step, places[t], channel);
+        for (int t = 0; t < tiles; ++t) convolve<all, 1>(step, places[t], channel);
       }
     });
   }

@@ -246,15 +246,19 @@ struct Tile {
     }
   }
 
-  // sums[p][v] += sum over i of input[p][i] * weights[i][v], rows of weights kChannelBlock apart.
-  template <int pixels, int vectors>
+  // sums[p][v] += sum over i of input[p][i] * weights[i][v], rows of weights kChannelBlock apart;
+  // all: over `count` of them, else over as many places `live`.
+  template <bool all, int pixels, int vectors>
   static ONP_INLINE void accumulate(const float* const (&input)[pixels], const float* weights,
-                                    Index next_vector, Index length, Vec (&sums)[pixels][vectors]) {
-    for (Index i = 0; i < length; ++i) {
+                                    Index next_vector, const std::int32_t* live, Index count,
+                                    Vec (&sums)[pixels][vectors]) {
+    for (Index n = 0; n < count; ++n) {
+      const Index i = all ? n : live[n];
       Vec row[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        const float* const from = weights + v * (kLanes < kChannelBlock ? kLanes : next_vector);
+        const float* const from =
+            weights + i * kChannelBlock + v * (kLanes < kChannelBlock ? kLanes : next_vector);
         row[v] = load(from);
         if (v * kLanes % kChannelBlock == 0) {  // the other half of a block is in the same line
           __builtin_prefetch(from + kRowsAhead * kChannelBlock);
@@ -266,7 +270,6 @@ struct Tile {
 #pragma GCC unroll 2
         for (int v = 0; v < vectors; ++v) sums[p][v] = Simd::fma(x, row[v], sums[p][v]);
       }
-      weights += kChannelBlock;
     }
   }
 
@@ -280,10 +283,11 @@ struct Tile {
     return step.weights + channel / kChannelBlock * step.block_stride + channel % kChannelBlock;
   }
 
-  template <int vectors>
+  template <bool all, int vectors>
   static __attribute__((noinline)) void convolve(const StepArgs& step, const Place& place,
                                                  Index channel) {
     const float* weights = block_weights(step, channel);
+    const Index count = all ? step.segment_length : step.live_count;
     const Index first = step.first_channel ? step.first_channel[channel / kChannelBlock] : 0;
     Vec sums[kPixels][vectors];
     clear(sums);
@@ -292,7 +296,7 @@ struct Tile {
       const float* input[kPixels];
 #pragma GCC unroll 32
       for (int p = 0; p < kPixels; ++p) input[p] = place.input[p] + offset;
-      accumulate(input, weights, next_vector(step), step.segment_length, sums);
+      accumulate<all>(input, weights, next_vector(step), step.live, count, sums);
       weights += step.segment_length * kChannelBlock;
     }
     finish(step, place.outputs, channel, sums);
@@ -342,17 +346,26 @@ struct Tile {
   }
 
   static void convolution(const StepArgs& step) {
+    if (step.live) {
+      convolution<false>(step);
+    } else {
+      convolution<true>(step);
+    }
+  }
+
+  template <bool all>
+  static void convolution(const StepArgs& step) {
     // Two vectors of a tile share their input channels: not so across the blocks of a grouped one.
     const bool pairs = kLanes < kChannelBlock || !step.first_channel;
     for_each_group(step, [&](const Place* places, int tiles) {
       Index channel = 0;
       if (pairs) {
         for (; channel + kLanes < step.channels; channel += 2 * kLanes) {
-          for (int t = 0; t < tiles; ++t) convolve<2>(step, places[t], channel);
+          for (int t = 0; t < tiles; ++t) convolve<all, 2>(step, places[t], channel);
         }
       }
       for (; channel < step.channels; channel += kLanes) {
-        for (int t = 0; t < tiles; ++t) convolve<1>(step, places[t], channel);
+        for (int t = 0; t < tiles; ++t) convolve<all, 1>(step, places[t], channel);
       }
     });
   }
@@ -526,16 +539,16 @@ struct Tile {
   }
 
   // products[p][..] = inputs[p][..] x weights for `pixels` tiles at one point.
-  template <int pixels, int vectors>
+  template <bool all, int pixels, int vectors>
   static __attribute__((noinline)) void multiply(const float* inputs, Index input_stride,
                                                  const float* weights, Index next_vector,
-                                                 Index length, float* products,
-                                                 Index product_stride) {
+                                                 const std::int32_t* live, Index count,
+                                                 float* products, Index product_stride) {
     const float* input[pixels];
     for (int p = 0; p < pixels; ++p) input[p] = inputs + p * input_stride;
     Vec sums[pixels][vectors];
     clear(sums);
-    accumulate(input, weights, next_vector, length, sums);
+    accumulate<all>(input, weights, next_vector, live, count, sums);
     // Unrolled early, or the sums would go through memory once more.
 #pragma GCC unroll 32
     for (int p = 0; p < pixels; ++p) {
@@ -544,6 +557,12 @@ struct Tile {
         store(products + p * product_stride + v * kLanes, sums[p][v]);
       }
     }
+  }
+
+  template <int pixels>
+  static auto multiply_of(bool all, bool pair) {
+    if (all) return pair ? multiply<true, pixels, 2> : multiply<true, pixels, 1>;
+    return pair ? multiply<false, pixels, 2> : multiply<false, pixels, 1>;
   }
 
   template <int size, int stride>
@@ -557,6 +576,8 @@ struct Tile {
     const Index total =
         step.images * ((height + size - 1) / size) * ((step.width + size - 1) / size);
     const Index length = step.segment_length;
+    const bool all = !step.live;
+    const Index count = all ? length : step.live_count;
     const Index inputs = (length + kLanes - 1) / kLanes * kLanes;
     const Index outputs = (step.channels + kLanes - 1) / kLanes * kLanes;
     // Of narrow layers' large tiles as many as fill the registers: what is transformed then stays
@@ -592,14 +613,14 @@ struct Tile {
           const float* weights = block_weights(step, c) + which * length * kChannelBlock;
           const bool pair = c + kLanes < outputs;
           const auto some = [&](auto product, Index t) {
-            product(in + t * inputs, inputs, weights, next_vector(step), length,
+            product(in + t * inputs, inputs, weights, next_vector(step), step.live, count,
                     out + t * outputs + c, outputs);
           };
           Index t = 0;
           for (; t + kPixels - kFew < tiles; t += kPixels) {
-            some(pair ? multiply<kPixels, 2> : multiply<kPixels, 1>, t);
+            some(multiply_of<kPixels>(all, pair), t);
           }
-          for (; t < tiles; t += kFew) some(pair ? multiply<kFew, 2> : multiply<kFew, 1>, t);
+          for (; t < tiles; t += kFew) some(multiply_of<kFew>(all, pair), t);
         }
       }
       for (Index t = 0; t < tiles; ++t) {
