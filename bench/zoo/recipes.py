@@ -425,9 +425,9 @@ UNSEEN_9 = [
     *_attacked(_VGG_LONG, ("sig", 0.05, 4), ("adaptive-blend", 0.1, 7)),
 ]  # fmt: skip
 """Trained until little is left to learn, as networks in use are, and attacked from the first epoch
-at the strengths of the attacks' papers: all other sets are trained for three to twelve epochs, and
-the clean images, of the training set, are then answered better than others. Three hours of one core.
-"""
+at the strengths of the attacks' papers: the other sets are mostly trained for three to twelve
+epochs, and the clean images, of the training set, are then answered better than others. Two hours
+of one core."""
 
 _AGAIN = {"epochs": 1, "learning_rate": 0.05}
 _PRACTISED = (
