@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,7 +17,7 @@ from onp.evaluate import MaskEvaluator
 from onp.evidence import Evidence, gather
 from onp.evidence.departures import from_departures
 from onp.evidence.looks import from_probes, from_squares, nearest, squares_for
-from onp.evidence.norms import from_statistics, in_steps, to_a_class
+from onp.evidence.norms import from_statistics
 from onp.evidence.order import together
 from onp.evidence.shifting import from_shifting_squares
 from onp.evidence.standing import learned_in
@@ -249,23 +248,72 @@ def test_what_few_steps_call_in_doubt_is_learned_for_longer(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And what more steps say counts: here, that they move no image."""
-    here = scene(BUDGETS[budget])
     patch = Probe(Patch(), 1, [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), size)
-    steps_asked = list[int]()
+    found, steps = replayed_in_steps(
+        budget,
+        lambda steps, target: (
+            replace(patch, target=1 if target is None else target),
+            share if target is None and steps == asked[0] else 0.0,
+            agreement,
+        ),
+        monkeypatch,
+    )
+    by_class = [one for one, target in steps if target is None]
+    assert list(dict.fromkeys(by_class)) == asked
+    assert (found.verdict.target == 1) == (len(asked) == 1 and share > 0.1)
 
-    def replayed(*_: object, steps: int, **__: object) -> list[Replayed]:
-        steps_asked.append(steps)
-        moved = share if steps == asked[0] else 0.0
-        return [Replayed(patch, moved, agreement, torch.eye(CLASSES)[1] * moved, 0.1)]
+
+@pytest.mark.parametrize(("share", "asked"), [(0.9, [16]), (0.26, [16, 40])])
+def test_a_shift_of_labels_that_is_hardly_called_is_learned_for_longer(
+    share: float, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And all its triggers are, if it is called then as well."""
+    patch = Probe(Patch(), 1, [torch.zeros(1, 1, 3, 8, 8)], (0.0, 1.0), 1.0)
+    found, steps = replayed_in_steps(
+        "quick",
+        lambda _, target: (
+            replace(patch, target=1 if target is None else target),
+            share if target == LabelShift(CLASSES, 1) else 0.0,
+            0.9,
+        ),
+        monkeypatch,
+    )
+    assert found.verdict.target == LabelShift(CLASSES, 1)
+    shifted = [one for one, target in steps if target == LabelShift(CLASSES, 1)]
+    families = len(BUDGETS["quick"].replay.families)
+    assert shifted == [*asked, *[asked[-1]] * (families - 1)]
+
+
+def replayed_in_steps(
+    budget: str,
+    say: Callable[[int, Target | None], tuple[Probe, float, float]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> tuple[Evidence, list[tuple[int, Target | None]]]:
+    """What norms of an excess of 2.4 say where a trigger of so many steps for a target, which
+    ``say`` gives, moves a share of the images and agrees with the shift so far; and what was
+    asked for."""
+    here = scene(BUDGETS[budget])
+    asked = list[tuple[int, Target | None]]()
+
+    def replayed(
+        _: Scene, __: NormShift, ___: str, targets: Sequence[Target] = (), *, steps: int
+    ) -> list[Replayed]:
+        target = targets[0] if targets else None
+        asked.append((steps, target))
+        probe, share, agreement = say(steps, target)
+        return [Replayed(probe, share, agreement, torch.eye(CLASSES)[1] * share, 0.1)]
 
     monkeypatch.setattr(Scene, "replayed", replayed)
-    monkeypatch.setattr("onp.evidence.norms.by_label_shift", lambda *_: said(0.0).verdict)
-    monkeypatch.setattr(Scene, "unraced", lambda *_: [])
+    monkeypatch.setattr(
+        Scene,
+        "unraced",
+        lambda _, probes: [Contender(p, torch.zeros(8), 0.9, torch.zeros(0)) for p in probes],
+    )
     moments = SimpleNamespace(remembered=128.0)
     shift = NormShift(moments, torch.zeros(500, 8), *[torch.zeros(0)] * 4, 2.4)  # type: ignore[arg-type]
-    verdict, _ = in_steps(here, partial(to_a_class, here, shift))
-    assert list(dict.fromkeys(steps_asked)) == asked
-    assert (verdict.target == 1) == (len(asked) == 1 and share > 0.1)
+    found = from_statistics(here, shift)
+    assert found is not None
+    return found, asked
 
 
 class Play:

@@ -84,7 +84,8 @@ class Case:
     pruned: Tensor
     """bool [B, S]."""
     gflop: float
-    """Of all masks on all images, direct convolutions."""
+    """Of all masks on all images, direct convolutions; pruned channels too, though ours leaves some
+    out."""
     targets: Mapping[str, float]
     """By precision."""
 

@@ -12,9 +12,9 @@
 namespace onp {
 
 constexpr std::size_t kNowhere = ~std::size_t{0};
-// Of the places of a segment, the most at which those of pruned channels are left out: to look them
-// up takes as long as this saves.
-constexpr double kMostLive = 31.0 / 32;
+// Of 32 places of a segment, the most at which those of pruned channels are left out: to look up
+// which are left takes as long as a few more would (bench/NOTES.md).
+constexpr std::int64_t kMostLive = 29;
 
 // Where the buffers of a program lie; constants, and floats that only narrow copies stand for,
 // nowhere.
@@ -32,18 +32,30 @@ struct MaskedForwardPlan::Program : Network {
   void find_input_keeps();
 };
 
-// Convolutions that may leave pruned inputs out: those whose input a step with sites has written.
-// Grouped ones may not, whose blocks read inputs of their own, nor those of bytes, whose 0 is made
-// up for by the bias.
+// Whether channels that are 0 stay 0: a pool without anything behind it but an activation.
+bool passes_zeros(const Step& step) {
+  const StepSpec& spec = step.spec;
+  const bool pool = spec.kind == StepKind::max_pool || spec.kind == StepKind::average_pool ||
+                    spec.kind == StepKind::pick;
+  const auto clamps = [](Activation one) { return one <= Activation::relu6; };
+  return pool && !step.bias && !step.scale && spec.residual < 0 && clamps(spec.first) &&
+         clamps(spec.second);
+}
+
+// Which convolutions may leave out inputs that a step has pruned, right before them or before a
+// pool. Grouped ones may not, whose blocks read inputs of their own, nor those of bytes, whose 0
+// the bias may make up for.
 void MaskedForwardPlan::Program::find_input_keeps() {
+  std::vector<std::int64_t> keep_of(buffers.size(), -1);
   for (Step& step : steps) {
-    const bool bytes = !step.byte_weights.empty();
-    if (step.spec.kind != StepKind::convolution || step.spec.groups > 1 || bytes) continue;
-    for (const Step& from : steps) {
-      if (from.spec.final == step.spec.input && from.spec.site_start >= 0) {
-        step.input_keep = from.keep_begin;
-      }
+    const StepSpec& spec = step.spec;
+    const bool suits = spec.kind == StepKind::convolution && spec.groups == 1;
+    if (suits && step.byte_weights.empty()) step.input_keep = keep_of[spec.input];
+    if (passes_zeros(step)) {
+      if (spec.plain >= 0) keep_of[spec.plain] = keep_of[spec.input];
+      if (spec.final >= 0) keep_of[spec.final] = keep_of[spec.input];
     }
+    if (spec.final >= 0 && spec.site_start >= 0) keep_of[spec.final] = step.keep_begin;
   }
 }
 
@@ -186,23 +198,20 @@ class Worker {
     const std::int64_t channels = network_.buffers[step.spec.input].shape.channels;
     const std::int64_t together = step.half_weights.empty() ? 1 : kPair;
     const std::int64_t places = divide_up(channels, together);  // of one tap
+    const auto kept = [](auto word) { return word != 0; };
     live_.clear();
-    for (std::int64_t place = 0; place < places; ++place) {
-      const auto first = place * together, end = std::min(first + together, channels);
-      const auto kept = [](auto word) { return word != 0; };
-      if (std::any_of(words + first, words + end, kept)) {
-        live_.push_back(static_cast<std::int32_t>(place));
+    for (std::int64_t first = 0; first < step.segment_length; first += places) {
+      for (std::int64_t place = 0; place < places; ++place) {
+        const auto begin = place * together, end = std::min(begin + together, channels);
+        if (std::any_of(words + begin, words + end, kept)) {
+          live_.push_back(static_cast<std::int32_t>(first + place));
+        }
       }
     }
-    const std::size_t count = live_.size();
-    if (static_cast<double>(count) > kMostLive * static_cast<double>(places)) return;
-    for (std::int64_t tap = 1; tap < step.segment_length / places; ++tap) {
-      for (std::size_t i = 0; i < count; ++i) {
-        live_.push_back(live_[i] + static_cast<std::int32_t>(tap * places));
-      }
-    }
-    args.live = live_.data();
-    args.live_count = static_cast<std::int64_t>(live_.size());
+    const auto count = static_cast<std::int64_t>(live_.size());
+    if (32 * count > kMostLive * step.segment_length) return;
+    args.live = live_.data();  // reserved, and so not null though nothing were left
+    args.live_count = count;
   }
 
   // Whether a buffer's values are not those of the current mask's predecessor.

@@ -111,6 +111,7 @@ class MaskedForwardPlan {
   ~MaskedForwardPlan();
 
   // Logits are the same to the last bit for every choice of share, threads and max_bytes.
+  // Convolutions may leave out inputs that are pruned, so weights for these need not be numbers.
   void run(const MaskedForwardRun& run) const;
 
   // The ranges of all buffers that a step's `final` writes, over the masks and images of a run; its

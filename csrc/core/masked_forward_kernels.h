@@ -150,7 +150,7 @@ struct StepArgs {
   const std::int32_t* first_channel;  // null: all blocks begin at input channel 0
 
   // Convolutions that are neither grouped nor of bytes: the places in a segment, in turn, that are
-  // multiplied; the others' inputs are 0. Null: all of them.
+  // multiplied; the inputs of the others are 0, whatever their weights are. Null: all of them.
   const std::int32_t* live;
   std::int64_t live_count;
 

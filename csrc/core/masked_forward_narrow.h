@@ -42,6 +42,7 @@ struct ByteFormat {
   using Weight = std::int8_t;
   using Sums = typename Simd::IntVec;
   static constexpr int kGroup = kQuad;
+  static constexpr bool kSkips = false;  // see StepArgs::live
   static const Bytes& input(const StepArgs& step) { return step.input_bytes; }
   static const Weight* weights(const StepArgs& step) { return step.byte_weights; }
   static ONP_INLINE Sums dot(Sums sums, typename Simd::IntVec inputs,
@@ -62,6 +63,7 @@ struct HalfFormat {
   using Weight = std::uint16_t;
   using Sums = typename Simd::Vec;
   static constexpr int kGroup = kPair;
+  static constexpr bool kSkips = true;
   static const Halves& input(const StepArgs& step) { return step.input_halves; }
   static const Weight* weights(const StepArgs& step) { return step.half_weights; }
   static ONP_INLINE Sums dot(Sums sums, typename Simd::IntVec inputs,
@@ -154,11 +156,10 @@ struct NarrowTile {
   }
 
   static void convolution(const StepArgs& step) {
-    if (step.live) {
-      convolution<false>(step);
-    } else {
-      convolution<true>(step);
+    if constexpr (Format::kSkips) {
+      if (step.live) return convolution<false>(step);
     }
+    convolution<true>(step);
   }
 
   template <bool all>

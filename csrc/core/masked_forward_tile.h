@@ -246,22 +246,23 @@ struct Tile {
     }
   }
 
-  // sums[p][v] += sum over i of input[p][i] * weights[i][v], rows of weights kChannelBlock apart;
-  // all: over `count` of them, else over as many places `live`.
+  // sums[p][v] += sum over i of input[p][i] * weights[i][v], rows of weights kChannelBlock apart.
+  // Over the first `count` of them, or, if not all, over the `count` places that `live` names.
   template <bool all, int pixels, int vectors>
   static ONP_INLINE void accumulate(const float* const (&input)[pixels], const float* weights,
                                     Index next_vector, const std::int32_t* live, Index count,
                                     Vec (&sums)[pixels][vectors]) {
     for (Index n = 0; n < count; ++n) {
       const Index i = all ? n : live[n];
+      const bool last = all || n + kRowsAhead >= count;
+      const Index ahead = last ? i + kRowsAhead : live[n + kRowsAhead];
       Vec row[vectors];
 #pragma GCC unroll 2
       for (int v = 0; v < vectors; ++v) {
-        const float* const from =
-            weights + i * kChannelBlock + v * (kLanes < kChannelBlock ? kLanes : next_vector);
-        row[v] = load(from);
+        const float* const from = weights + v * (kLanes < kChannelBlock ? kLanes : next_vector);
+        row[v] = load(from + i * kChannelBlock);
         if (v * kLanes % kChannelBlock == 0) {  // the other half of a block is in the same line
-          __builtin_prefetch(from + kRowsAhead * kChannelBlock);
+          __builtin_prefetch(from + ahead * kChannelBlock);
         }
       }
 #pragma GCC unroll 32
@@ -346,11 +347,8 @@ struct Tile {
   }
 
   static void convolution(const StepArgs& step) {
-    if (step.live) {
-      convolution<false>(step);
-    } else {
-      convolution<true>(step);
-    }
+    if (step.live) return convolution<false>(step);
+    convolution<true>(step);
   }
 
   template <bool all>

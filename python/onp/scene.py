@@ -115,8 +115,10 @@ class Scene:
         """Triggers that explain the norms' shift: see ``onp.probes.replay``. steps: default: the
         budget's."""
         config = self.config.replay
+        if steps is not None:
+            config = replace(config, steps=steps)
         return replay(
-            shift, self.clean, replace(config, steps=steps or config.steps), REPLAYED[family],
+            shift, self.clean, config, REPLAYED[family],
             targets=targets, valid=self.valid, seed=self.seed, ledger=self.ledger,
         )  # fmt: skip
 

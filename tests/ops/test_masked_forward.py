@@ -176,34 +176,35 @@ def test_all_channels_pruned_leaves_the_bias() -> None:
 @pytest.mark.parametrize("halves", [False, True])
 @pytest.mark.parametrize("isa", ISAS)
 def test_pruned_channels_are_not_multiplied(isa: str, halves: bool) -> None:
-    """By a convolution of 3x3 (Winograd in fp32), of stride 2 and 5x5, of one pixel, and a linear
-    layer: their weights for what is pruned are no numbers."""
+    """By convolutions of 3x3 (Winograd in fp32, also of stride 2), 5x5, one pixel, behind pools,
+    and by linear layers: their weights for what is pruned are no numbers."""
     torch.manual_seed(0)
     model = nn.Sequential(
-        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 20, 3, padding=1), nn.ReLU(),
-        nn.Conv2d(20, 33, 5, 2, 2), nn.ReLU(), nn.Conv2d(33, 40, 1), nn.ReLU(),
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(40, 18), nn.ReLU(), nn.Linear(18, 5),
+        nn.Conv2d(3, 24, 3, padding=1), nn.ReLU(), nn.Conv2d(24, 32, 3, padding=1), nn.ReLU(),
+        nn.Conv2d(32, 25, 5, 1, 2), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(25, 33, 3, 2, 1),
+        nn.ReLU(), nn.Conv2d(33, 40, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(40, 18), nn.ReLU(), nn.Linear(18, 5),
     ).eval()  # fmt: skip
-    traced = trace(model, (3, 12, 12))
+    traced = trace(model, (3, 24, 24))
     pruned = torch.zeros(1, traced.sites, dtype=torch.bool)
     spoilt, emptied = copy.deepcopy(model), copy.deepcopy(model)
     for layer in traced.layers:
-        if not layer.consumers:
-            continue
-        some = torch.tensor([2, 3, 12, 13])
+        channels = layer.sites.stop - layer.sites.start
+        # Whole pairs, as bf16 is multiplied; the last of an odd number is one by itself.
+        some = torch.tensor([2, 3, 12, 13, *((channels - 1,) if channels % 2 else (16, 17))])
         pruned[0, some + layer.sites.start] = True
         for consumer in layer.consumers:
             name = str(traced.ops[consumer].module)
-            # What a pool has averaged is multiplied: its channels are not the step's that masks.
-            value = 0.0 if name == "10" else torch.nan
             with torch.no_grad():
-                spoilt.get_submodule(name).weight[:, some] = value
+                spoilt.get_submodule(name).weight[:, some] = torch.nan
                 emptied.get_submodule(name).weight[:, some] = 0.0
-    images = torch.rand(5, 3, 12, 12)
+    images = torch.rand(5, 3, 24, 24)
     packed = masks.pack(pruned)
     want = lower(traced, emptied, halves=halves).run(packed, images, isa=isa)
-    assert torch.equal(lower(traced, spoilt, halves=halves).run(packed, images, isa=isa), want)
-    nothing = lower(traced, spoilt, halves=halves).run(torch.zeros_like(packed), images, isa=isa)
+    plan = lower(traced, spoilt, halves=halves)
+    assert torch.equal(plan.run(packed, images, isa=isa), want)
+    assert want.isfinite().all()
+    nothing = plan.run(torch.zeros_like(packed), images, isa=isa)
     assert nothing.isnan().all()  # so they would have told
 
 

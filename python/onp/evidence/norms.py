@@ -41,21 +41,22 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
     classes, labels = scene.evaluator.trace.num_classes, scene.clean.labels[: len(shift.clean)]
     with scene.ledger.stage("replay"):
         families = config.replay.families
-        verdict, replayed = in_steps(scene, partial(to_a_class, scene, shift))
+        (verdict, replayed), steps = in_steps(scene, partial(to_a_class, scene, shift))
         named = target_of(replayed)
         probes = [one.probe for one in replayed if one.probe.target == named]
         if not bool((labels == probes[0].wanted(labels)).any()):
             return None
         if verdict.also:
-            jointly = explaining_together(scene, shift, verdict)
+            jointly = explaining_together(scene, shift, verdict, steps)
             probes = jointly or [o.probe for o in replayed if o.probe.target in verdict.targets]
         if verdict.score < config.verdict.certain and classes > 2:
-            shifted, (one, _) = in_steps(scene, partial(to_the_next, scene, shift))
+            (shifted, (one, _)), steps = in_steps(scene, partial(to_the_next, scene, shift))
             if shifted.score > verdict.score:
                 verdict, probes = shifted, [one.probe]
                 if shifted.target is not None:
                     for name in families[1:]:
-                        probes.append(scene.replayed(shift, name, [shifted.target])[0].probe)
+                        other = scene.replayed(shift, name, [shifted.target], steps=steps)[0]
+                        probes.append(other.probe)
     if verdict.target is None:
         return Evidence(verdict, [], [], verdict)
     with scene.ledger.stage("respond"):
@@ -70,15 +71,18 @@ def from_statistics(scene: Scene, shift: NormShift | None) -> Evidence | None:
 Judged = tuple[Verdict, list[Replayed]]
 
 
-def in_steps(scene: Scene, judge: Callable[[int], Judged]) -> Judged:
+def in_steps(scene: Scene, judge: Callable[[int], Judged]) -> tuple[Judged, int]:
     """What triggers of the budget's steps say; where they call a backdoor that is in doubt, what
-    those of more steps do."""
+    those of more steps do; and the steps."""
     config = scene.config
-    found = judge(config.replay.steps)
-    longer = config.replay.doubted_steps
-    if longer > config.replay.steps and doubted(found[0], config.verdict):
-        found = judge(longer)
-    return found
+    found, steps, longer = (
+        judge(config.replay.steps),
+        config.replay.steps,
+        config.replay.doubted_steps,
+    )
+    if longer > steps and doubted(found[0], config.verdict):
+        return judge(longer), longer
+    return found, steps
 
 
 def doubted(verdict: Verdict, config: VerdictConfig) -> bool:
@@ -113,7 +117,9 @@ def beyond_chance(scene: Scene, shift: NormShift) -> float:
     return shift.excess / (scene.config.verdict.moving if shift.long else 1.0)
 
 
-def explaining_together(scene: Scene, shift: NormShift, verdict: Verdict) -> list[Probe]:
+def explaining_together(
+    scene: Scene, shift: NormShift, verdict: Verdict, steps: int
+) -> list[Probe]:
     """Of every family a trigger for each of the classes that are called, which explain the norms'
     shift together; none of families that explain too little of it."""
     config = scene.config.replay
@@ -121,6 +127,6 @@ def explaining_together(scene: Scene, shift: NormShift, verdict: Verdict) -> lis
     return [
         one.probe
         for name in config.families
-        for one in scene.replayed(shift, name, verdict.targets)
+        for one in scene.replayed(shift, name, verdict.targets, steps=steps)
         if one.unexplained <= most
     ]

@@ -102,6 +102,8 @@ class MaskedForwardPlan:
             max_bytes: bound on the activations of one thread.
 
         For one ``isa`` the logits are the same to the last bit whatever the other options are.
+        What a mask prunes is left out or multiplied by zero, whichever is faster: weights for it
+        that are no numbers may or may not tell.
 
         Raises:
             ValueError: an argument has the wrong type, shape or device.
