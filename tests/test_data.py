@@ -56,6 +56,21 @@ def test_a_zip_with_splits(tmp_path: Path) -> None:
         load_dataset(path, "val")
 
 
+def test_a_split_that_is_asked_for_must_be_there(tmp_path: Path) -> None:
+    source = write_folder(tmp_path / "flat", class_files())
+    with pytest.raises(BadData, match="no train, test or val folder: leave 'test' out"):
+        load_dataset(source, "test")
+    np.savez(tmp_path / "d.npz", images=pixels(4), labels=np.arange(4))
+    with pytest.raises(BadData, match="one set of images: leave the split 'train' out"):
+        load_dataset(tmp_path / "d.npz", "train")
+    # Where none is asked for, the usual one is taken if there is any.
+    assert len(load_dataset(source, usual="test")) == 6
+    both = class_files("train/") | {"test/a/9.png": png(pixels(1)[0])}
+    parted = write_folder(tmp_path / "parted", both)
+    assert len(load_dataset(parted)) == 6
+    assert len(load_dataset(parted, usual="test")) == 1
+
+
 def test_splits_by_other_names_are_not_mixed(tmp_path: Path) -> None:
     files = class_files("training/") | class_files("validation/")
     source = write_folder(tmp_path, files)

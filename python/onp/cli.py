@@ -68,7 +68,9 @@ Mean = Annotated[
     str | None, typer.Option(help="Instead of --preset: a mean a channel, as .5,.5,.5.")
 ]
 Std = Annotated[str | None, typer.Option(help="Goes with --mean: a deviation a channel.")]
-Split = Annotated[str | None, typer.Option(help="Folder of the data to draw from.")]
+Split = Annotated[
+    str | None, typer.Option(help="Folder of the data to draw from; train, if there is one.")
+]
 CleanSamples = Annotated[int, typer.Option(min=1, help="Images drawn from the data.")]
 BudgetOption = Annotated[Budget, typer.Option(help="How much work to spend on a model.")]
 Compact = Annotated[
@@ -293,7 +295,9 @@ def evaluate(
     model: Model,
     data: Data,
     arch: Arch = None,
-    split: Annotated[str, typer.Option(help="Folder of the data to score on.")] = "test",
+    split: Annotated[
+        str | None, typer.Option(help="Folder of the data to score on; test, if there is one.")
+    ] = None,
     trigger: Annotated[
         str | None,
         typer.Option(help="Known trigger: .npz, or package.module:function with --trust."),
@@ -323,7 +327,7 @@ def evaluate(
     with prints_on_stderr(), torch_settings(threads):
         put_trigger = None if trigger is None else load_trigger(trigger, trust)
         suspect = load_suspect(model, arch, trust)
-        dataset = load_dataset(str(data), split)
+        dataset = load_dataset(str(data), split, usual="test")
         scores = score(suspect.model.to(place), dataset, put_trigger, target, preprocess)
     _show(scores | {"sha256": suspect.file.sha256}, console.scores_text, as_json)
 

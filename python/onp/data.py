@@ -70,16 +70,21 @@ class ImageSet:
 
 
 def load_dataset(
-    path: str | Path, split: str | None = None, *, draw: int | None = None, seed: int = 0
+    path: str | Path,
+    split: str | None = None,
+    *,
+    usual: str = "train",
+    draw: int | None = None,
+    seed: int = 0,
 ) -> ImageSet:
     """Read labelled images.
 
     path: a folder or zip of class folders (classes numbered by sorted
     folder name, or by the name itself where all are numbers), an ``.npz``
     with ``images`` uint8 [N, H, W, 3] and ``labels`` [N], or a CIFAR-10/100 binary batch (file or
-    folder). ``split`` picks ``train/`` or ``test/`` where the source has such folders. ``draw``:
-    at most so many images, those of ``draw_balanced`` with ``seed``; of folders and zips no others
-    are decoded.
+    folder). ``split`` picks ``train/``, ``test/`` or ``val/``, which must be there; without it
+    ``usual`` is picked where there are such folders. ``draw``: at most so many images, those of
+    ``draw_balanced`` with ``seed``; of folders and zips no others are decoded.
     Raises BadData or UnsupportedInput, naming the path.
     """
     path = Path(path)
@@ -87,15 +92,17 @@ def load_dataset(
         raise UsageError(f"the number of clean images must be positive, got {draw}")
     if not path.exists():
         raise BadData(f"clean data not found: {path}")
+    if split is not None and not path.is_dir() and path.suffix in (".npz", ".bin"):
+        raise BadData(f"{path} is one set of images: leave the split {split!r} out")
     try:
         if path.is_dir():
-            return _read_folder(path, split, draw, seed)
+            return _read_folder(path, split, usual, draw, seed)
         if path.suffix == ".npz":
             return _at_most(_read_npz(path), draw, seed)
         if path.suffix == ".bin":
             return _at_most(_read_cifar_binary([path]), draw, seed)
         if zipfile.is_zipfile(path):
-            return _read_zip(path, split, draw, seed)
+            return _read_zip(path, split, usual, draw, seed)
     except BadData:
         raise
     except Exception as error:  # zip, image and array readers raise many kinds
@@ -112,10 +119,12 @@ def _at_most(dataset: ImageSet, draw: int | None, seed: int) -> ImageSet:
     return draw_balanced(dataset, min(draw, len(dataset)), seed)
 
 
-def _read_folder(root: Path, split: str | None, draw: int | None, seed: int) -> ImageSet:
+def _read_folder(
+    root: Path, split: str | None, usual: str, draw: int | None, seed: int
+) -> ImageSet:
     batches = sorted(root.glob("*.bin"))
     if batches:
-        wanted = [b for b in batches if ("test" in b.name) == (split == "test")]
+        wanted = [b for b in batches if ("test" in b.name) == ((split or usual) == "test")]
         records = [b for b in wanted if not b.name.startswith("batches.meta")]
         return _at_most(_read_cifar_binary(records), draw, seed)
     names = [
@@ -124,23 +133,24 @@ def _read_folder(root: Path, split: str | None, draw: int | None, seed: int) -> 
         if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file()
     ]
     return _read_class_folders(
-        names, split, lambda name: (root / name).read_bytes(), str(root), draw, seed
+        names, split, usual, lambda name: (root / name).read_bytes(), str(root), draw, seed
     )
 
 
-def _read_zip(path: Path, split: str | None, draw: int | None, seed: int) -> ImageSet:
+def _read_zip(path: Path, split: str | None, usual: str, draw: int | None, seed: int) -> ImageSet:
     with zipfile.ZipFile(path) as archive:
         names = sorted(
             name
             for name in archive.namelist()
             if posixpath.splitext(name)[1].lower() in IMAGE_SUFFIXES
         )
-        return _read_class_folders(names, split, archive.read, str(path), draw, seed)
+        return _read_class_folders(names, split, usual, archive.read, str(path), draw, seed)
 
 
 def _read_class_folders(
     names: Sequence[str],
     split: str | None,
+    usual: str,
     read: Callable[[str], bytes],
     source: str,
     draw: int | None,
@@ -151,12 +161,14 @@ def _read_class_folders(
     paths = [path for path in paths if len(path) >= 2 and not _is_hidden(path)]
     splits = {path[-3] for path in paths if len(path) >= 3}
     if splits & {"train", "test", "val"}:
-        chosen = split or "train"
+        chosen = split or usual
         if chosen not in splits:
             raise BadData(f"{source} has no {chosen!r} folder, only {', '.join(sorted(splits))}")
         paths = [path for path in paths if len(path) >= 3 and path[-3] == chosen]
     else:
         _check_one_split(paths, source)
+        if split is not None:
+            raise BadData(f"{source} has no train, test or val folder: leave {split!r} out")
     if not paths:
         raise BadData(f"{source} holds no images in class folders (<class>/<image>.png)")
     class_names = tuple(sorted({path[-2] for path in paths}))
