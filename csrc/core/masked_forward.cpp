@@ -46,16 +46,19 @@ bool passes_zeros(const Step& step) {
 // pool. Grouped ones may not, whose blocks read inputs of their own, nor those of bytes, whose 0
 // the bias may make up for.
 void MaskedForwardPlan::Program::find_input_keeps() {
-  std::vector<std::int64_t> keep_of(buffers.size(), -1);
-  for (Step& step : steps) {
+  std::vector<std::int64_t> pruned_by(buffers.size(), -1);
+  for (std::size_t s = 0; s < steps.size(); ++s) {
+    Step& step = steps[s];
     const StepSpec& spec = step.spec;
     const bool suits = spec.kind == StepKind::convolution && spec.groups == 1;
-    if (suits && step.byte_weights.empty()) step.input_keep = keep_of[spec.input];
+    if (suits && step.byte_weights.empty()) step.input_pruned_by = pruned_by[spec.input];
     if (passes_zeros(step)) {
-      if (spec.plain >= 0) keep_of[spec.plain] = keep_of[spec.input];
-      if (spec.final >= 0) keep_of[spec.final] = keep_of[spec.input];
+      if (spec.plain >= 0) pruned_by[spec.plain] = pruned_by[spec.input];
+      if (spec.final >= 0) pruned_by[spec.final] = pruned_by[spec.input];
     }
-    if (spec.final >= 0 && spec.site_start >= 0) keep_of[spec.final] = step.keep_begin;
+    if (spec.final >= 0 && spec.site_start >= 0) {
+      pruned_by[spec.final] = static_cast<std::int64_t>(s);
+    }
   }
 }
 
@@ -129,6 +132,7 @@ class Worker {
         floats_(round_up(network.scratch_floats, kChannelBlock) +
                 layout.slots.floats_per_image * block + kChannelBlock),
         keep_(static_cast<std::size_t>(keep_words)),
+        pruned_(network.steps.size()),
         stale_(network.buffers.size()) {
     float* const begin = floats_.data() + round_up(network.scratch_floats, kChannelBlock);
     for (std::size_t id = 0; id < network.buffers.size(); ++id) {
@@ -175,11 +179,14 @@ class Worker {
   // Sets the keep words of `step` under a mask; says whether they changed.
   bool set_keep(const Step& step, const MaskView& masks, std::int64_t mask) {
     bool changed = false;
+    std::int64_t& pruned = pruned_[static_cast<std::size_t>(&step - network_.steps.data())];
+    pruned = 0;
     for (std::int64_t c = 0; c < step.channels; ++c) {
       const std::uint32_t word = masks.pruned(mask, step.spec.site_start + c) ? 0u : ~0u;
       std::uint32_t& kept = keep_[static_cast<std::size_t>(step.keep_begin + c)];
       changed |= kept != word;
       kept = word;
+      pruned += word == 0;
     }
     return changed;
   }
@@ -193,9 +200,11 @@ class Worker {
 
   // Sets which places of a segment are multiplied, unless next to nothing of its input is pruned.
   void set_live(const Step& step, StepArgs& args) {
-    if (step.input_keep < 0) return;
-    const std::uint32_t* words = keep_.data() + step.input_keep;
-    const std::int64_t channels = network_.buffers[step.spec.input].shape.channels;
+    if (step.input_pruned_by < 0) return;
+    const auto by = static_cast<std::size_t>(step.input_pruned_by);
+    const std::int64_t channels = network_.steps[by].channels;
+    if (32 * (channels - pruned_[by]) > kMostLive * channels) return;
+    const std::uint32_t* words = keep_.data() + network_.steps[by].keep_begin;
     const std::int64_t together = step.half_weights.empty() ? 1 : kPair;
     const std::int64_t places = divide_up(channels, together);  // of one tap
     const auto kept = [](auto word) { return word != 0; };
@@ -223,6 +232,7 @@ class Worker {
   std::vector<float*> data_;
   std::vector<Operand> others_;
   std::vector<std::uint32_t> keep_;
+  std::vector<std::int64_t> pruned_;  // channels of each step
   std::vector<std::int32_t> live_;
   std::vector<char> stale_;
 };

@@ -104,8 +104,8 @@ struct Step {
   bool final_floats = true;         // whether anything reads the floats of `final`
   std::vector<std::int32_t> index;  // see StepArgs
   std::int64_t keys = 0;
-  std::int64_t keep_begin = 0;   // into one thread's keep words of a masked forward
-  std::int64_t input_keep = -1;  // of its input's channels, -1: they are not asked for
+  std::int64_t keep_begin = 0;        // into one thread's keep words of a masked forward
+  std::int64_t input_pruned_by = -1;  // step that prunes channels of its input, -1: not asked for
   Floats weights, bias, scale, shift, unit;
   std::vector<std::int8_t> byte_weights;
   std::vector<std::uint16_t> half_weights;

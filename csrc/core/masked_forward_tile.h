@@ -246,31 +246,46 @@ struct Tile {
     }
   }
 
-  // sums[p][v] += sum over i of input[p][i] * weights[i][v], rows of weights kChannelBlock apart.
-  // Over the first `count` of them, or, if not all, over the `count` places that `live` names.
+  // sums[p][v] += input[p][i] * row[v], while the row after some more, at `ahead`, is asked for.
+  template <int pixels, int vectors>
+  static ONP_INLINE void accumulate(const float* const (&input)[pixels], Index i, const float* row,
+                                    const float* ahead, Index next_vector,
+                                    Vec (&sums)[pixels][vectors]) {
+    Vec weights[vectors];
+#pragma GCC unroll 2
+    for (int v = 0; v < vectors; ++v) {
+      const Index from = v * (kLanes < kChannelBlock ? kLanes : next_vector);
+      weights[v] = load(row + from);
+      if (v * kLanes % kChannelBlock == 0) {  // the other half of a block is in the same line
+        __builtin_prefetch(ahead + from);
+      }
+    }
+#pragma GCC unroll 32
+    for (int p = 0; p < pixels; ++p) {
+      const Vec x = Simd::splat(input[p][i]);
+#pragma GCC unroll 2
+      for (int v = 0; v < vectors; ++v) sums[p][v] = Simd::fma(x, weights[v], sums[p][v]);
+    }
+  }
+
+  // The sum of that over i, rows of weights kChannelBlock apart: over the first `count`, or, if not
+  // all, over the `count` places that `live` names.
   template <bool all, int pixels, int vectors>
   static ONP_INLINE void accumulate(const float* const (&input)[pixels], const float* weights,
                                     Index next_vector, const std::int32_t* live, Index count,
                                     Vec (&sums)[pixels][vectors]) {
+    if (all) {
+      for (Index i = 0; i < count; ++i) {
+        accumulate(input, i, weights, weights + kRowsAhead * kChannelBlock, next_vector, sums);
+        weights += kChannelBlock;
+      }
+      return;
+    }
     for (Index n = 0; n < count; ++n) {
-      const Index i = all ? n : live[n];
-      const bool last = all || n + kRowsAhead >= count;
-      const Index ahead = last ? i + kRowsAhead : live[n + kRowsAhead];
-      Vec row[vectors];
-#pragma GCC unroll 2
-      for (int v = 0; v < vectors; ++v) {
-        const float* const from = weights + v * (kLanes < kChannelBlock ? kLanes : next_vector);
-        row[v] = load(from + i * kChannelBlock);
-        if (v * kLanes % kChannelBlock == 0) {  // the other half of a block is in the same line
-          __builtin_prefetch(from + ahead * kChannelBlock);
-        }
-      }
-#pragma GCC unroll 32
-      for (int p = 0; p < pixels; ++p) {
-        const Vec x = Simd::splat(input[p][i]);
-#pragma GCC unroll 2
-        for (int v = 0; v < vectors; ++v) sums[p][v] = Simd::fma(x, row[v], sums[p][v]);
-      }
+      const Index i = live[n];
+      const Index ahead = n + kRowsAhead < count ? live[n + kRowsAhead] : i + kRowsAhead;
+      accumulate(input, i, weights + i * kChannelBlock, weights + ahead * kChannelBlock,
+                 next_vector, sums);
     }
   }
 
