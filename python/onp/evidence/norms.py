@@ -74,15 +74,11 @@ Judged = tuple[Verdict, list[Replayed]]
 def in_steps(scene: Scene, judge: Callable[[int], Judged]) -> tuple[Judged, int]:
     """What triggers of the budget's steps say; where they call a backdoor that is in doubt, what
     those of more steps do; and the steps."""
-    config = scene.config
-    found, steps, longer = (
-        judge(config.replay.steps),
-        config.replay.steps,
-        config.replay.doubted_steps,
-    )
-    if longer > steps and doubted(found[0], config.verdict):
-        return judge(longer), longer
-    return found, steps
+    replay = scene.config.replay
+    found = judge(replay.steps)
+    if replay.doubted_steps > replay.steps and doubted(found[0], scene.config.verdict):
+        return judge(replay.doubted_steps), replay.doubted_steps
+    return found, replay.steps
 
 
 def doubted(verdict: Verdict, config: VerdictConfig) -> bool:
