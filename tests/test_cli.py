@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import nn
 
+import onp
 from onp import checkpoint
 from onp.__main__ import main
 from onp.errors import UntraceableModel
@@ -367,9 +369,10 @@ def test_the_data_are_not_written_over(capsys: pytest.CaptureFixture[str]) -> No
 
 
 def _onp(arguments: str, streams: str) -> int:
-    """The exit code of ``onp``, started by a shell with its streams as named."""
+    """The exit code of ``onp``, this one, started by a shell with its streams as named."""
     line = f"exec {sys.executable} -m onp {arguments} {streams}"
-    return subprocess.run(line, shell=True, check=False, capture_output=True).returncode
+    own = os.environ | {"PYTHONPATH": str(Path(onp.__file__).parents[1])}
+    return subprocess.run(line, shell=True, check=False, capture_output=True, env=own).returncode
 
 
 FULL = pytest.mark.skipif(

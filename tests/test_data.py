@@ -160,7 +160,9 @@ def test_cifar_binary_batches(tmp_path: Path, header: int, labels: list[int]) ->
     dataset = load_dataset(tmp_path)
     assert dataset.labels.tolist() == labels
     assert np.array_equal(dataset.images.numpy(), images)
-    assert len(load_dataset(tmp_path, "test")) == 1
+    assert len(load_dataset(tmp_path, "test")) == len(load_dataset(tmp_path, usual="test")) == 1
+    with pytest.raises(BadData, match="none for 'val'"):
+        load_dataset(tmp_path, "val")
 
 
 def _one_size_off(root: Path) -> Path:

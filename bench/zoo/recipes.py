@@ -412,8 +412,7 @@ UNSEEN_8 = [
 triggers do. A clean network and an attacked one each, short (the latter less so: with as few epochs
 the first came to an accuracy of .87, and the mixed one to .67), for two cores."""
 
-_TO_THE_END = replace(_SIGNS, epochs=20)
-_SIGNS_LONG = Recipe("gtsrb", "preactresnet18", 8, _TO_THE_END, seed=30)
+_SIGNS_LONG = Recipe("gtsrb", "preactresnet18", 8, replace(_SIGNS, epochs=20), seed=30)
 _VGG_LONG = Recipe("cifar10", "vgg16_bn", 12, replace(_CIFAR, epochs=20), seed=31)
 
 UNSEEN_9 = [

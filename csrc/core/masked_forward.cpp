@@ -29,8 +29,10 @@ struct MaskedForwardPlan::Program : Network {
   Layout reused;  // buffers share slots where their lives do not overlap
 
   void lay_out();
-  void find_input_keeps();
+  void find_pruned_inputs();
 };
+
+namespace {
 
 // Whether channels that are 0 stay 0: a pool without anything behind it but an activation.
 bool passes_zeros(const Step& step) {
@@ -42,10 +44,12 @@ bool passes_zeros(const Step& step) {
          clamps(spec.second);
 }
 
+}  // namespace
+
 // Which convolutions may leave out inputs that a step has pruned, right before them or before a
 // pool. Grouped ones may not, whose blocks read inputs of their own, nor those of bytes, whose 0
 // the bias may make up for.
-void MaskedForwardPlan::Program::find_input_keeps() {
+void MaskedForwardPlan::Program::find_pruned_inputs() {
   std::vector<std::int64_t> pruned_by(buffers.size(), -1);
   for (std::size_t s = 0; s < steps.size(); ++s) {
     Step& step = steps[s];
@@ -114,7 +118,7 @@ MaskedForwardPlan::MaskedForwardPlan(const std::vector<BufferShape>& shapes,
     step.keep_begin = program->keep_words;
     program->keep_words += round_up(step.channels, kChannelBlock);
   }
-  program->find_input_keeps();
+  program->find_pruned_inputs();
   program->lay_out();
   program_ = std::move(program);
 }

@@ -340,8 +340,9 @@ class VerdictConfig:
     trigger of its own: with one attacker's trigger .04 at most, with two .17 and more."""
     effort: tuple[float, float] = (1.85, 2.2)
     """Size of the patch that explains the norms' shift, over what it explains of the excess (in
-    units of what chance makes of 500 images). Backdoored networks come to 1.3 (SIG, and of three
-    classes, to 1.9), clean ones of an excess of 1.7 and more to 2.1 to 3.5."""
+    units of what chance makes of 500 images). Backdoored networks come to 1.3 (with other
+    augmentations to 1.5, of three classes to 1.8, SIG to 1.9), clean ones of an excess of 1.7 and
+    more to 2.1 to 3.5."""
     doubted_effort: float = 1.5
     """Where triggers of the quick budget's few steps take so much of it, agree with the shift by
     less than ``certain_agreement`` or score less than ``certain``, they are learned for longer

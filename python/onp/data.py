@@ -124,6 +124,8 @@ def _read_folder(
 ) -> ImageSet:
     batches = sorted(root.glob("*.bin"))
     if batches:
+        if split not in (None, "train", "test"):
+            raise BadData(f"{root} has batches to train on and to test on, none for {split!r}")
         wanted = [b for b in batches if ("test" in b.name) == ((split or usual) == "test")]
         records = [b for b in wanted if not b.name.startswith("batches.meta")]
         return _at_most(_read_cifar_binary(records), draw, seed)
